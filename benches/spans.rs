@@ -1,0 +1,32 @@
+//! Makes a number of spans of one rung and does nothing else, for a profiler to watch; `instructions.sh` does.
+#![allow(clippy::print_stdout, reason = "a program to be run by hand")]
+
+mod support;
+
+use support::Rung;
+
+fn main() {
+    let arguments: Vec<_> = std::env::args()
+        .skip(1)
+        .filter(|a| !a.starts_with("--"))
+        .collect();
+    let rung = |name: &String| Rung::ALL.into_iter().find(|(known, _)| known == name);
+    let count = |count: &String| count.parse().ok();
+    match (
+        arguments.first().and_then(rung),
+        arguments.get(1).and_then(count),
+    ) {
+        (Some((_, rung)), Some(count)) => make(rung, count),
+        _ => {
+            println!("usage: spans <rung> <count>, with one of the rungs:");
+            for (name, rung) in Rung::ALL {
+                println!("  {name}");
+                make(rung, 10);
+            }
+        }
+    }
+}
+
+fn make(rung: Rung, count: u64) {
+    rung.climb(|life| (0..count).for_each(|_| life()));
+}

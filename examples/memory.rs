@@ -1,0 +1,141 @@
+//! What an instance costs in memory, and how long an insertion takes at the worst: one that finds room, and one
+//! that has to evict another instance.
+//!
+//! `cargo run --release --example memory`
+#![allow(
+    unsafe_code,
+    reason = "an allocator that counts is one of unsafe methods"
+)]
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::fmt::Write as _;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use opentelemetry::trace::TracerProvider as _;
+use opentelemetry_sdk::trace::SdkTracerProvider;
+use tracing::info_span;
+use tracing_subscriber::prelude::*;
+use tracing_workflow_context::{WorkflowContext, WorkflowContextStorage};
+
+const INSTANCES: usize = 1_000_000;
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+struct Counting;
+
+/// Bytes that were asked for and not given back.
+static LIVE: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: whatever is asked for, `System` does; counting neither allocates nor unwinds.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        LIVE.fetch_add(layout.size(), Relaxed);
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        LIVE.fetch_sub(layout.size(), Relaxed);
+        unsafe { System.dealloc(memory, layout) }
+    }
+}
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    println!("bytes per instance, of {INSTANCES} with UUIDs for ids:");
+    per_instance("stored by a call", |storage| {
+        let context = context();
+        uuids(|id| storage.store(id, context.clone()).expect("a good id"));
+    });
+    per_instance("recorded by a span", |storage| {
+        in_spans(storage, || {
+            uuids(|id| info_span!("step", workflow.instance_id = id).in_scope(|| {}));
+        });
+    });
+    per_instance("recorded by a span with a run id", |storage| {
+        in_spans(storage, || {
+            uuids(|id| {
+                info_span!("step", workflow.instance_id = id, workflow.run_id = id).in_scope(|| {})
+            });
+        });
+    });
+
+    println!("time of an insertion, with {INSTANCES} instances at most:");
+    let before = LIVE.load(Relaxed);
+    let storage = WorkflowContextStorage::builder()
+        .max_instances(INSTANCES)
+        .build()?;
+    let context = context();
+    let mut instances = 0..;
+    for (what, insertions) in [("finds room", INSTANCES), ("evicts another", 4 * INSTANCES)] {
+        let mut id = String::new();
+        let mut pauses = Vec::with_capacity(insertions);
+        for instance in instances.by_ref().take(insertions) {
+            write_uuid(&mut id, instance);
+            let (id, context) = (&*id, context.clone());
+            let start = Instant::now();
+            storage.store(id, context)?;
+            pauses.push(start.elapsed());
+        }
+        print(what, pauses);
+    }
+    let stats = storage.stats();
+    assert_eq!(
+        (stats.stored_instances, stats.evicted),
+        (INSTANCES as u64, 4 * INSTANCES as u64)
+    );
+    println!(
+        "bytes per instance after all these: {}",
+        (LIVE.load(Relaxed) - before) / INSTANCES
+    );
+    Ok(())
+}
+
+/// Fills a new storage, and prints what was allocated by then.
+fn per_instance(how: &str, fill: impl FnOnce(&WorkflowContextStorage)) {
+    let storage = WorkflowContextStorage::new();
+    let before = LIVE.load(Relaxed);
+    fill(&storage);
+    let bytes = LIVE.load(Relaxed) - before;
+    assert_eq!(storage.stats().stored_instances, INSTANCES as u64);
+    println!("  {:>5}  {how}", bytes / INSTANCES);
+}
+
+/// Runs with the layer of the storage, and exports nothing.
+fn in_spans(storage: &WorkflowContextStorage, run: impl FnOnce()) {
+    let provider = SdkTracerProvider::builder().build();
+    let layer = storage.layer(provider.tracer("memory"));
+    tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), run);
+}
+
+fn print(what: &str, mut pauses: Vec<Duration>) {
+    pauses.sort_unstable();
+    let part = |of: f64| pauses[((pauses.len() - 1) as f64 * of) as usize];
+    let [median, late, later, last] = [0.5, 0.999, 0.99999, 1.0].map(part);
+    println!(
+        "  one that {what}: median {median:.1?}, 99.9 % within {late:.1?}, 99.999 % within {later:.1?}, worst {last:.1?}"
+    );
+}
+
+fn uuids(mut with: impl FnMut(&str)) {
+    let mut id = String::new();
+    for instance in 0..INSTANCES {
+        write_uuid(&mut id, instance);
+        with(&id);
+    }
+}
+
+fn write_uuid(id: &mut String, instance: usize) {
+    id.clear();
+    let bits = (instance as u128).wrapping_mul(0x9e37_79b9_7f4a_7c15_f39c_c060_5ced_c835);
+    let [a, b, c, d, e] = [bits >> 96, bits >> 80, bits >> 64, bits >> 48, bits];
+    let [b, c, d] = [b, c, d].map(|part| part as u16);
+    let e = e as u64 & 0xffff_ffff_ffff;
+    write!(id, "{:08x}-{b:04x}-{c:04x}-{d:04x}-{e:012x}", a as u32)
+        .expect("a String takes everything");
+}
+
+fn context() -> WorkflowContext {
+    let received = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    WorkflowContext::parse(received, "").expect("a good traceparent")
+}

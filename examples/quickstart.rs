@@ -1,0 +1,50 @@
+//! The smallest set-up: a workflow that is run in three executions falls into one trace.
+//!
+//! `cargo run --features testing --example quickstart`
+
+use opentelemetry::trace::TracerProvider as _;
+use opentelemetry_sdk::trace::{InMemorySpanExporter, SdkTracerProvider};
+use tracing_subscriber::prelude::*;
+use tracing_workflow_context::WorkflowContextStorage;
+use tracing_workflow_context::testing::TraceForest;
+
+#[tracing::instrument(fields(workflow.instance_id = %order))]
+fn reserve_stock(order: &str) {
+    tracing::info!("reserved");
+}
+
+#[tracing::instrument(fields(workflow.instance_id = %order))]
+fn charge_card(order: &str) {
+    ask_bank();
+}
+
+#[tracing::instrument]
+fn ask_bank() {}
+
+#[tracing::instrument(fields(workflow.instance_id = %order))]
+fn ship(order: &str) {}
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let exporter = InMemorySpanExporter::default();
+    let provider = SdkTracerProvider::builder()
+        .with_simple_exporter(exporter.clone())
+        .build();
+    let tracer = provider.tracer("quickstart");
+
+    let storage = WorkflowContextStorage::new();
+    tracing_subscriber::registry()
+        .with(storage.layer(tracer))
+        .init();
+
+    // An engine would run each step in another task, thread or process, and hand over nothing but the id.
+    reserve_stock("order-42");
+    std::thread::spawn(|| charge_card("order-42"))
+        .join()
+        .map_err(|_| "the worker thread panicked")?;
+    ship("order-42");
+
+    let forest = TraceForest::from_spans(&exporter.get_finished_spans()?);
+    println!("{forest}");
+    forest.assert_one_trace();
+    Ok(())
+}

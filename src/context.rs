@@ -1,0 +1,498 @@
+//! The stored value: where an instance's trace goes on.
+
+use std::fmt;
+use std::hash::{Hash, Hasher};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use opentelemetry::Context;
+use opentelemetry::propagation::{Extractor, Injector};
+use opentelemetry::trace::{SpanContext, SpanId, TraceContextExt, TraceFlags, TraceId, TraceState};
+use tracing_opentelemetry::OpenTelemetrySpanExt;
+
+use crate::traceparent::{self, TRACEPARENT, TRACESTATE, Traceparent};
+
+/// A place in a trace at which a workflow instance goes on: the ids of a span, its flags and its tracestate.
+///
+/// It always names a span: neither id is ever zero. It is small, and cheap to clone; a tracestate is shared between the
+/// clones.
+///
+/// Read and written by the rules of [W3C Trace Context level 2][w3c], to the letter: ids have their full length and
+/// lower-case digits, and neither is zero. Of the flags the sampled and the random bit are kept, and all others cleared.
+/// Text is written as version 00, and also read as any later version. A tracestate that breaks a rule (33 list members,
+/// an empty value, a key twice, more than 32 KiB altogether, ...) is dropped as a whole, and never costs the trace.
+/// Dropped with it are the keys that level 2 allows and OpenTelemetry's [`TraceState`] does not hold: those with two
+/// `@`, or with more than 13 characters after one.
+///
+/// # Examples
+///
+/// ```
+/// use tracing_workflow_context::WorkflowContext;
+///
+/// let sent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+/// let cx = WorkflowContext::parse(sent, "rojo=00f067aa0ba902b7")?;
+/// assert_eq!(cx.span_id().to_string(), "00f067aa0ba902b7");
+/// assert!(cx.is_sampled());
+/// assert_eq!(cx.traceparent(), sent);
+/// # Ok::<(), tracing_workflow_context::ParseContextError>(())
+/// ```
+///
+/// [w3c]: https://www.w3.org/TR/trace-context-2/
+#[derive(Clone)]
+pub struct WorkflowContext {
+    // Bytes, since a `TraceId` is aligned to 16 and would pad whatever this is a part of.
+    trace_id: [u8; 16],
+    span_id: [u8; 8],
+    /// Nanoseconds since the Unix epoch: enough until the year 2554.
+    recorded_at: u64,
+    trace_state: Option<Arc<TraceState>>,
+    flags: u8,
+    resumed: bool,
+    /// Came from outside of this process.
+    remote: bool,
+}
+
+// A store holds one for every live instance, so growth here is paid a million times.
+const _: () = assert!(size_of::<WorkflowContext>() <= 48);
+
+impl WorkflowContext {
+    /// The context of the current span: of the current `tracing` span, or else of the current OpenTelemetry context.
+    ///
+    /// Answers in a span which the sampler dropped too, as unsampled. A `tracing` span which the OpenTelemetry layer
+    /// does not see, because a filter hides it or because there is no such layer, is passed over for the OpenTelemetry
+    /// context. `None` if there is no valid span in either.
+    ///
+    /// A span which has not started yet is started by this, and cannot be given another parent after it.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use tracing_workflow_context::WorkflowContext;
+    ///
+    /// assert_eq!(WorkflowContext::current(), None);
+    ///
+    /// let received = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    /// let cx = WorkflowContext::parse(received, "")?;
+    /// let _attached = cx.to_otel().attach();
+    /// assert_eq!(WorkflowContext::current().unwrap().trace_id(), cx.trace_id());
+    /// # Ok::<(), tracing_workflow_context::ParseContextError>(())
+    /// ```
+    pub fn current() -> Option<Self> {
+        let of = |cx: &Context| Self::try_from(cx.span().span_context()).ok();
+        of(&tracing::Span::current().context()).or_else(|| Context::map_current(of))
+    }
+
+    /// Reads the values of a `traceparent` and a `tracestate` header; an empty `tracestate` means there was none.
+    ///
+    /// Spaces and tabs around the `traceparent` are ignored. Of a version later than 00, what follows the flags is
+    /// ignored. A bad `tracestate` is dropped. [`recorded_at`](Self::recorded_at) is the time of the call.
+    ///
+    /// # Errors
+    ///
+    /// If `traceparent` breaks a rule of the specification; the variants of [`ParseContextError`] name the rules.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use tracing_workflow_context::{ParseContextError, WorkflowContext};
+    ///
+    /// // Python's SDK sends the random flag along.
+    /// let from_python = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-03";
+    /// assert_eq!(WorkflowContext::parse(from_python, "")?.traceparent(), from_python);
+    ///
+    /// let no_trace = "00-00000000000000000000000000000000-00f067aa0ba902b7-01";
+    /// assert_eq!(WorkflowContext::parse(no_trace, ""), Err(ParseContextError::ZeroTraceId));
+    /// # Ok::<(), ParseContextError>(())
+    /// ```
+    pub fn parse(traceparent: &str, tracestate: &str) -> Result<Self, ParseContextError> {
+        Self::from_headers(traceparent, &[tracestate])
+    }
+
+    /// Reads the `traceparent` and `tracestate` headers of a carrier, as [`parse`](Self::parse) does.
+    ///
+    /// Several `tracestate` headers are read as one list, in their order.
+    ///
+    /// # Errors
+    ///
+    /// If the carrier has no `traceparent` or more than one, or one that [`parse`](Self::parse) refuses.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use std::collections::HashMap;
+    /// use tracing_workflow_context::{ParseContextError, WorkflowContext};
+    ///
+    /// let mut headers = HashMap::new();
+    /// assert_eq!(WorkflowContext::extract(&headers), Err(ParseContextError::Missing));
+    ///
+    /// let sent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    /// headers.insert("traceparent".to_owned(), sent.to_owned());
+    /// assert_eq!(WorkflowContext::extract(&headers)?.traceparent(), sent);
+    /// # Ok::<(), ParseContextError>(())
+    /// ```
+    pub fn extract(carrier: &dyn Extractor) -> Result<Self, ParseContextError> {
+        let traceparents = carrier.get_all(TRACEPARENT).unwrap_or_default();
+        match traceparents[..] {
+            [] => Err(ParseContextError::Missing),
+            [traceparent] => Self::from_headers(
+                traceparent,
+                &carrier.get_all(TRACESTATE).unwrap_or_default(),
+            ),
+            _ => Err(ParseContextError::Duplicate),
+        }
+    }
+
+    /// Writes the `traceparent` header to a carrier, and the `tracestate` header if there is anything in it.
+    ///
+    /// No carrier can be told to forget a header: one that already has a `tracestate` of another trace keeps it.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use std::collections::HashMap;
+    /// use tracing_workflow_context::WorkflowContext;
+    ///
+    /// let sent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    /// let mut headers = HashMap::new();
+    /// WorkflowContext::parse(sent, "")?.inject(&mut headers);
+    /// assert_eq!(headers, HashMap::from([("traceparent".to_owned(), sent.to_owned())]));
+    /// # Ok::<(), tracing_workflow_context::ParseContextError>(())
+    /// ```
+    pub fn inject(&self, carrier: &mut dyn Injector) {
+        carrier.set(TRACEPARENT, self.traceparent());
+        if let Some(state) = &self.trace_state {
+            carrier.set(TRACESTATE, state.header());
+        }
+    }
+
+    /// The value of a `traceparent` header: 55 characters, of version 00.
+    pub fn traceparent(&self) -> String {
+        let value = Traceparent {
+            trace_id: self.trace_id(),
+            span_id: self.span_id(),
+            flags: self.flags(),
+        };
+        String::from_utf8(value.write().to_vec()).unwrap_or_default()
+    }
+
+    /// The value of a `tracestate` header, or the empty string if there is nothing to send.
+    pub fn tracestate(&self) -> String {
+        self.trace_state
+            .as_ref()
+            .map(|state| state.header())
+            .unwrap_or_default()
+    }
+
+    /// The trace, never zero.
+    pub fn trace_id(&self) -> TraceId {
+        TraceId::from_bytes(self.trace_id)
+    }
+
+    /// The span at which the instance goes on, never zero.
+    pub fn span_id(&self) -> SpanId {
+        SpanId::from_bytes(self.span_id)
+    }
+
+    /// Whether the trace is recorded, as far as the span knew.
+    pub fn is_sampled(&self) -> bool {
+        self.flags().is_sampled()
+    }
+
+    /// Whether this is the context of a resumed instance, as `create_resumed` of a storage stores it.
+    pub fn is_resumed(&self) -> bool {
+        self.resumed
+    }
+
+    /// When the context was recorded for its instance; before it is, the time when it was read or taken from a span.
+    ///
+    /// Kept in nanoseconds, and within 1970 and 2554: times outside are moved to the nearer end.
+    pub fn recorded_at(&self) -> SystemTime {
+        // Does not overflow: every platform's clock reaches 584 years beyond 1970.
+        SystemTime::UNIX_EPOCH + Duration::from_nanos(self.recorded_at)
+    }
+
+    /// An OpenTelemetry context with this as its remote span and with nothing else, to attach or to make a parent.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use opentelemetry::trace::TraceContextExt;
+    /// use tracing_workflow_context::WorkflowContext;
+    ///
+    /// let sent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    /// let parent = WorkflowContext::parse(sent, "")?.to_otel();
+    /// assert!(parent.span().span_context().is_remote());
+    /// # Ok::<(), tracing_workflow_context::ParseContextError>(())
+    /// ```
+    pub fn to_otel(&self) -> Context {
+        Context::new().with_remote_span_context(self.to_span_context())
+    }
+
+    /// The same as a span context, marked remote.
+    pub(crate) fn to_span_context(&self) -> SpanContext {
+        let trace_state = self.trace_state.as_deref().cloned();
+        SpanContext::new(
+            self.trace_id(),
+            self.span_id(),
+            self.flags(),
+            true,
+            trace_state.unwrap_or_default(),
+        )
+    }
+
+    /// The context of a span, recorded at that time; `None` if it is invalid.
+    pub(crate) fn of_span(span: &SpanContext, recorded_at: SystemTime) -> Option<Self> {
+        Self::try_of_span(span, recorded_at).ok()
+    }
+
+    /// Puts together again what a store has kept; `None` if an id is zero.
+    ///
+    /// Flags without a meaning are cleared, and a bad tracestate is dropped.
+    #[allow(dead_code, reason = "for backends that keep bytes")]
+    pub(crate) fn from_parts(
+        trace_id: TraceId,
+        span_id: SpanId,
+        flags: TraceFlags,
+        trace_state: &TraceState,
+        recorded_at: SystemTime,
+        resumed: bool,
+    ) -> Option<Self> {
+        let ids = Traceparent::new(trace_id, span_id, flags).ok()?;
+        let cx = Self::new(ids, shared(trace_state), recorded_at, true);
+        Some(Self { resumed, ..cx })
+    }
+
+    /// The same, recorded at another time.
+    #[allow(dead_code, reason = "for backends that keep bytes")]
+    pub(crate) fn with_recorded_at(self, recorded_at: SystemTime) -> Self {
+        Self {
+            recorded_at: since_epoch(recorded_at),
+            ..self
+        }
+    }
+
+    /// The same, marked as the context of a resumed instance.
+    pub(crate) fn into_resumed(self) -> Self {
+        Self {
+            resumed: true,
+            ..self
+        }
+    }
+
+    /// Whether it came from outside of this process: as text, from a store, or as a span context marked remote.
+    pub(crate) fn is_remote(&self) -> bool {
+        self.remote
+    }
+
+    /// The sampled and the random flag.
+    pub(crate) fn flags(&self) -> TraceFlags {
+        TraceFlags::new(self.flags)
+    }
+
+    /// The tracestate, if there is anything in it.
+    #[allow(dead_code, reason = "for backends that keep bytes")]
+    pub(crate) fn trace_state(&self) -> Option<&Arc<TraceState>> {
+        self.trace_state.as_ref()
+    }
+
+    fn from_headers(traceparent: &str, tracestates: &[&str]) -> Result<Self, ParseContextError> {
+        // In this order: a tracestate means nothing without a traceparent ("Tracestate Header").
+        let ids = Traceparent::parse(traceparent)?;
+        let trace_state = traceparent::parse_tracestate(tracestates).map(Arc::new);
+        Ok(Self::new(ids, trace_state, SystemTime::now(), true))
+    }
+
+    fn try_of_span(span: &SpanContext, recorded_at: SystemTime) -> Result<Self, ParseContextError> {
+        let ids = Traceparent::new(span.trace_id(), span.span_id(), span.trace_flags())?;
+        let trace_state = shared(span.trace_state());
+        Ok(Self::new(ids, trace_state, recorded_at, span.is_remote()))
+    }
+
+    fn new(
+        ids: Traceparent,
+        trace_state: Option<Arc<TraceState>>,
+        recorded_at: SystemTime,
+        remote: bool,
+    ) -> Self {
+        Self {
+            trace_id: ids.trace_id.to_bytes(),
+            span_id: ids.span_id.to_bytes(),
+            recorded_at: since_epoch(recorded_at),
+            trace_state,
+            flags: ids.flags.to_u8(),
+            resumed: false,
+            remote,
+        }
+    }
+}
+
+/// Takes a span's context; [`recorded_at`](WorkflowContext::recorded_at) is the time of the call.
+///
+/// A tracestate that breaks a rule is dropped, as [`parse`](WorkflowContext::parse) does.
+///
+/// # Examples
+///
+/// ```
+/// use opentelemetry::trace::SpanContext;
+/// use tracing_workflow_context::{ParseContextError, WorkflowContext};
+///
+/// let invalid = WorkflowContext::try_from(&SpanContext::NONE);
+/// assert_eq!(invalid, Err(ParseContextError::ZeroTraceId));
+/// ```
+impl TryFrom<&SpanContext> for WorkflowContext {
+    type Error = ParseContextError;
+
+    /// # Errors
+    ///
+    /// [`ZeroTraceId`](ParseContextError::ZeroTraceId) or [`ZeroSpanId`](ParseContextError::ZeroSpanId) if the span
+    /// context is invalid.
+    fn try_from(span: &SpanContext) -> Result<Self, ParseContextError> {
+        Self::try_of_span(span, SystemTime::now())
+    }
+}
+
+/// Equal in all that can be asked: two readings of one header differ in [`recorded_at`](WorkflowContext::recorded_at).
+impl PartialEq for WorkflowContext {
+    fn eq(&self, other: &Self) -> bool {
+        // All but `remote`: a context that was written to a store and read again is still the same.
+        let parts = |cx: &Self| {
+            (
+                cx.trace_id,
+                cx.span_id,
+                cx.flags,
+                cx.recorded_at,
+                cx.resumed,
+            )
+        };
+        parts(self) == parts(other) && self.trace_state == other.trace_state
+    }
+}
+
+impl Eq for WorkflowContext {}
+
+impl Hash for WorkflowContext {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        // Tells most contexts apart; the rest need not be hashed.
+        (self.trace_id, self.span_id, self.recorded_at).hash(state);
+    }
+}
+
+/// With the ids in hex, as everybody else prints them.
+impl fmt::Debug for WorkflowContext {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WorkflowContext")
+            .field("traceparent", &self.traceparent())
+            .field("tracestate", &self.tracestate())
+            .field("recorded_at", &self.recorded_at())
+            .field("resumed", &self.resumed)
+            .finish()
+    }
+}
+
+/// Why a context could not be read. None of it repeats the input, which may be long and somebody else's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ParseContextError {
+    /// The carrier has no `traceparent`.
+    #[error("no traceparent in the carrier")]
+    Missing,
+    /// The carrier has two `traceparent`s or more, even if all are alike.
+    #[error("more than one traceparent in the carrier")]
+    Duplicate,
+    /// The `traceparent` is shorter than 55 bytes, or longer though its version is 00.
+    #[error("traceparent is not 55 bytes long")]
+    Length,
+    /// A dash is not where it must be: at byte 2, 35 and 52, and at byte 55 of a later version that is longer.
+    #[error("traceparent has no dash where one must be")]
+    Delimiter,
+    /// Something other than a lower-case hex digit stands in the version, an id, or the flags.
+    #[error("traceparent has a character that is no lower-case hex digit")]
+    Digit,
+    /// The version is `ff`, which no `traceparent` may have.
+    #[error("traceparent has the forbidden version ff")]
+    Version,
+    /// The trace id is all zeros.
+    #[error("the trace id is zero")]
+    ZeroTraceId,
+    /// The span id, which a `traceparent` calls parent id, is all zeros.
+    #[error("the span id is zero")]
+    ZeroSpanId,
+}
+
+/// A copy of a tracestate, unless there is nothing in it or it breaks a rule.
+fn shared(state: &TraceState) -> Option<Arc<TraceState>> {
+    let worth_keeping =
+        state.into_iter().next().is_some() && traceparent::is_valid_tracestate(state);
+    worth_keeping.then(|| Arc::new(state.clone()))
+}
+
+/// Nanoseconds since 1970, held within what 64 bits can say.
+pub(crate) fn since_epoch(time: SystemTime) -> u64 {
+    match time.duration_since(SystemTime::UNIX_EPOCH) {
+        Ok(age) => u64::try_from(age.as_nanos()).unwrap_or(u64::MAX),
+        Err(_) => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn kept(trace_id: u128, span_id: u64, recorded_at: SystemTime) -> Option<WorkflowContext> {
+        WorkflowContext::from_parts(
+            trace_id.into(),
+            span_id.into(),
+            TraceFlags::new(0xff),
+            &TraceState::from_key_value([("a", "1")]).expect("a valid list"),
+            recorded_at,
+            true,
+        )
+    }
+
+    #[test]
+    fn its_parts_make_the_same_context_again() {
+        let cx = WorkflowContext::parse(
+            "00-0000000000000000000000000000000a-000000000000000b-03",
+            "a=1",
+        )
+        .expect("a valid traceparent")
+        .into_resumed();
+        assert_eq!(kept(10, 11, cx.recorded_at()), Some(cx.clone()));
+        let later = cx.recorded_at() + Duration::from_nanos(1);
+        assert_ne!(kept(10, 11, later), Some(cx.clone()));
+        assert_eq!(kept(10, 11, later), Some(cx.with_recorded_at(later)));
+    }
+
+    #[test]
+    fn a_zero_id_makes_no_context() {
+        assert_eq!(kept(0, 11, SystemTime::now()), None);
+        assert_eq!(kept(10, 0, SystemTime::now()), None);
+    }
+
+    #[test]
+    fn times_outside_of_what_is_kept_are_moved_to_its_ends() {
+        let recorded = |at| kept(10, 11, at).expect("valid ids").recorded_at();
+        let [first, last] =
+            [0, u64::MAX].map(|ns| SystemTime::UNIX_EPOCH + Duration::from_nanos(ns));
+        assert_eq!(recorded(first - Duration::from_secs(1)), first);
+        assert_eq!(recorded(last), last);
+        assert_eq!(recorded(last + Duration::from_secs(1)), last);
+    }
+
+    #[test]
+    fn a_span_says_itself_whether_it_is_remote() {
+        let cx = kept(10, 11, SystemTime::now()).expect("valid ids");
+        let remote = cx.to_span_context();
+        let local = SpanContext::new(
+            cx.trace_id(),
+            cx.span_id(),
+            cx.flags(),
+            false,
+            TraceState::NONE,
+        );
+        for span in [remote, local] {
+            let cx = WorkflowContext::of_span(&span, SystemTime::now()).expect("valid ids");
+            assert_eq!(cx.is_remote(), span.is_remote());
+        }
+    }
+}

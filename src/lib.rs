@@ -1,0 +1,170 @@
+//! A `tracing` Layer that keeps one durable workflow instance in one OpenTelemetry trace: across tasks, threads,
+//! processes, crashes and replays.
+//!
+//! A durable-workflow engine runs one workflow as many short executions, and hands over its inputs between them, but
+//! not the trace context. Each execution therefore begins a trace of its own. With this layer the first span that
+//! names an instance is recorded, and every later one of that instance continues its trace, wherever it runs.
+//!
+//! ```toml
+//! [dependencies]
+//! opentelemetry = "0.33"
+//! opentelemetry_sdk = { version = "0.33", features = ["testing"] } # "testing" for the exporter of this example
+//! tracing = "0.1"
+//! tracing-subscriber = "0.3"
+//! tracing-workflow-context = "0.1"
+//! ```
+//!
+//! ```
+//! use opentelemetry::trace::TracerProvider as _;
+//! use opentelemetry_sdk::trace::{InMemorySpanExporter, SdkTracerProvider};
+//! use tracing_subscriber::prelude::*;
+//! use tracing_workflow_context::WorkflowContextStorage;
+//!
+//! #[tracing::instrument(fields(workflow.instance_id = %order))]
+//! fn charge_card(order: &str) {}
+//!
+//! #[tracing::instrument(fields(workflow.instance_id = %order))]
+//! fn ship(order: &str) {}
+//!
+//! let exporter = InMemorySpanExporter::default();
+//! let provider = SdkTracerProvider::builder().with_simple_exporter(exporter.clone()).build();
+//!
+//! // This layer stands where `tracing_opentelemetry::layer().with_tracer(tracer)` stood.
+//! let storage = WorkflowContextStorage::new();
+//! let layer = storage.layer(provider.tracer("orders"));
+//! tracing_subscriber::registry().with(layer).init();
+//!
+//! charge_card("order-42");
+//! std::thread::spawn(|| ship("order-42")).join().unwrap();
+//!
+//! let spans = exporter.get_finished_spans()?;
+//! assert_eq!(spans[0].span_context.trace_id(), spans[1].span_context.trace_id());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # Concepts
+//!
+//! - An **instance** is one run-to-completion of a workflow, named by a field of its spans. Whatever prints the same
+//!   names the same instance: `order`, `%order`, and `?order` without its quotes.
+//! - [`WorkflowContextStorage`] keeps one [`WorkflowContext`] for each instance. It is a cheap handle with an
+//!   [explicit API](WorkflowContextStorage::store) beside the layer, and there is a
+//!   [process-wide default](WorkflowContextStorage::global) with four free functions.
+//! - [`WorkflowContextLayer`] is the OpenTelemetry layer, extended. Spans that are made through the OpenTelemetry API
+//!   alone go through a [`WorkflowTracer`].
+//! - A [`Relation`] says how a span stands to what is stored, and a [`Continuation`] what is done; the defaults are
+//!   in one table, and each can be overridden.
+//!
+//! # Reserved fields
+//!
+//! | field | on | meaning |
+//! |---|---|---|
+//! | `workflow.instance_id` | a span | its instance; [engines](Engine) and [the builder](WorkflowContextStorageBuilder::instance_id_fields) add other names |
+//! | `workflow.run_id` | a span | the run of that instance, for engines that use an id again: each run has a trace of its own |
+//! | `workflow.parent_instance_id` | the first span of an instance | the instance that started it, whose trace it continues |
+//! | `workflow.replaying` | a span | `true`: the code has run before, and nothing is exported |
+//! | `workflow.status` | a span or an event in it | `completed`, `failed`, `terminated`, `canceled`, `cancelled` or `timed_out`, in any letter case: the instance is done |
+//! | `workflow.resumed` | written | on the first span in this process whose context another process recorded, and on a resumed agent's |
+//! | `workflow.resumed_after` | written | beside it, the seconds since that recording |
+//! | `workflow.relation` | written on links | the [`Relation`] that the link tells of |
+//! | `workflow.generation` | written | on the first span of a second, third, ... trace of an instance |
+//! | `agent.name` | written | on the span of a resumed agent |
+//!
+//! # What happens when
+//!
+//! - **A span is nested in its instance's trace already**: it stays where it is. Local nesting always wins.
+//! - **A span comes out of another trace**, a poller's or a request's: it continues the instance's trace, with a link to
+//!   where it came from.
+//! - **The id is recorded late**: a span that declares the field as `Empty` is held back until the id is recorded, its first
+//!   child opens, or it is left. After that its parent can no longer change, and it is linked instead.
+//! - **The engine opens a span around user code without an id**: a span named in an [`Engine`] preset or by
+//!   [`adopt_spans`](WorkflowContextStorageBuilder::adopt_spans) is held back until its first child, and joins the child's
+//!   instance.
+//! - **A span is held back**: `tracing::Span::current().context()` and [`WorkflowContext::current`] start it at once, but
+//!   `opentelemetry::Context::current()` does not see it yet. Code that injects headers by the latter directly within such
+//!   a span, before any child, sends the outer context; and a context that is attached by hand there lies beneath the span
+//!   once that starts. Ordinary spans are never held back.
+//! - **Only the orchestrator says that it is replaying**: spans within it that do not say so themselves count as replayed until
+//!   it records `workflow.replaying = false`. Where the engine's flag flips in the middle of a turn, read it for each span.
+//! - **Two threads open the first span of an instance at once**: the first one recorded wins, the other is linked to it.
+//! - **An instance is forgotten**, because it was idle, completed, evicted or cleaned up: its next span is recorded anew.
+//!   [`stats`](WorkflowContextStorage::stats) counts each cause and [`explain`](WorkflowContextStorage::explain) names it.
+//! - **The process restarts, or another machine goes on**: a [backend](WorkflowContextStorageBuilder::backend) still has the
+//!   contexts. Without one, hand them over by [`traceparent`](WorkflowContext::traceparent) and
+//!   [`parse`](WorkflowContext::parse), or [resume](WorkflowContextStorage::create_resumed).
+//! - **The layer's filter hides a span**: it is neither recorded nor continued, as if it were not there.
+//! - **The sampler drops the first span**: it is recorded as unsampled, and a sampler that heeds parents drops the rest.
+//!
+//! # Features
+//!
+//! None is on by default, and each only adds to the API.
+//!
+//! - `testing`: [`testing::TraceForest`](https://docs.rs/tracing-workflow-context/latest/tracing_workflow_context/testing/struct.TraceForest.html),
+//!   finished spans as trees to look at and to assert on. Adds `opentelemetry_sdk`.
+//! - `metrics`: the counters of a storage as OpenTelemetry metrics.
+//! - `redb`: [`RedbBackend`](https://docs.rs/tracing-workflow-context/latest/tracing_workflow_context/struct.RedbBackend.html),
+//!   contexts in a file that survives restarts. Adds `redb`, which needs Rust 1.90.
+//! - `redis`: [`RedisBackend`](https://docs.rs/tracing-workflow-context/latest/tracing_workflow_context/struct.RedisBackend.html),
+//!   contexts on a Redis or Valkey server that many machines share. Adds `redis` and `serde_json`.
+//! - `redis-tls`: the same by TLS. Adds `rustls` and `ring`, which needs a C compiler.
+//!
+//! # Limits
+//!
+//! - A subscriber can have one OpenTelemetry layer, this one included.
+//! - An attribute that `OpenTelemetrySpanExt::set_attribute` adds before the span starts tags it only if the span declares
+//!   some reserved field; `tracing` itself records declared fields only.
+//! - Beside the latest run of an instance, eight older ones are kept for their late spans.
+//! - An instance id has at most [`MAX_INSTANCE_ID_BYTES`]; a longer one is counted, and its span left alone.
+
+// Not in Cargo.toml: examples and benches print.
+#![warn(clippy::print_stdout)]
+
+#[cfg(feature = "testing")]
+mod backend_check;
+mod clock;
+mod context;
+mod deferral;
+mod error;
+mod explain;
+mod fields;
+mod global;
+mod layer;
+#[cfg(feature = "metrics")]
+mod metrics;
+mod placement;
+mod policy;
+mod replay;
+mod scoped;
+mod storage;
+#[cfg(feature = "testing")]
+pub mod testing;
+mod traceparent;
+mod tracer;
+mod warnings;
+
+pub use clock::Clock;
+pub use context::{ParseContextError, WorkflowContext};
+pub use error::{
+    BackendError, BuildError, CreateResumedError, InvalidInstanceId, MAX_INSTANCE_ID_BYTES,
+    StorageError,
+};
+pub use explain::{Absence, Explanation};
+pub use fields::Engine;
+pub use global::{
+    cleanup_workflow_context, get_context_storage_stats, get_workflow_context,
+    store_workflow_context,
+};
+pub use layer::WorkflowContextLayer;
+pub use policy::{Continuation, Relation};
+pub use storage::backend::{Record, StorageBackend, Write};
+pub use storage::builder::WorkflowContextStorageBuilder;
+pub use storage::memory_backend::MemoryBackend;
+#[cfg(feature = "redb")]
+pub use storage::redb::{OpenError, RedbBackend, RedbSync};
+#[cfg(feature = "redis")]
+pub use storage::redis::{ConnectError, Form, RedisBackend};
+pub use storage::{Stats, WorkflowContextStorage};
+pub use tracer::{WorkflowSpan, WorkflowTracer};
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct ReadMeDoctests;

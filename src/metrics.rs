@@ -1,0 +1,254 @@
+//! The counters of a storage as OpenTelemetry metrics.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use opentelemetry::KeyValue;
+use opentelemetry::metrics::{AsyncInstrument, Meter};
+
+use crate::storage::{Stats, WorkflowContextStorage};
+
+impl WorkflowContextStorage {
+    /// Reports the counters of [`stats`](Self::stats) to a meter, whenever its reader collects.
+    ///
+    /// | metric | instrument | unit | attribute | counter |
+    /// |---|---|---|---|---|
+    /// | `workflow.context.instance.count` | up-down counter | `{instance}` | | `stored_instances` |
+    /// | `workflow.context.instance.dropped` | counter | `{instance}` | `workflow.context.reason` = `expired` | `expired` |
+    /// | | | | `workflow.context.reason` = `evicted` | `evicted` |
+    /// | `workflow.context.lookups` | counter | `{lookup}` | `workflow.context.result` = `hit` | `hits` |
+    /// | | | | `workflow.context.result` = `miss` | `misses` |
+    /// | `workflow.context.id.oversized` | counter | `{id}` | | `oversized` |
+    /// | `workflow.context.span.late` | counter | `{span}` | | `late` |
+    /// | `workflow.context.span.conflicting` | counter | `{span}` | | `conflicts` |
+    /// | `workflow.context.span.replayed` | counter | `{span}` | | `replayed` |
+    /// | `workflow.context.span.deferred` | counter | `{span}` | | `deferred` |
+    /// | `workflow.context.span.adopted` | counter | `{span}` | | `adopted` |
+    /// | `workflow.context.event.replayed` | counter | `{event}` | | `replayed_events` |
+    /// | `workflow.context.backend.record.malformed` | counter | `{record}` | | `malformed` |
+    /// | `workflow.context.backend.write.dropped` | counter | `{write}` | | `dropped_writes` |
+    /// | `workflow.context.backend.call.failed` | counter | `{call}` | | `backend_errors` |
+    ///
+    /// The meter given last is the one that is reported to, so calling this again doubles nothing. The storage is
+    /// not kept alive: once its last handle is dropped, nothing is reported. Two storages need meters of different
+    /// scopes, since no attribute tells them apart.
+    ///
+    /// ```
+    /// use opentelemetry::global;
+    /// use tracing_workflow_context::WorkflowContextStorage;
+    ///
+    /// let storage = WorkflowContextStorage::new();
+    /// storage.register_metrics(&global::meter("my-worker"));
+    /// ```
+    pub fn register_metrics(&self, meter: &Meter) {
+        let registration = self.core.registrations.begin();
+        let observe = |points: &'static [Point]| {
+            let core = Arc::downgrade(&self.core);
+            move |report: &dyn Fn(u64, &[KeyValue])| {
+                if let Some(core) = core
+                    .upgrade()
+                    .filter(|core| core.registrations.is_last(registration))
+                {
+                    let stats = core.stats();
+                    points.iter().for_each(|point| point.report(&stats, report));
+                }
+            }
+        };
+        for Instrument {
+            name,
+            unit,
+            description,
+            kind,
+            points,
+        } in &INSTRUMENTS
+        {
+            let observe = observe(points);
+            match kind {
+                Kind::Counter => {
+                    let observe = move |to: &dyn AsyncInstrument<u64>| {
+                        observe(&|value, of| to.observe(value, of))
+                    };
+                    let counter = meter.u64_observable_counter(*name).with_unit(*unit);
+                    counter
+                        .with_description(*description)
+                        .with_callback(observe)
+                        .build();
+                }
+                Kind::UpDownCounter => {
+                    let observe = move |to: &dyn AsyncInstrument<i64>| {
+                        observe(&|value, of| {
+                            to.observe(i64::try_from(value).unwrap_or(i64::MAX), of)
+                        });
+                    };
+                    let counter = meter.i64_observable_up_down_counter(*name).with_unit(*unit);
+                    counter
+                        .with_description(*description)
+                        .with_callback(observe)
+                        .build();
+                }
+            }
+        }
+    }
+}
+
+/// Tells the last registration of a storage from those before: a meter forgets no callback.
+#[derive(Debug, Default)]
+pub(crate) struct Registrations(AtomicU64);
+
+impl Registrations {
+    fn begin(&self) -> u64 {
+        self.0.fetch_add(1, Relaxed) + 1
+    }
+
+    fn is_last(&self, registration: u64) -> bool {
+        self.0.load(Relaxed) == registration
+    }
+}
+
+struct Instrument {
+    name: &'static str,
+    unit: &'static str,
+    description: &'static str,
+    kind: Kind,
+    points: &'static [Point],
+}
+
+enum Kind {
+    Counter,
+    UpDownCounter,
+}
+
+/// One time series of an instrument.
+struct Point {
+    attribute: Option<(&'static str, &'static str)>,
+    value: fn(&Stats) -> u64,
+}
+
+impl Point {
+    const fn all(value: fn(&Stats) -> u64) -> Self {
+        Self {
+            attribute: None,
+            value,
+        }
+    }
+
+    const fn of(key: &'static str, is: &'static str, value: fn(&Stats) -> u64) -> Self {
+        Self {
+            attribute: Some((key, is)),
+            value,
+        }
+    }
+
+    fn report(&self, stats: &Stats, report: &dyn Fn(u64, &[KeyValue])) {
+        let value = (self.value)(stats);
+        match self.attribute {
+            Some((key, is)) => report(value, &[KeyValue::new(key, is)]),
+            None => report(value, &[]),
+        }
+    }
+}
+
+const REASON: &str = "workflow.context.reason";
+const RESULT: &str = "workflow.context.result";
+
+/// One instrument with an attribute where the values add up to something, one for each where they do not: a span
+/// can be late and deferred.
+static INSTRUMENTS: [Instrument; 13] = [
+    Instrument {
+        name: "workflow.context.instance.count",
+        unit: "{instance}",
+        description: "Workflow instances whose trace context is in memory.",
+        kind: Kind::UpDownCounter,
+        points: &[Point::all(|stats| stats.stored_instances)],
+    },
+    Instrument {
+        name: "workflow.context.instance.dropped",
+        unit: "{instance}",
+        description: "Workflow instances that memory dropped: expired, or evicted because there were too many.",
+        kind: Kind::Counter,
+        points: &[
+            Point::of(REASON, "expired", |stats| stats.expired),
+            Point::of(REASON, "evicted", |stats| stats.evicted),
+        ],
+    },
+    Instrument {
+        name: "workflow.context.lookups",
+        unit: "{lookup}",
+        description: "Lookups of the trace context of a workflow instance.",
+        kind: Kind::Counter,
+        points: &[
+            Point::of(RESULT, "hit", |stats| stats.hits),
+            Point::of(RESULT, "miss", |stats| stats.misses),
+        ],
+    },
+    Instrument {
+        name: "workflow.context.id.oversized",
+        unit: "{id}",
+        description: "Workflow instance ids that were refused because they are too long.",
+        kind: Kind::Counter,
+        points: &[Point::all(|stats| stats.oversized)],
+    },
+    Instrument {
+        name: "workflow.context.span.late",
+        unit: "{span}",
+        description: "Spans that named their workflow instance after they had started.",
+        kind: Kind::Counter,
+        points: &[Point::all(|stats| stats.late)],
+    },
+    Instrument {
+        name: "workflow.context.span.conflicting",
+        unit: "{span}",
+        description: "Spans that lost the race for being the recorded one of their workflow instance.",
+        kind: Kind::Counter,
+        points: &[Point::all(|stats| stats.conflicts)],
+    },
+    Instrument {
+        name: "workflow.context.span.replayed",
+        unit: "{span}",
+        description: "Spans that were not exported because they are replays.",
+        kind: Kind::Counter,
+        points: &[Point::all(|stats| stats.replayed)],
+    },
+    Instrument {
+        name: "workflow.context.span.deferred",
+        unit: "{span}",
+        description: "Spans whose start was held back until their workflow instance was known.",
+        kind: Kind::Counter,
+        points: &[Point::all(|stats| stats.deferred)],
+    },
+    Instrument {
+        name: "workflow.context.span.adopted",
+        unit: "{span}",
+        description: "Spans without an id that joined the workflow instance of their first child.",
+        kind: Kind::Counter,
+        points: &[Point::all(|stats| stats.adopted)],
+    },
+    Instrument {
+        name: "workflow.context.event.replayed",
+        unit: "{event}",
+        description: "Events that were dropped with a replayed span.",
+        kind: Kind::Counter,
+        points: &[Point::all(|stats| stats.replayed_events)],
+    },
+    Instrument {
+        name: "workflow.context.backend.record.malformed",
+        unit: "{record}",
+        description: "Records of the backend that could not be decoded.",
+        kind: Kind::Counter,
+        points: &[Point::all(|stats| stats.malformed)],
+    },
+    Instrument {
+        name: "workflow.context.backend.write.dropped",
+        unit: "{write}",
+        description: "Writes that were dropped because too many waited for the backend.",
+        kind: Kind::Counter,
+        points: &[Point::all(|stats| stats.dropped_writes)],
+    },
+    Instrument {
+        name: "workflow.context.backend.call.failed",
+        unit: "{call}",
+        description: "Calls of the backend that failed.",
+        kind: Kind::Counter,
+        points: &[Point::all(|stats| stats.backend_errors)],
+    },
+];

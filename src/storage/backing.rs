@@ -1,0 +1,588 @@
+//! Between memory and a backend: bounded waits, a writer that groups, a breaker for what is dead.
+//!
+//! A span never calls a backend. One thread carries out the writes, in groups; another one answers lookups, for
+//! which a span waits no longer than its budget. A backend that fails or is too slow several times in a row is
+//! asked only once in a while until it answers again.
+
+use std::cell::Cell;
+use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::backend::{Record, StorageBackend, Write};
+use super::core::Counter;
+use super::queue::{Claims, InFlight, Known, OnWinner, Waiting};
+use crate::error::BackendError;
+
+/// How many writes go to the backend as one group.
+const GROUP: usize = 1000;
+
+/// How long writes gather before they go: who writes needs not wake the writer each time.
+const GATHERING: Duration = Duration::from_millis(1);
+
+/// After how many times that nothing gathered the writer goes to sleep, and is to be woken.
+const WAKEFUL: u32 = 64;
+
+/// How many lookups wait to be answered at most; one more is not asked.
+const LOOKUPS: usize = 1024;
+
+/// Failures in a row after which the backend is taken for dead.
+const FAILURES: u32 = 3;
+
+/// How long a dead backend, or a failed group of writes, is left alone: doubled each time up to the second.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+
+/// The writer and the reader.
+const THREADS: usize = 2;
+
+/// The longest wait of `flush`, and of the last handle that is dropped.
+const FLUSH_PATIENCE: Duration = Duration::from_secs(30);
+const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
+
+thread_local! {
+    /// How long the span that is starting on this thread, or the call, has waited for the backend.
+    static WAITED: Cell<Duration> = const { Cell::new(Duration::ZERO) };
+}
+
+/// A backend and the threads that use it.
+pub(super) struct Backing {
+    shared: Arc<Queuing>,
+    /// `None` only while it is being dropped.
+    lookups: Option<SyncSender<Lookup>>,
+    budget: Duration,
+}
+
+pub(super) struct Queuing {
+    backend: Mutex<Option<Arc<dyn StorageBackend>>>,
+    queue: Mutex<Queue>,
+    /// Something was queued, or is waited for.
+    queued: Condvar,
+    /// A group was written, or could not be; a thread has ended.
+    settled: Condvar,
+    /// Two, since what answers reads need not answer writes, nor the other way round.
+    reads: Breaker,
+    writes: Breaker,
+    dropped_writes: Counter,
+    errors: Counter,
+}
+
+#[derive(Default)]
+struct Queue {
+    waiting: Waiting,
+    /// What is being written, or could not be, and is tried again before anything else.
+    in_flight: Option<Arc<InFlight>>,
+    /// Counts what was queued: up to where it was taken, was written, is to be flushed, and was.
+    submitted: u64,
+    taken: u64,
+    flush_wanted: u64,
+    written: u64,
+    flushed: u64,
+    failures: u64,
+    /// The last of them.
+    failure: String,
+    /// Somebody waits for what was queued last.
+    is_urgent: bool,
+    /// The writer does not look by itself.
+    is_asleep: bool,
+    closing: bool,
+    threads: usize,
+}
+
+struct Lookup {
+    key: String,
+    deadline: Instant,
+    answer: SyncSender<Option<Record>>,
+}
+
+impl Backing {
+    pub(super) fn new(backend: Arc<dyn StorageBackend>, budget: Duration) -> std::io::Result<Self> {
+        let shared = Arc::new(Queuing {
+            backend: Mutex::new(Some(backend)),
+            queue: Mutex::default(),
+            queued: Condvar::new(),
+            settled: Condvar::new(),
+            reads: Breaker::default(),
+            writes: Breaker::default(),
+            dropped_writes: Counter::default(),
+            errors: Counter::default(),
+        });
+        let (lookups, asked) = sync_channel(LOOKUPS);
+        let backing = Self {
+            shared: shared.clone(),
+            lookups: Some(lookups),
+            budget,
+        };
+        let answering = shared.clone();
+        spawn("workflow-context-writes", &shared, move |shared| {
+            shared.write_until_closed()
+        })?;
+        spawn("workflow-context-lookups", &answering, move |shared| {
+            shared.answer(&asked)
+        })?;
+        Ok(backing)
+    }
+
+    /// A span begins to start on this thread, or a call: all its questions share one budget.
+    pub(super) fn begin() {
+        WAITED.set(Duration::ZERO);
+    }
+
+    /// Asks for a key, and waits for the answer within the budget; `None` where there is none by then.
+    pub(super) fn get(&self, key: &str) -> Option<Record> {
+        if self.budget.is_zero() {
+            return None;
+        }
+        let until = match self.shared.queue().known(key) {
+            Some(Known::Record(record)) => return Some(record),
+            Some(Known::Gone) => return None,
+            Some(Known::Until(moment)) => Some(moment),
+            None => None,
+        };
+        let left = self.left()?;
+        if !self.shared.reads.lets_through() {
+            return None;
+        }
+        let (answer, answered) = sync_channel(1);
+        let lookup = Lookup {
+            key: key.to_owned(),
+            deadline: Instant::now().checked_add(left)?,
+            answer,
+        };
+        // Too many are asked for already, or the thread is gone.
+        self.lookups.as_ref()?.try_send(lookup).ok()?;
+        let mut record = self.wait(&answered, left, &self.shared.reads)??;
+        record.expires_at = until.unwrap_or(record.expires_at);
+        Some(record)
+    }
+
+    /// What is left of the budget, if anything is.
+    fn left(&self) -> Option<Duration> {
+        let left = self.budget.saturating_sub(WAITED.get());
+        (!left.is_zero()).then_some(left)
+    }
+
+    /// Waits for an answer; none at all is a failure of the backend.
+    fn wait<T>(&self, answered: &Receiver<T>, most: Duration, breaker: &Breaker) -> Option<T> {
+        let start = Instant::now();
+        let answer = answered.recv_timeout(most);
+        WAITED.set(WAITED.get() + start.elapsed());
+        if let Err(RecvTimeoutError::Timeout) = answer {
+            breaker.failed();
+        }
+        answer.ok()
+    }
+
+    pub(super) fn write(&self, write: Write) {
+        self.shared.write(write, None);
+    }
+
+    /// Queues a write whose winner matters.
+    pub(super) fn claim(&self, write: Write, on_winner: OnWinner) {
+        self.shared.write(write, Some(on_winner));
+    }
+
+    /// Queues a write and waits for what becomes of it, within the budget.
+    pub(super) fn claim_now(&self, write: Write, on_winner: OnWinner) {
+        let Some(left) = self.left().filter(|_| self.shared.writes.lets_through()) else {
+            return self.claim(write, on_winner);
+        };
+        let (done, is_done) = sync_channel(1);
+        let on_winner: OnWinner = Box::new(move |winner, queuing| {
+            on_winner(winner, queuing);
+            let _ = done.try_send(());
+        });
+        self.shared.write(write, Some(on_winner));
+        self.shared.queue().is_urgent = true;
+        self.shared.queued.notify_one();
+        let _ = self.wait(&is_done, left, &self.shared.writes);
+    }
+
+    /// Shows all that the backend has; `false` where it failed, and that was perhaps not all.
+    pub(super) fn load(&self, visit: &mut dyn FnMut(&str, Record)) -> bool {
+        let backend = self.shared.backend();
+        let loaded = backend.is_some_and(|backend| tried(|| backend.scan(visit)).is_ok());
+        if !loaded {
+            self.shared.errors.add();
+            self.shared.reads.failed();
+        }
+        loaded
+    }
+
+    /// Waits until all that was queued by now is written and flushed, or an attempt at it has failed.
+    pub(super) fn flush(&self) -> Result<(), BackendError> {
+        let mut queue = self.shared.queue();
+        let target = queue.submitted;
+        let failures = queue.failures;
+        queue.flush_wanted = target;
+        self.shared.queued.notify_one();
+        let deadline = Instant::now() + FLUSH_PATIENCE;
+        while queue.flushed < target {
+            if queue.failures != failures || queue.threads < THREADS {
+                return Err(BackendError::new(
+                    "the backend did not take what was written",
+                    Some(queue.failure.clone().into()),
+                ));
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(BackendError::new(
+                    "the backend took too long to flush",
+                    None,
+                ));
+            }
+            queue = wait(&self.shared.settled, queue, left);
+        }
+        Ok(())
+    }
+
+    pub(super) fn queuing(&self) -> &Arc<Queuing> {
+        &self.shared
+    }
+
+    pub(super) fn is_down(&self) -> bool {
+        self.shared.reads.is_open() || self.shared.writes.is_open()
+    }
+
+    pub(super) fn dropped_writes(&self) -> u64 {
+        self.shared.dropped_writes.get()
+    }
+
+    pub(super) fn errors(&self) -> u64 {
+        self.shared.errors.get()
+    }
+
+    pub(super) fn malformed(&self) -> u64 {
+        self.shared
+            .backend()
+            .map_or(0, |backend| backend.malformed())
+    }
+}
+
+impl Drop for Backing {
+    /// Writes what is queued, and lets go of the backend, as long as that does not take too long.
+    fn drop(&mut self) {
+        self.lookups = None;
+        let mut queue = self.shared.queue();
+        queue.closing = true;
+        self.shared.queued.notify_one();
+        let deadline = Instant::now() + CLOSE_PATIENCE;
+        while queue.threads > 0 {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            queue = wait(&self.shared.settled, queue, left);
+        }
+        drop(queue);
+        let backend = self
+            .shared
+            .backend
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        drop(backend);
+    }
+}
+
+impl Queuing {
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn backend(&self) -> Option<Arc<dyn StorageBackend>> {
+        self.backend
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Queues a write. What waits under the same key is replaced where it is no longer needed.
+    pub(super) fn write(&self, write: Write, on_winner: Option<OnWinner>) {
+        let mut queue = self.queue();
+        queue.submitted += 1;
+        let (_unneeded, is_dropped) = queue.waiting.add(write, on_winner);
+        let wakes = std::mem::take(&mut queue.is_asleep);
+        drop(queue);
+        if is_dropped {
+            self.dropped_writes.add();
+        }
+        if wakes {
+            self.queued.notify_one();
+        }
+    }
+
+    fn write_until_closed(&self) {
+        let Some(backend) = self.backend() else {
+            return;
+        };
+        let mut claims = Claims::new();
+        let mut backoff = BACKOFF.0;
+        loop {
+            let mut queue = self.await_work();
+            if queue.in_flight.is_none() {
+                queue.taken = queue.submitted;
+                if !queue.waiting.is_empty() {
+                    let (taken, theirs) = queue.waiting.take();
+                    queue.in_flight = Some(Arc::new(taken));
+                    claims = theirs;
+                }
+            }
+            let in_flight = queue.in_flight.clone();
+            drop(queue);
+
+            let written = match &in_flight {
+                Some(in_flight) => self.write_groups(&*backend, in_flight, &mut claims),
+                None => Ok(()),
+            };
+            let mut queue = self.queue();
+            if written.is_ok() {
+                queue.in_flight = None;
+                queue.written = queue.taken;
+            }
+            let last = queue.closing && queue.waiting.is_empty();
+            let wanted = (queue.flushed + 1..=queue.written).contains(&queue.flush_wanted);
+            drop(queue);
+            // Where nothing is locked: there may be much in it.
+            drop(in_flight);
+            let outcome = written.and_then(|()| match last || wanted {
+                true => tried(|| backend.flush()).map(|()| true),
+                false => Ok(false),
+            });
+
+            let mut queue = self.queue();
+            match &outcome {
+                Ok(is_flushed) => {
+                    self.writes.succeeded();
+                    backoff = BACKOFF.0;
+                    if *is_flushed {
+                        queue.flushed = queue.written;
+                    }
+                }
+                Err(error) => {
+                    self.errors.add();
+                    self.writes.failed();
+                    queue.failures += 1;
+                    queue.failure = error.to_string();
+                    // Who waits for it is told, and may ask again.
+                    queue.flush_wanted = queue.flushed;
+                }
+            }
+            self.settled.notify_all();
+            if queue.closing && (last || outcome.is_err()) {
+                return;
+            }
+            if outcome.is_err() {
+                // A flush or the end cuts this short: somebody waits for one more try.
+                let deadline = Instant::now() + backoff;
+                backoff = (backoff * 2).min(BACKOFF.1);
+                while !queue.is_waited_for() && Instant::now() < deadline {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    queue = wait(&self.queued, queue, left);
+                }
+            }
+        }
+    }
+
+    /// Returns when there is something to be written or flushed.
+    fn await_work(&self) -> MutexGuard<'_, Queue> {
+        let mut queue = self.queue();
+        let mut idle = 0;
+        loop {
+            if queue.is_waited_for() || queue.in_flight.is_some() {
+                return queue;
+            }
+            if idle < WAKEFUL {
+                let gathers = |queue: &mut Queue| !queue.is_urgent && !queue.is_waited_for();
+                let waited = self.queued.wait_timeout_while(queue, GATHERING, gathers);
+                queue = waited.unwrap_or_else(PoisonError::into_inner).0;
+                queue.is_urgent = false;
+                if !queue.waiting.is_empty() {
+                    return queue;
+                }
+                idle += 1;
+            } else {
+                queue.is_asleep = true;
+                let sleeps = |queue: &mut Queue| queue.is_asleep && !queue.is_waited_for();
+                let waited = self.queued.wait_while(queue, sleeps);
+                queue = waited.unwrap_or_else(PoisonError::into_inner);
+                queue.is_asleep = false;
+                idle = 0;
+            }
+        }
+    }
+
+    /// Writes what is left of it, and tells those who have claimed a key what is stored there.
+    fn write_groups(
+        &self,
+        backend: &dyn StorageBackend,
+        in_flight: &InFlight,
+        claims: &mut Claims,
+    ) -> Result<(), BackendError> {
+        loop {
+            let (group, places) = in_flight.next_group(GROUP);
+            if places.is_empty() {
+                return Ok(());
+            }
+            let winners = match group.is_empty() {
+                true => Vec::new(),
+                false => tried(|| backend.write(&group))?,
+            };
+            in_flight.are_written(places.clone());
+            let claims = claims.drain(..places.len());
+            let claims = in_flight.claims_of_writes(places, claims);
+            let winners = winners.into_iter().chain(std::iter::repeat(None));
+            for ((write, winner), claim) in group.into_iter().zip(winners).zip(claims) {
+                let (Write::Put(_, own) | Write::PutIfAbsent(_, own)) = write else {
+                    continue;
+                };
+                if let Some(on_winner) = claim {
+                    on_winner(winner.unwrap_or(own), self);
+                }
+            }
+        }
+    }
+
+    fn answer(&self, asked: &Receiver<Lookup>) {
+        let Some(backend) = self.backend() else {
+            return;
+        };
+        while let Ok(Lookup {
+            key,
+            deadline,
+            answer,
+        }) = asked.recv()
+        {
+            if Instant::now() > deadline {
+                continue;
+            }
+            match tried(|| backend.get(&key)) {
+                Ok(found) => {
+                    if Instant::now() <= deadline {
+                        self.reads.succeeded();
+                    }
+                    let _ = answer.try_send(found);
+                }
+                Err(_) => {
+                    self.errors.add();
+                    self.reads.failed();
+                    let _ = answer.try_send(None);
+                }
+            }
+        }
+    }
+}
+
+/// Has a panic of the backend, which it must not do, be a failure like any other.
+fn tried<R>(call: impl FnOnce() -> Result<R, BackendError>) -> Result<R, BackendError> {
+    catch_unwind(AssertUnwindSafe(call))
+        .unwrap_or_else(|_| Err(BackendError::new("the backend panicked", None)))
+}
+
+impl Queue {
+    /// What a key has as soon as everything is written.
+    fn known(&self, key: &str) -> Option<Known> {
+        let in_flight = || self.in_flight.as_ref()?.known(key);
+        self.waiting.known(key).or_else(in_flight)
+    }
+
+    fn is_waited_for(&self) -> bool {
+        self.closing || self.flush_wanted > self.flushed
+    }
+}
+
+/// Keeps callers away from a backend that does not answer.
+#[derive(Default)]
+struct Breaker {
+    failures: AtomicU32,
+    state: Mutex<Option<Open>>,
+}
+
+struct Open {
+    until: Instant,
+    pause: Duration,
+}
+
+impl Breaker {
+    /// `false` while the backend is to be left alone; else one caller tries, once a pause.
+    fn lets_through(&self) -> bool {
+        if self.failures.load(Relaxed) < FAILURES {
+            return true;
+        }
+        let now = Instant::now();
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        match &mut *state {
+            Some(open) if now < open.until => false,
+            Some(open) => {
+                open.pause = (open.pause * 2).min(BACKOFF.1);
+                open.until = now + open.pause;
+                true
+            }
+            None => true,
+        }
+    }
+
+    fn failed(&self) {
+        let failures = self.failures.fetch_add(1, Relaxed).saturating_add(1);
+        if failures == FAILURES {
+            let open = Open {
+                until: Instant::now() + BACKOFF.0,
+                pause: BACKOFF.0,
+            };
+            *self.state.lock().unwrap_or_else(PoisonError::into_inner) = Some(open);
+        }
+    }
+
+    fn succeeded(&self) {
+        if self.failures.swap(0, Relaxed) >= FAILURES {
+            *self.state.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        }
+    }
+
+    fn is_open(&self) -> bool {
+        self.failures.load(Relaxed) >= FAILURES
+    }
+}
+
+fn spawn(
+    name: &str,
+    shared: &Arc<Queuing>,
+    run: impl FnOnce(&Queuing) + Send + 'static,
+) -> std::io::Result<()> {
+    /// Counts the thread out, however it ends.
+    struct Alive(Arc<Queuing>);
+    impl Drop for Alive {
+        fn drop(&mut self) {
+            self.0.queue().threads -= 1;
+            self.0.settled.notify_all();
+        }
+    }
+    shared.queue().threads += 1;
+    let alive = Alive(shared.clone());
+    thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(move || run(&alive.0))
+        .map(drop)
+}
+
+fn wait<'a>(
+    condvar: &Condvar,
+    queue: MutexGuard<'a, Queue>,
+    most: Duration,
+) -> MutexGuard<'a, Queue> {
+    condvar
+        .wait_timeout(queue, most)
+        .unwrap_or_else(PoisonError::into_inner)
+        .0
+}
+
+impl fmt::Debug for Backing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Backing")
+            .field("budget", &self.budget)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,326 @@
+//! The settings of a storage.
+
+use std::borrow::Cow;
+use std::sync::{Arc, RwLock};
+use std::time::Duration;
+
+use super::WorkflowContextStorage;
+use super::backend::StorageBackend;
+use super::beyond::{Beyond, Lifetimes};
+use super::core::{Bounds, Core, Recorders, StandIns};
+use super::memory::{Limits, Memory};
+use crate::clock::{Clock, SystemClock, ticks};
+use crate::error::BuildError;
+use crate::fields::{self, Engine, Fields};
+use crate::policy::{Continuation, Policy, Relation};
+use crate::warnings::Warnings;
+
+const IDLE_TTL: Duration = Duration::from_secs(24 * 60 * 60);
+const COMPLETED_GRACE: Duration = Duration::from_secs(5 * 60);
+
+/// The settings of a [`WorkflowContextStorage`].
+///
+/// | setting | default |
+/// |---|---|
+/// | [`instance_id_fields`](Self::instance_id_fields) | `workflow.instance_id` |
+/// | [`engine`](Self::engine) | none |
+/// | [`adopt_spans`](Self::adopt_spans) | none |
+/// | [`replay_field`](Self::replay_field) | `workflow.replaying` |
+/// | [`max_instances`](Self::max_instances) | 1,000,000 |
+/// | [`idle_ttl`](Self::idle_ttl) | 24 hours |
+/// | [`completed_grace`](Self::completed_grace) | 5 minutes |
+/// | [`max_age`](Self::max_age) | none |
+/// | [`max_spans`](Self::max_spans) | none |
+/// | [`relation`](Self::relation) | the table at [`Relation`] |
+/// | [`backend`](Self::backend) | none |
+/// | [`lookup_budget`](Self::lookup_budget) | 5 ms |
+/// | [`write_through`](Self::write_through) | `false` |
+/// | [`resample_on`](Self::resample_on) | no relation |
+/// | [`recent_decisions`](Self::recent_decisions) | 1024 |
+/// | [`clock`](Self::clock) | the operating system's |
+#[derive(Debug)]
+#[must_use = "a builder does nothing until build() is called"]
+pub struct WorkflowContextStorageBuilder {
+    instance_id_fields: Vec<Cow<'static, str>>,
+    engines: Vec<Engine>,
+    adopted_spans: Vec<Cow<'static, str>>,
+    replay_fields: Vec<Cow<'static, str>>,
+    policy: Policy,
+    bounds: Bounds,
+    limits: Limits,
+    recent_decisions: usize,
+    clock: Option<Arc<dyn Clock>>,
+    backend: Option<Arc<dyn StorageBackend>>,
+    lifetimes: Lifetimes,
+    lookup_budget: Duration,
+    write_through: bool,
+}
+
+impl Default for WorkflowContextStorageBuilder {
+    fn default() -> Self {
+        Self {
+            instance_id_fields: vec![fields::INSTANCE_ID.into()],
+            engines: Vec::new(),
+            adopted_spans: Vec::new(),
+            replay_fields: Vec::new(),
+            policy: Policy::default(),
+            bounds: Bounds::default(),
+            limits: Limits {
+                max_instances: 1_000_000,
+                idle_ttl: ticks(IDLE_TTL),
+                completed_grace: ticks(COMPLETED_GRACE),
+            },
+            recent_decisions: 1024,
+            clock: None,
+            backend: None,
+            lifetimes: Lifetimes {
+                idle: IDLE_TTL,
+                completed: COMPLETED_GRACE,
+            },
+            lookup_budget: Duration::from_millis(5),
+            write_through: false,
+        }
+    }
+}
+
+impl WorkflowContextStorageBuilder {
+    /// The fields that name an instance. Of several on one span the first in this order that has a value counts.
+    ///
+    /// By default, `workflow.instance_id`; what is given replaces it.
+    pub fn instance_id_fields<I>(mut self, names: I) -> Self
+    where
+        I: IntoIterator,
+        I::Item: Into<Cow<'static, str>>,
+    {
+        self.instance_id_fields = names.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Knows the fields and the spans of an engine too. May be called for several.
+    ///
+    /// By default, no engine's.
+    pub fn engine(mut self, engine: Engine) -> Self {
+        self.engines.push(engine);
+        self
+    }
+
+    /// Names of spans that a home-made engine opens around user code without an instance id: each is held
+    /// back until its first child opens, and joins the child's instance if that names one.
+    ///
+    /// By default, none. May be called several times.
+    pub fn adopt_spans<I>(mut self, names: I) -> Self
+    where
+        I: IntoIterator,
+        I::Item: Into<Cow<'static, str>>,
+    {
+        self.adopted_spans.extend(names.into_iter().map(Into::into));
+        self
+    }
+
+    /// One more field that says whether a span is a replay, beside `workflow.replaying`.
+    ///
+    /// By default, none.
+    pub fn replay_field(mut self, name: impl Into<Cow<'static, str>>) -> Self {
+        self.replay_fields.push(name.into());
+        self
+    }
+
+    /// How many instances memory holds at most. One more, and another one goes: a completed one, else an expired one,
+    /// else nearly the least recently used: of 16 picked anywhere, the one whose last use is longest ago.
+    ///
+    /// By default, one million.
+    pub fn max_instances(mut self, instances: usize) -> Self {
+        self.limits.max_instances = instances;
+        self
+    }
+
+    /// How long an instance is kept after its last use by a span or a call, within 50 ms for what is longer than 100 ms.
+    ///
+    /// By default, 24 hours.
+    pub fn idle_ttl(mut self, ttl: Duration) -> Self {
+        self.limits.idle_ttl = ticks(ttl);
+        self.lifetimes.idle = ttl;
+        self
+    }
+
+    /// How long an instance is kept after a terminal `workflow.status`, so that a late span still finds its trace.
+    /// Late spans do not extend it. As exact as [`idle_ttl`](Self::idle_ttl).
+    ///
+    /// By default, 5 minutes. Zero forgets an instance at once.
+    pub fn completed_grace(mut self, grace: Duration) -> Self {
+        self.limits.completed_grace = ticks(grace);
+        self.lifetimes.completed = grace;
+        self
+    }
+
+    /// The longest time after which a trace still grows: the next span outside of it is a new root, linked to the
+    /// old one, and becomes the recorded context.
+    ///
+    /// By default, traces have no age limit.
+    pub fn max_age(mut self, age: Duration) -> Self {
+        self.bounds.max_age = Some(age);
+        self
+    }
+
+    /// How many spans a trace may have that this process recorded or placed in it; then as with
+    /// [`max_age`](Self::max_age). Spans that are nested locally are not counted.
+    ///
+    /// By default, traces have no size limit.
+    pub fn max_spans(mut self, spans: u64) -> Self {
+        self.bounds.max_spans = Some(spans);
+        self
+    }
+
+    /// What is done with the spans of one relation, in place of the default in the table at [`Relation`].
+    pub fn relation(mut self, relation: Relation, continuation: Continuation) -> Self {
+        self.policy.set(relation, continuation);
+        self
+    }
+
+    /// Spans of this relation let the sampler decide anew: [`Relation::Resumed`], [`Relation::NewRun`] or
+    /// [`Relation::Expired`]. May be called for several.
+    ///
+    /// A sampler that heeds the parent decides anew for a root only, so such a span becomes the root of a new trace,
+    /// linked to the stored one, and the recorded context. By default, the stored flag is inherited: what was not
+    /// sampled stays in its trace, and is not exported. A new root whose predecessor was sampled is always decided
+    /// by the sampler, which OpenTelemetry gives no way around.
+    pub fn resample_on(mut self, relation: Relation) -> Self {
+        self.policy.resample(relation);
+        self
+    }
+
+    /// Where contexts are kept beyond memory: a file that survives restarts, a server that many machines share.
+    ///
+    /// Memory is asked first. A miss asks the backend within [`lookup_budget`](Self::lookup_budget); what is
+    /// recorded is written by a thread of the storage's own, in groups.
+    /// [`flush`](WorkflowContextStorage::flush) is the barrier before work is handed to another worker. A backend
+    /// that fails or is too slow costs continuity, is counted, and harms nothing else.
+    ///
+    /// By default, there is none.
+    pub fn backend(mut self, backend: impl StorageBackend) -> Self {
+        self.backend = Some(Arc::new(backend));
+        self
+    }
+
+    /// The longest time that the start of a span, or a call of `get`, waits for the backend. Zero never asks it.
+    ///
+    /// By default, 5 milliseconds.
+    pub fn lookup_budget(mut self, budget: Duration) -> Self {
+        self.lookup_budget = budget;
+        self
+    }
+
+    /// Whether the recording of a new instance waits until the backend has it, within the lookup budget: for those
+    /// who hand work over at once, and cannot call [`flush`](WorkflowContextStorage::flush).
+    ///
+    /// By default, it does not wait.
+    pub fn write_through(mut self, write_through: bool) -> Self {
+        self.write_through = write_through;
+        self
+    }
+
+    /// How many of the last decisions of all instances [`explain`](WorkflowContextStorage::explain) can tell of; zero
+    /// switches it off.
+    ///
+    /// By default, 1024, which take about 150 KiB.
+    pub fn recent_decisions(mut self, decisions: usize) -> Self {
+        self.recent_decisions = decisions;
+        self
+    }
+
+    /// Where the time comes from; for tests.
+    ///
+    /// By default, the operating system's clock.
+    pub fn clock(mut self, clock: Arc<dyn Clock>) -> Self {
+        self.clock = Some(clock);
+        self
+    }
+
+    /// The storage.
+    ///
+    /// # Errors
+    ///
+    /// [`BuildError`] for settings that cannot be, each with a sentence that says why.
+    pub fn build(self) -> Result<WorkflowContextStorage, BuildError> {
+        if self.instance_id_fields.is_empty() {
+            return Err(BuildError::NoInstanceIdField);
+        }
+        let names = [
+            ("instance_id_fields", &self.instance_id_fields),
+            ("adopt_spans", &self.adopted_spans),
+            ("replay_field", &self.replay_fields),
+        ];
+        for (setting, names) in names {
+            if names.iter().any(|name| name.is_empty()) {
+                return Err(BuildError::EmptyName { setting });
+            }
+        }
+        if self.bounds.max_age == Some(Duration::ZERO) {
+            return Err(BuildError::Zero { setting: "max_age" });
+        }
+        if self.bounds.max_spans == Some(0) {
+            return Err(BuildError::Zero {
+                setting: "max_spans",
+            });
+        }
+        if self.limits.max_instances == 0 {
+            return Err(BuildError::Zero {
+                setting: "max_instances",
+            });
+        }
+        if self.limits.idle_ttl == 0 {
+            return Err(BuildError::Zero {
+                setting: "idle_ttl",
+            });
+        }
+        self.policy.check()?;
+        self.finish().map_err(|error| BuildError::NoThread {
+            error: error.to_string(),
+        })
+    }
+
+    /// Fails only where there is a backend, and no thread to use it.
+    pub(super) fn finish(self) -> std::io::Result<WorkflowContextStorage> {
+        let mut fields = Fields::new(self.instance_id_fields);
+        self.engines
+            .into_iter()
+            .for_each(|engine| fields.add_engine(engine));
+        self.adopted_spans
+            .into_iter()
+            .for_each(|name| fields.add_engine_span(name));
+        self.replay_fields
+            .into_iter()
+            .for_each(|name| fields.add_replaying(name));
+        let warnings = Warnings::new(self.clock.is_none());
+        let memory = Memory::swept(self.limits, self.clock.clone(), self.recent_decisions);
+        let clock = self.clock.unwrap_or_else(|| Arc::new(SystemClock));
+        let beyond = self.backend.map(|backend| {
+            let (budget, write_through) = (self.lookup_budget, self.write_through);
+            Beyond::new(
+                backend,
+                memory.clone(),
+                clock.clone(),
+                self.lifetimes,
+                budget,
+                write_through,
+            )
+        });
+        Ok(WorkflowContextStorage {
+            core: Arc::new(Core {
+                fields,
+                policy: self.policy,
+                bounds: self.bounds,
+                beyond: beyond.transpose()?,
+                clock,
+                memory,
+                counters: Arc::default(),
+                stand_ins: StandIns::default(),
+                warnings,
+                recorders: Recorders::default(),
+                tracer: RwLock::new(None),
+                #[cfg(feature = "metrics")]
+                registrations: Default::default(),
+            }),
+        })
+    }
+}

@@ -1,0 +1,190 @@
+//! Ten million instances pass through a storage of a hundred thousand, and memory stays as it is.
+//!
+//! A debug build lets two million pass. All of them: `cargo test --release --test churn`.
+#![allow(
+    unsafe_code,
+    reason = "an allocator that counts is one of unsafe methods"
+)]
+
+mod support;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::fmt::Write as _;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::time::Duration;
+
+use opentelemetry::trace::TracerProvider as _;
+use opentelemetry_sdk::trace::SdkTracerProvider;
+use support::*;
+use tracing::{Dispatch, dispatcher, info_span};
+use tracing_subscriber::prelude::*;
+use tracing_workflow_context::{WorkflowContext, WorkflowContextStorage};
+
+const MILLION: u64 = 1_000_000;
+const ALL: u64 = if cfg!(debug_assertions) {
+    2 * MILLION
+} else {
+    10 * MILLION
+};
+const KEPT: u64 = 100_000;
+
+/// Instances that are used over and over, once while a fifth of what is kept passes.
+const BUSY: u64 = 1_000;
+const BETWEEN_USES: u64 = KEPT / 5;
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+struct Counting;
+
+/// Bytes that were asked for and not given back.
+static LIVE: AtomicUsize = AtomicUsize::new(0);
+
+// SAFETY: whatever is asked for, `System` does; counting neither allocates nor unwinds.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        LIVE.fetch_add(layout.size(), Relaxed);
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        LIVE.fetch_sub(layout.size(), Relaxed);
+        unsafe { System.dealloc(memory, layout) }
+    }
+
+    unsafe fn realloc(&self, memory: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        LIVE.fetch_add(size, Relaxed);
+        LIVE.fetch_sub(layout.size(), Relaxed);
+        unsafe { System.realloc(memory, layout, size) }
+    }
+}
+
+/// Bytes of this process that are in memory, where the operating system tells.
+fn resident() -> Option<usize> {
+    let statm = std::fs::read_to_string("/proc/self/statm").ok()?;
+    Some(statm.split(' ').nth(1)?.parse::<usize>().ok()? * 4096)
+}
+
+/// More than five percent above what it was.
+fn has_grown(first: usize, now: usize) -> bool {
+    now > first + first / 20
+}
+
+#[test]
+fn while_instances_pass_through_memory_stays_flat_and_the_counters_add_up() {
+    let clock = ManualClock::new();
+    let builder = WorkflowContextStorage::builder().clock(clock.clone());
+    let builder = builder
+        .max_instances(KEPT as usize)
+        .idle_ttl(Duration::from_secs(28));
+    let storage = builder.build().unwrap();
+    let tracer = SdkTracerProvider::builder().build().tracer("test");
+    let dispatch = Dispatch::new(tracing_subscriber::registry().with(storage.layer(tracer)));
+
+    let mut id = Id::default();
+    let mut after_the_first_million = None;
+    let (mut hits, mut misses) = (0, 0);
+    for instance in 0..ALL {
+        let name = id.of(instance);
+        if instance % 10 == 0 {
+            // It is looked up, and recorded.
+            let status = (instance % 100 == 0).then_some("completed");
+            let span = || {
+                info_span!(
+                    "step",
+                    workflow.instance_id = name,
+                    workflow.status = status
+                )
+            };
+            dispatcher::with_default(&dispatch, || span().in_scope(|| {}));
+            misses += 1;
+        } else {
+            storage.store(name, context(instance)).unwrap();
+        }
+        if instance % 100 == 0 {
+            clock.advance(Duration::from_millis(25));
+        }
+        if instance % BETWEEN_USES == 0 && instance > 0 {
+            for busy in (0..BUSY).filter(|busy| busy % 10 != 0) {
+                assert_eq!(trace(&storage, id.of(busy)), Some(busy), "after {instance}");
+                hits += 1;
+            }
+        }
+        if (instance + 1) % MILLION == 0 {
+            let now = (LIVE.load(Relaxed), resident());
+            let (live, resident) = *after_the_first_million.get_or_insert(now);
+            assert!(
+                !has_grown(live, now.0),
+                "{} bytes live, {live} at first",
+                now.0
+            );
+            if let (Some(resident), Some(now)) = (resident, now.1) {
+                assert!(
+                    !has_grown(resident, now),
+                    "{now} bytes resident, {resident} at first"
+                );
+            }
+            let stats = storage.stats();
+            println!(
+                "after {} instances {} bytes live, {:?} resident: {stats:?}",
+                instance + 1,
+                now.0,
+                now.1
+            );
+            assert_eq!(
+                stats.stored_instances + stats.evicted + stats.expired,
+                instance + 1
+            );
+            assert!(stats.stored_instances <= KEPT && stats.stored_instances > KEPT * 9 / 10);
+
+            // What is kept is found, as it was stored; the rest is not.
+            let mut kept = 0;
+            for name in storage.iter_instance_ids() {
+                let instance = Id::number(&name);
+                let trace = trace(&storage, &name).expect("it is kept");
+                assert!(
+                    instance % 10 == 0 || trace == instance,
+                    "{name} has the trace {trace}"
+                );
+                kept += 1;
+            }
+            assert_eq!(kept, stats.stored_instances);
+            hits += kept;
+            for gone in (BUSY..instance - 5 * KEPT).step_by(1_001) {
+                assert_eq!(trace(&storage, id.of(gone)), None);
+                misses += 1;
+            }
+            let stats = storage.stats();
+            assert_eq!((stats.hits, stats.misses), (hits, misses));
+        }
+    }
+    let stats = storage.stats();
+    assert!(stats.evicted > 0 && stats.expired > 0, "{stats:?}");
+}
+
+/// A context that tells which instance it is of.
+fn context(instance: u64) -> WorkflowContext {
+    WorkflowContext::try_from(&remote(u128::from(instance) + 1, 1)).unwrap()
+}
+
+fn trace(storage: &WorkflowContextStorage, id: &str) -> Option<u64> {
+    let context = storage.get(id).unwrap()?;
+    let trace = u128::from_be_bytes(context.trace_id().to_bytes());
+    Some((trace - 1) as u64)
+}
+
+/// Ids of the length of a UUID, one after the other in one place.
+#[derive(Default)]
+struct Id(String);
+
+impl Id {
+    fn of(&mut self, instance: u64) -> &str {
+        self.0.clear();
+        write!(self.0, "order-{instance:030}").unwrap();
+        &self.0
+    }
+
+    fn number(id: &str) -> u64 {
+        id["order-".len()..].parse().unwrap()
+    }
+}

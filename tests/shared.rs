@@ -1,0 +1,1115 @@
+//! Several workers on one backend, and one worker on a backend that fails, is slow, hangs or panics.
+#![cfg(feature = "testing")]
+
+mod support;
+
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
+
+use opentelemetry::trace::{TraceContextExt as _, TraceId};
+use tracing::info_span;
+use tracing_workflow_context::{
+    Absence, Clock, MemoryBackend, Record, StorageBackend, StorageError, WorkflowContext,
+    WorkflowContextStorage, WorkflowContextStorageBuilder, Write,
+};
+
+use support::*;
+
+/// Longer than any answer takes that comes at all.
+const PATIENT: Duration = Duration::from_secs(60);
+
+/// By how much a span may exceed the budget here, where threads share few cores with others.
+const SLACK: Duration = Duration::from_millis(100);
+
+const ID: &str = "order-42";
+
+fn patient(backend: impl StorageBackend) -> WorkflowContextStorageBuilder {
+    WorkflowContextStorage::builder()
+        .backend(backend)
+        .lookup_budget(PATIENT)
+}
+
+fn storage(backend: impl StorageBackend) -> WorkflowContextStorage {
+    patient(backend).build().unwrap()
+}
+
+fn stage(backend: impl StorageBackend) -> Stage {
+    Stage::new(storage(backend), Via::Layer)
+}
+
+fn context(span: u64) -> WorkflowContext {
+    WorkflowContext::try_from(&remote(7, span)).unwrap()
+}
+
+/// What the backend has under a key.
+#[track_caller]
+fn kept(backend: &impl StorageBackend, key: &str) -> Record {
+    let record = backend.get(key).unwrap();
+    record.unwrap_or_else(|| panic!("the backend has nothing under {key:?}"))
+}
+
+#[track_caller]
+fn until(what: &str, is_so: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !is_so() {
+        assert!(
+            start.elapsed() < PATIENT,
+            "waited for too long until {what}"
+        );
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+fn timed<R>(run: impl FnOnce() -> R) -> (Duration, R) {
+    let start = Instant::now();
+    let result = run();
+    (start.elapsed(), result)
+}
+
+// Workers that share a backend.
+
+#[test]
+fn another_worker_continues_the_trace_after_a_flush() {
+    for via in VIAS {
+        labelled(&format!("spans made via {via:?}"), || {
+            let backend = MemoryBackend::new();
+            let [a, b] = [(); 2].map(|()| Stage::new(storage(backend.clone()), via));
+            a.step("first", Tags::of(ID));
+            a.storage.flush().unwrap();
+
+            b.step("second", Tags::of(ID));
+            let first = a.span("first").span_context;
+            assert_continues(&b.span("second"), &first);
+            assert_eq!(b.storage.get(ID).unwrap(), a.storage.get(ID).unwrap());
+        });
+    }
+}
+
+#[test]
+fn what_a_call_stores_is_found_by_another_worker() {
+    let backend = MemoryBackend::new();
+    let [a, b] = [(); 2].map(|()| storage(backend.clone()));
+    a.store(ID, context(1)).unwrap();
+    a.store(ID, context(2)).unwrap();
+    a.flush().unwrap();
+    assert_eq!(b.get(ID).unwrap(), a.get(ID).unwrap());
+    assert_eq!(b.get(ID).unwrap().unwrap().span_id(), context(2).span_id());
+    assert_eq!(b.get("unknown").unwrap(), None);
+}
+
+#[test]
+fn a_resumed_agent_continues_what_another_worker_recorded() {
+    let backend = MemoryBackend::new();
+    let [a, b] = [(); 2].map(|()| stage(backend.clone()));
+    a.step("first", Tags::of(ID));
+    a.storage.flush().unwrap();
+    b.storage.create_resumed(ID, Some("Planner")).unwrap();
+    assert_continues(
+        &b.span("Planner.ToolCallingWorkflow"),
+        &a.span("first").span_context,
+    );
+    b.storage.flush().unwrap();
+    assert!(kept(&backend, ID).context.is_resumed());
+}
+
+#[test]
+fn a_parent_instance_is_found_where_another_worker_recorded_it() {
+    let backend = MemoryBackend::new();
+    let [a, b] = [(); 2].map(|()| stage(backend.clone()));
+    a.step("parent", Tags::of("parent"));
+    a.storage.flush().unwrap();
+    b.step("child", Tags::of("child").child_of("parent"));
+    assert_continues(&b.span("child"), &a.span("parent").span_context);
+}
+
+/// Both record the instance before either has written, and B writes first.
+#[test]
+fn two_workers_that_record_at_once_agree_as_soon_as_their_writers_settle() {
+    for via in VIAS {
+        labelled(&format!("spans made via {via:?}"), || {
+            let backend = MemoryBackend::new();
+            let puppet = Puppet::over(backend.clone());
+            puppet.set(Call::Write, Mood::Blocks);
+            let [a, b] = [storage(puppet.clone()), storage(backend.clone())]
+                .map(|storage| Stage::new(storage, via));
+            let (of_a, of_b) = (a.open("a", Tags::of(ID)), b.open("b", Tags::of(ID)));
+            of_a.start();
+            of_b.start();
+            b.storage.flush().unwrap();
+            puppet.set(Call::Write, Mood::Works);
+            a.storage.flush().unwrap();
+
+            let winner = of_b.span_context();
+            for stage in [&a, &b] {
+                assert_same_span(&stage.stored(ID), &winner);
+                stage.step("later", Tags::of(ID));
+                assert_continues(&stage.span("later"), &winner);
+            }
+            assert_eq!(kept(&backend, ID).context.span_id(), winner.span_id());
+            // A span of the API that is merely dropped ends without a last word.
+            for opened in [of_a, of_b] {
+                opened.otel_context().span().end();
+            }
+            let (relation, target) = link(&a.span("a"));
+            assert_eq!(relation, "late");
+            assert_same_span(&target, &winner);
+            assert!(b.span("b").links.is_empty());
+            assert_eq!(
+                (a.storage.stats().conflicts, b.storage.stats().conflicts),
+                (1, 0)
+            );
+        });
+    }
+}
+
+/// The loser's span lives on: its children stay in its trace, and the link tells of the other one.
+#[test]
+fn a_span_that_ended_before_it_lost_has_no_link_and_later_ones_follow_the_winner() {
+    let backend = MemoryBackend::new();
+    let puppet = Puppet::over(backend.clone());
+    puppet.set(Call::Write, Mood::Blocks);
+    let (a, b) = (stage(puppet.clone()), stage(backend.clone()));
+    a.step("a", Tags::of(ID));
+    b.step("b", Tags::of(ID));
+    b.storage.flush().unwrap();
+    puppet.set(Call::Write, Mood::Works);
+    a.storage.flush().unwrap();
+    assert!(a.span("a").links.is_empty());
+    a.step("later", Tags::of(ID));
+    assert_continues(&a.span("later"), &b.span("b").span_context);
+}
+
+#[test]
+fn write_through_has_many_workers_agree_at_once() {
+    const WORKERS: usize = 8;
+    let backend = MemoryBackend::new();
+    let make = |_| {
+        let storage = patient(backend.clone()).write_through(true).build();
+        Stage::new(storage.unwrap(), Via::Layer)
+    };
+    let workers: Vec<_> = (0..WORKERS).map(make).collect();
+    for round in 0..50 {
+        let id = format!("order-{round}");
+        let opened = at_once(WORKERS, |worker| {
+            let opened = workers[worker].open("first", Tags::of(&id));
+            opened.start();
+            (opened, workers[worker].stored(&id))
+        });
+        let winner = &opened[0].1;
+        let traces = opened
+            .iter()
+            .map(|(opened, _)| opened.span_context().trace_id());
+        assert!(traces.into_iter().any(|trace| trace == winner.trace_id()));
+        opened
+            .iter()
+            .for_each(|(_, stored)| assert_same_span(stored, winner));
+    }
+    for span in workers.iter().flat_map(|worker| worker.spans()) {
+        let losers = span.links.iter().map(|link| link.span_context.trace_id());
+        assert!(
+            losers
+                .into_iter()
+                .all(|winner| winner != span.span_context.trace_id())
+        );
+    }
+}
+
+#[test]
+fn write_through_needs_no_flush() {
+    let backend = MemoryBackend::new();
+    let storage = patient(backend.clone())
+        .write_through(true)
+        .build()
+        .unwrap();
+    let a = Stage::new(storage, Via::Layer);
+    a.step("first", Tags::of(ID).run("run"));
+    assert_eq!(kept(&backend, ID).run_id.as_deref(), Some("run"));
+    let b = stage(backend.clone());
+    b.step("second", Tags::of(ID).run("run"));
+    assert_continues(&b.span("second"), &a.span("first").span_context);
+}
+
+#[test]
+fn runs_agree_between_workers() {
+    let backend = MemoryBackend::new();
+    let [a, b, c] = [(); 3].map(|()| stage(backend.clone()));
+    let tags = |run| Tags::of(ID).run(run);
+    a.step("1", tags("1"));
+    a.storage.flush().unwrap();
+    b.step("1 too", tags("1"));
+    b.step("2", tags("2"));
+    b.storage.flush().unwrap();
+    let (first, second) = (a.span("1").span_context, b.span("2").span_context);
+    assert_continues(&b.span("1 too"), &first);
+    assert_root(&b.span("2"));
+    assert_eq!(links(&b.span("2")), [("new_run".to_owned(), ids(&first))]);
+
+    a.step("2 too", tags("2"));
+    a.step("late 1", tags("1"));
+    a.step("latest", Tags::of(ID));
+    assert_continues(&a.span("2 too"), &second);
+    assert_continues(&a.span("late 1"), &first);
+    assert_continues(&a.span("latest"), &second);
+
+    c.step("very late 1", tags("1"));
+    c.step("2 as well", tags("2"));
+    assert_continues(&c.span("very late 1"), &first);
+    assert_continues(&c.span("2 as well"), &second);
+    assert_eq!(stage(backend).stored(ID).trace_id(), second.trace_id());
+}
+
+#[test]
+fn a_run_that_two_workers_begin_at_once_is_one() {
+    let backend = MemoryBackend::new();
+    let puppet = Puppet::over(backend.clone());
+    let (a, b) = (stage(puppet.clone()), stage(backend.clone()));
+    a.step("1", Tags::of(ID).run("1"));
+    a.storage.flush().unwrap();
+    puppet.set(Call::Write, Mood::Blocks);
+    a.step("a", Tags::of(ID).run("2"));
+    b.step("b", Tags::of(ID).run("2"));
+    b.storage.flush().unwrap();
+    puppet.set(Call::Write, Mood::Works);
+    a.storage.flush().unwrap();
+    let winner = b.span("b").span_context;
+    // The pointer to the latest run is put right after the claim.
+    a.storage.flush().unwrap();
+    for worker in [&a, &b, &stage(backend.clone())] {
+        assert_same_span(&worker.stored(ID), &winner);
+        worker.step("later", Tags::of(ID).run("2"));
+        assert_continues(&worker.span("later"), &winner);
+    }
+}
+
+fn rolling(backend: impl StorageBackend) -> Stage {
+    let storage = patient(backend).max_spans(2).build();
+    Stage::new(storage.unwrap(), Via::Layer)
+}
+
+#[test]
+fn generations_agree_between_workers() {
+    for run in [None, Some("run")] {
+        let tags = || run.map_or(Tags::of(ID), |run| Tags::of(ID).run(run));
+        let backend = MemoryBackend::new();
+        let a = rolling(backend.clone());
+        for name in ["1", "1 too", "2"] {
+            a.step(name, tags());
+        }
+        a.storage.flush().unwrap();
+        assert_eq!(generation(&a.span("2")), Some(2));
+        assert_eq!(kept(&backend, ID).generation, 2);
+
+        let b = rolling(backend.clone());
+        b.step("2 too", tags());
+        assert_continues(&b.span("2 too"), &a.span("2").span_context);
+        b.step("3", tags());
+        assert_eq!(generation(&b.span("3")), Some(3));
+        b.storage.flush().unwrap();
+        let record = kept(&backend, ID);
+        assert_eq!((record.generation, record.run_id.as_deref()), (3, run));
+    }
+}
+
+/// Each has the first trace in memory, finds it full, and opens the next one.
+#[test]
+fn a_generation_that_two_workers_open_at_once_is_one() {
+    let backend = MemoryBackend::new();
+    let puppet = Puppet::over(backend.clone());
+    let (a, b) = (rolling(puppet.clone()), rolling(backend.clone()));
+    a.step("1", Tags::of(ID));
+    a.storage.flush().unwrap();
+    b.step("1 too", Tags::of(ID));
+    b.step("b", Tags::of(ID));
+    a.step("1 as well", Tags::of(ID));
+    puppet.set(Call::Write, Mood::Blocks);
+    a.step("a", Tags::of(ID));
+    b.storage.flush().unwrap();
+    puppet.set(Call::Write, Mood::Works);
+    a.storage.flush().unwrap();
+    a.storage.flush().unwrap();
+    let winner = b.span("b").span_context;
+    assert_eq!(
+        [generation(&a.span("a")), generation(&b.span("b"))],
+        [Some(2); 2]
+    );
+    for worker in [&a, &b, &stage(backend.clone())] {
+        assert_same_span(&worker.stored(ID), &winner);
+    }
+}
+
+/// What was claimed for an earlier instance of the same id has nothing to say to this one.
+#[test]
+fn an_id_that_is_used_again_rolls_into_a_trace_of_its_own() {
+    let backend = MemoryBackend::new();
+    let worker = rolling(backend.clone());
+    for life in ["first", "second"] {
+        for trace in [1, 2, 3] {
+            for span in [1, 2] {
+                worker.step(&format!("{life} {trace} {span}"), Tags::of(ID));
+            }
+        }
+        worker.storage.flush().unwrap();
+        worker.storage.cleanup(ID).unwrap();
+    }
+    let trace = |name: &str| worker.trace_of(name);
+    for number in [1, 2, 3] {
+        let [one, other] = ["first", "second"].map(|life| {
+            let traces = [1, 2].map(|span| trace(&format!("{life} {number} {span}")));
+            assert_eq!(traces[0], traces[1], "{life} {number}");
+            traces[0]
+        });
+        assert_ne!(one, other);
+    }
+    assert_eq!(worker.storage.stats().conflicts, 0);
+}
+
+#[test]
+fn cleanup_on_one_worker_removes_for_the_others() {
+    let backend = MemoryBackend::new();
+    let a = stage(backend.clone());
+    a.step("first", Tags::of(ID).run("run"));
+    a.storage.flush().unwrap();
+    let b = stage(backend.clone());
+    assert!(b.storage.cleanup(ID).unwrap());
+    b.storage.flush().unwrap();
+    let mut left = Vec::new();
+    backend
+        .scan(&mut |key, _| left.push(key.to_owned()))
+        .unwrap();
+    assert!(left.is_empty(), "{left:?}");
+
+    let c = stage(backend);
+    c.step("anew", Tags::of(ID).run("run"));
+    assert_root(&c.span("anew"));
+    assert!(c.span("anew").links.is_empty());
+    assert!(!stage(MemoryBackend::new()).storage.cleanup(ID).unwrap());
+}
+
+/// What is cleaned up is gone at once, though the backend still has it.
+#[test]
+fn what_was_cleaned_up_does_not_come_back_from_a_slow_backend() {
+    let puppet = Puppet::new();
+    let worker = stage(puppet.clone());
+    worker.step("first", Tags::of(ID));
+    worker.storage.flush().unwrap();
+
+    puppet.set(Call::Write, Mood::Blocks);
+    assert!(worker.storage.cleanup(ID).unwrap());
+    assert_eq!(worker.storage.get(ID).unwrap(), None);
+    puppet.await_blocked(Call::Write);
+    assert_eq!(
+        worker.storage.get(ID).unwrap(),
+        None,
+        "while it is being removed"
+    );
+    worker.step("anew", Tags::of(ID));
+    assert_root(&worker.span("anew"));
+    puppet.set(Call::Write, Mood::Works);
+    worker.storage.flush().unwrap();
+    let anew = worker.span("anew").span_context;
+    assert_same_span(&stage(puppet.clone()).stored(ID), &anew);
+    assert_eq!(worker.storage.stats().conflicts, 0);
+}
+
+#[test]
+fn a_terminal_status_has_the_backends_entry_expire_with_the_grace() {
+    for run in [None, Some("run")] {
+        let clock = ManualClock::new();
+        let backend = MemoryBackend::with_clock(clock.clone());
+        let make = || {
+            let storage = patient(backend.clone())
+                .clock(clock.clone())
+                .idle_ttl(Duration::from_secs(3600))
+                .completed_grace(Duration::from_secs(60));
+            Stage::new(storage.build().unwrap(), Via::Layer)
+        };
+        let tags = || run.map_or(Tags::of(ID), |run| Tags::of(ID).run(run));
+        let a = make();
+        a.step("first", tags());
+        a.storage.flush().unwrap();
+        let in_seconds = |record: &Record| {
+            record
+                .expires_at
+                .duration_since(clock.now())
+                .unwrap()
+                .as_secs()
+        };
+        assert_eq!(in_seconds(&kept(&backend, ID)), 3600);
+
+        a.run(|| {
+            drop(
+                info_span!(
+                    "last",
+                    workflow.instance_id = ID,
+                    workflow.run_id = run,
+                    workflow.status = "completed"
+                )
+                .entered(),
+            )
+        });
+        a.storage.flush().unwrap();
+        let keys = [
+            Some(ID.to_owned()),
+            run.map(|run| format!("{ID}\u{1f}{run}")),
+        ];
+        for key in keys.into_iter().flatten() {
+            assert_eq!(in_seconds(&kept(&backend, &key)), 60, "{key:?}");
+        }
+
+        clock.advance(Duration::from_secs(59));
+        let b = make();
+        b.step("late", tags());
+        assert_continues(&b.span("late"), &a.span("first").span_context);
+        clock.advance(Duration::from_secs(2));
+        let c = make();
+        c.step("anew", tags());
+        assert_root(&c.span("anew"));
+        assert!(c.span("anew").links.is_empty());
+    }
+}
+
+/// The old one is over by then, also if the backend has not been told.
+#[test]
+fn an_id_that_is_used_again_after_its_end_does_not_lose_to_what_is_over() {
+    let puppet = Puppet::new();
+    let storage = patient(puppet.clone())
+        .completed_grace(Duration::ZERO)
+        .build();
+    let worker = Stage::new(storage.unwrap(), Via::Layer);
+    worker.step("first", Tags::of(ID));
+    worker.storage.flush().unwrap();
+    puppet.set(Call::Write, Mood::Blocks);
+    worker.storage.store("another", context(1)).unwrap();
+    puppet.await_blocked(Call::Write);
+    worker.run(|| {
+        drop(
+            info_span!(
+                "last",
+                workflow.instance_id = ID,
+                workflow.status = "failed"
+            )
+            .entered(),
+        )
+    });
+    worker.step("anew", Tags::of(ID));
+    assert_root(&worker.span("anew"));
+    puppet.set(Call::Write, Mood::Works);
+    worker.storage.flush().unwrap();
+    assert_same_span(
+        &stage(puppet.clone()).stored(ID),
+        &worker.span("anew").span_context,
+    );
+    assert_eq!(worker.storage.stats().conflicts, 0);
+}
+
+#[test]
+fn what_memory_has_evicted_is_found_in_the_backend() {
+    let puppet = Puppet::new();
+    let storage = patient(puppet.clone()).max_instances(1).build().unwrap();
+    let worker = Stage::new(storage, Via::Layer);
+    let ids = ["1", "2", "3"];
+    ids.iter().for_each(|id| worker.step(id, Tags::of(id)));
+    worker.storage.flush().unwrap();
+    assert!(worker.storage.stats().evicted >= 2);
+    for id in ids {
+        let name = format!("{id} again");
+        worker.step(&name, Tags::of(id));
+        assert_continues(&worker.span(&name), &worker.span(id).span_context);
+    }
+}
+
+/// It is on its way to the backend, which does not have it yet.
+#[test]
+fn what_memory_has_evicted_is_found_though_the_backend_is_slow_or_down() {
+    for mood in [Mood::Blocks, Mood::Fails] {
+        let puppet = Puppet::new();
+        puppet.set(Call::Write, mood);
+        let storage = patient(puppet.clone()).max_instances(1).build().unwrap();
+        let worker = Stage::new(storage, Via::Layer);
+        let ids = ["1", "2", "3"];
+        ids.iter()
+            .for_each(|id| worker.step(id, Tags::of(id).run("run")));
+        for id in ids {
+            let name = format!("{id} again");
+            worker.step(&name, Tags::of(id).run("run"));
+            assert_continues(&worker.span(&name), &worker.span(id).span_context);
+        }
+        assert_eq!(
+            puppet.calls(Call::Get),
+            6,
+            "before the first spans alone, a run and an instance each"
+        );
+        puppet.set(Call::Write, Mood::Works);
+    }
+}
+
+/// It was recorded again because nobody could know better; then its first recording turns out to have won.
+#[test]
+fn what_was_recorded_twice_while_the_backend_was_slow_is_one() {
+    let puppet = Puppet::new();
+    puppet.set(Call::Write, Mood::Blocks);
+    let storage = patient(puppet.clone())
+        .max_instances(1)
+        .lookup_budget(Duration::ZERO)
+        .build();
+    let worker = Stage::new(storage.unwrap(), Via::Layer);
+    worker.step("other", Tags::of("other"));
+    puppet.await_blocked(Call::Write);
+    worker.step("first", Tags::of(ID));
+    worker.step("evicting", Tags::of("evicting"));
+    let second = worker.open("second", Tags::of(ID));
+    second.start();
+    puppet.set(Call::Write, Mood::Works);
+    worker.storage.flush().unwrap();
+    let first = worker.span("first").span_context;
+    assert_same_span(&worker.stored(ID), &first);
+    drop(second);
+    assert_same_span(&link(&worker.span("second")).1, &first);
+    assert_same_span(&stage(puppet.clone()).stored(ID), &first);
+}
+
+#[test]
+fn ids_with_separators_are_not_mixed_up() {
+    let backend = MemoryBackend::new();
+    let a = stage(backend.clone());
+    a.step("run", Tags::of("a").run("b"));
+    a.step("instance", Tags::of("a\u{1f}b"));
+    a.step("escaped", Tags::of("a\u{1e} b"));
+    a.storage.flush().unwrap();
+    let b = stage(Puppet::warming_up(backend));
+    let mut warm = b.storage.instance_ids();
+    warm.sort();
+    assert_eq!(warm, ["a", "a\u{1e} b", "a\u{1f}b"]);
+    for (name, tags) in [
+        ("run", Tags::of("a").run("b")),
+        ("instance", Tags::of("a\u{1f}b")),
+        ("escaped", Tags::of("a\u{1e} b")),
+    ] {
+        b.step(name, tags);
+        assert_continues(&b.span(name), &a.span(name).span_context);
+    }
+}
+
+/// As one does that keeps milliseconds, or no times at all.
+#[test]
+fn a_backend_that_rounds_times_names_no_false_winner() {
+    #[derive(Debug)]
+    struct Rounding(MemoryBackend);
+    impl StorageBackend for Rounding {
+        fn write(
+            &self,
+            writes: &[Write],
+        ) -> Result<Vec<Option<Record>>, tracing_workflow_context::BackendError> {
+            self.0.write(writes)?;
+            let read = |write: &Write| {
+                let mut record = self.0.get(write.key())?;
+                if let Some(record) = &mut record {
+                    let (parent, state) =
+                        (record.context.traceparent(), record.context.tracestate());
+                    record.context = WorkflowContext::parse(&parent, &state).unwrap();
+                }
+                Ok(record)
+            };
+            writes.iter().map(read).collect()
+        }
+        fn get(&self, key: &str) -> Result<Option<Record>, tracing_workflow_context::BackendError> {
+            self.0.get(key)
+        }
+        fn scan(
+            &self,
+            visit: &mut dyn FnMut(&str, Record),
+        ) -> Result<(), tracing_workflow_context::BackendError> {
+            self.0.scan(visit)
+        }
+        fn flush(&self) -> Result<(), tracing_workflow_context::BackendError> {
+            Ok(())
+        }
+    }
+    let worker = stage(Rounding(MemoryBackend::new()));
+    worker.step("first", Tags::of(ID));
+    worker.storage.flush().unwrap();
+    assert_eq!(worker.storage.stats().conflicts, 0);
+    assert_eq!(
+        worker.storage.get(ID).unwrap().unwrap().span_id(),
+        worker.span("first").span_context.span_id()
+    );
+}
+
+#[test]
+fn a_new_storage_loads_what_a_local_backend_has_as_far_as_there_is_room() {
+    let backend = MemoryBackend::new();
+    let a = storage(backend.clone());
+    let ids: Vec<_> = (0..100).map(|n| format!("order-{n}")).collect();
+    for (id, span) in ids.iter().zip(1..) {
+        a.store(id, context(span)).unwrap();
+    }
+    a.flush().unwrap();
+
+    let puppet = Puppet::warming_up(backend.clone());
+    let b = storage(puppet.clone());
+    assert_eq!(b.stats().stored_instances, 100);
+    for id in &ids {
+        assert_eq!(b.get(id).unwrap(), a.get(id).unwrap());
+    }
+    assert_eq!(puppet.calls(Call::Get), 0);
+
+    let c = patient(Puppet::warming_up(backend))
+        .max_instances(10)
+        .build()
+        .unwrap();
+    let stats = c.stats();
+    assert_eq!((stats.stored_instances, stats.evicted), (10, 0));
+    for id in &ids {
+        assert_eq!(c.get(id).unwrap(), a.get(id).unwrap());
+    }
+}
+
+// What spans cost.
+
+#[test]
+fn a_span_that_hits_memory_calls_no_backend() {
+    for via in VIAS {
+        let puppet = Puppet::new();
+        let worker = Stage::new(storage(puppet.clone()), via);
+        worker.step("first", Tags::of(ID));
+        worker.storage.flush().unwrap();
+        let calls = || [Call::Get, Call::Write, Call::Scan].map(|call| puppet.calls(call));
+        let before = calls();
+        for _ in 0..100 {
+            worker.step("hit", Tags::of(ID));
+            worker.within("outer", Tags::of(ID), || {
+                worker.step("nested", Tags::of(ID))
+            });
+            worker.storage.get(ID).unwrap();
+        }
+        worker.storage.flush().unwrap();
+        assert_eq!(calls(), before, "{via:?}");
+    }
+}
+
+#[test]
+fn a_miss_is_asked_once_in_a_while() {
+    let puppet = Puppet::new();
+    let storage = storage(puppet.clone());
+    let worker = Worker::with(storage, true, opentelemetry_sdk::trace::Sampler::AlwaysOff);
+    // Unsampled spans are recorded too, so each of these ids is new.
+    let start = Instant::now();
+    for n in 0..10 {
+        worker.run(|| info_span!("step", workflow.instance_id = n).in_scope(|| {}));
+    }
+    assert_eq!(puppet.calls(Call::Get), 10);
+    // Replays of what nobody has recorded find nothing, and record nothing.
+    for _ in 0..100 {
+        let replay = || {
+            info_span!(
+                "replay",
+                workflow.instance_id = ID,
+                workflow.replaying = true
+            )
+        };
+        worker.run(|| replay().in_scope(|| {}));
+    }
+    let most = 11 + start.elapsed().as_millis() as usize / 50;
+    let asked = puppet.calls(Call::Get);
+    assert!(asked <= most, "{asked} times, {most} at most");
+}
+
+#[test]
+fn a_zero_budget_never_asks_and_never_waits() {
+    let puppet = Puppet::new();
+    puppet.set(Call::Get, Mood::Blocks);
+    puppet.set(Call::Write, Mood::Blocks);
+    let storage = patient(puppet.clone())
+        .lookup_budget(Duration::ZERO)
+        .write_through(true);
+    let worker = Stage::new(storage.build().unwrap(), Via::Layer);
+    for _ in 0..10 {
+        worker.step("first", Tags::of(ID));
+        worker.storage.cleanup(ID).unwrap();
+        assert_eq!(worker.storage.get(ID).unwrap(), None);
+    }
+    assert_eq!(puppet.calls(Call::Get), 0);
+    let explained = worker.storage.explain("unseen").reason();
+    assert_eq!(explained, Some(Absence::NeverSeen), "nothing is down");
+    puppet.set_all(Mood::Works);
+}
+
+#[test]
+fn the_budget_bounds_what_a_span_or_a_call_waits_for_a_backend_that_hangs() {
+    for budget in [5, 20, 200].map(Duration::from_millis) {
+        let puppet = Puppet::new();
+        puppet.set_all(Mood::Blocks);
+        let storage = patient(puppet.clone())
+            .lookup_budget(budget)
+            .write_through(true);
+        let worker = Stage::new(storage.build().unwrap(), Via::Layer);
+        // Each asks for the run, the instance and the parent, and waits for its claim.
+        let span = |n: usize| {
+            let id = format!("order-{n}");
+            timed(|| worker.step("first", Tags::of(&id).run("run").child_of("parent"))).0
+        };
+        let spans = (0..3).map(span).max().unwrap();
+        println!("budget {budget:?}: a span waited for {spans:?}");
+        assert!(
+            spans < budget + SLACK,
+            "a span waited for {spans:?}, not {budget:?}"
+        );
+
+        let calls: [&dyn Fn(); 3] = [
+            &|| drop(worker.storage.get("unknown")),
+            &|| drop(worker.storage.cleanup("unknown")),
+            &|| drop(worker.storage.create_resumed("unknown", None)),
+        ];
+        for call in calls {
+            let took = timed(call).0;
+            // The last of them also opens a span of its own, which waits once more.
+            assert!(
+                took < 2 * budget + SLACK,
+                "a call waited for {took:?}, not {budget:?}"
+            );
+        }
+        puppet.set_all(Mood::Works);
+    }
+}
+
+#[test]
+fn a_backend_that_fails_is_left_alone_and_comes_back_by_itself() {
+    for mood in [Mood::Fails, Mood::Panics, Mood::Blocks] {
+        let backend = MemoryBackend::new();
+        storage(backend.clone()).store("known", context(1)).unwrap();
+        let puppet = Puppet::over(backend);
+        let storage = patient(puppet.clone()).lookup_budget(Duration::from_millis(20));
+        let worker = Stage::new(storage.build().unwrap(), Via::Layer);
+        puppet.set(Call::Get, mood);
+        let start = Instant::now();
+        let spans = (0..1_000).map(|n| {
+            // What is recorded is written without trouble all the while.
+            timed(|| worker.step("first", Tags::of(&n.to_string()))).0
+        });
+        let waited: Duration = spans
+            .filter(|took| *took >= Duration::from_millis(20))
+            .sum();
+        // Three, and one more at the end of each pause, which begins with 100 ms and is doubled each time.
+        let tries = 4 + (start.elapsed().as_millis() as f64 / 100.0 + 1.0).log2() as usize;
+        assert!(
+            puppet.calls(Call::Get) <= tries,
+            "{mood:?}: {} calls",
+            puppet.calls(Call::Get)
+        );
+        assert!(
+            waited < Duration::from_millis(20) * tries as u32 + 10 * SLACK,
+            "{mood:?}: {waited:?}"
+        );
+        let explanation = worker.storage.explain("unseen");
+        assert_eq!(explanation.reason(), Some(Absence::BackendDown), "{mood:?}");
+        assert!(
+            explanation.to_string().contains("the backend"),
+            "{explanation}"
+        );
+        let errors = worker.storage.stats().backend_errors;
+        assert_eq!(
+            errors > 0,
+            mood != Mood::Blocks,
+            "{mood:?}: {errors} errors"
+        );
+
+        puppet.set(Call::Get, Mood::Works);
+        until("the backend is asked again", || {
+            worker.storage.get("known").unwrap().is_some()
+        });
+        assert_eq!(
+            worker.storage.explain("unseen").reason(),
+            Some(Absence::NeverSeen)
+        );
+        worker.step("joins", Tags::of("known"));
+        assert_eq!(worker.trace_of("joins"), TraceId::from(7));
+    }
+}
+
+// What is not lost.
+
+#[test]
+fn flush_fails_with_the_backend_and_succeeds_later_with_nothing_lost() {
+    for (call, mood) in [
+        (Call::Write, Mood::Fails),
+        (Call::Write, Mood::Panics),
+        (Call::Flush, Mood::Fails),
+        (Call::Flush, Mood::Panics),
+    ] {
+        labelled(&format!("{call:?}: {mood:?}"), || {
+            let backend = MemoryBackend::new();
+            let puppet = Puppet::over(backend.clone());
+            let storage = storage(puppet.clone());
+            puppet.set(call, mood);
+            for round in 1..=3 {
+                for n in 1..=10 {
+                    storage
+                        .store(&n.to_string(), context(round * 100 + n))
+                        .unwrap();
+                }
+                let error = storage.flush().unwrap_err();
+                assert!(matches!(error, StorageError::Backend(_)));
+                let causes = causes(&error);
+                let expected = match mood {
+                    Mood::Fails => "the puppet fails",
+                    _ => "the backend panicked",
+                };
+                assert!(causes.contains(expected), "{causes}");
+            }
+            storage.cleanup("1").unwrap();
+            storage.store("2", context(1_000)).unwrap();
+            assert!(storage.stats().backend_errors >= 3);
+            puppet.set(call, Mood::Works);
+            storage.flush().unwrap();
+            storage.flush().unwrap();
+            assert_eq!(backend.get("1").unwrap(), None);
+            let span = |n: u64| kept(&backend, &n.to_string()).context.span_id();
+            assert_eq!(span(2), context(1_000).span_id());
+            (3..=10).for_each(|n| assert_eq!(span(n), context(300 + n).span_id()));
+            assert_eq!(storage.stats().dropped_writes, 0);
+        });
+    }
+}
+
+fn causes(error: &dyn std::error::Error) -> String {
+    let sources = std::iter::successors(Some(error), |error| error.source());
+    sources
+        .map(|error| error.to_string())
+        .collect::<Vec<_>>()
+        .join(": ")
+}
+
+/// Nobody flushes: it is tried again by itself.
+#[test]
+fn writes_that_failed_are_tried_again_in_order() {
+    let backend = MemoryBackend::new();
+    let puppet = Puppet::over(backend.clone());
+    let storage = storage(puppet.clone());
+    puppet.set(Call::Write, Mood::Fails);
+    storage.store("a", context(1)).unwrap();
+    until("a write has failed", || storage.stats().backend_errors > 0);
+    storage.store("b", context(2)).unwrap();
+    storage.store("a", context(3)).unwrap();
+    storage.store("c", context(4)).unwrap();
+    puppet.set(Call::Write, Mood::Works);
+    until("all is written", || backend.get("c").unwrap().is_some());
+    let groups = puppet.groups();
+    let keys: Vec<_> = groups.iter().flatten().map(Write::key).collect();
+    assert_eq!(keys, ["a", "b", "a", "c"]);
+    assert_eq!(kept(&backend, "a").context.span_id(), context(3).span_id());
+}
+
+#[test]
+fn flush_waits_for_what_was_stored_before_it_and_for_the_backends_own_flush() {
+    let puppet = Puppet::new();
+    let storage = storage(puppet.clone());
+    for call in [Call::Write, Call::Flush] {
+        puppet.set(call, Mood::Blocks);
+        storage.store(ID, context(1)).unwrap();
+        thread::scope(|scope| {
+            let flush = scope.spawn(|| storage.flush());
+            puppet.await_blocked(call);
+            assert!(!flush.is_finished());
+            puppet.set(call, Mood::Works);
+            flush.join().unwrap().unwrap();
+        });
+    }
+    let flushes = puppet.calls(Call::Flush);
+    storage.flush().unwrap();
+    assert_eq!(
+        puppet.calls(Call::Flush),
+        flushes,
+        "there is nothing to flush"
+    );
+}
+
+/// While one flush is under way, more is stored and flushed by others.
+#[test]
+fn many_can_flush_at_once() {
+    let backend = MemoryBackend::new();
+    let storage = storage(Puppet::over(backend.clone()));
+    at_once(8, |thread| {
+        for n in 0..50 {
+            let id = format!("{thread} {n}");
+            storage.store(&id, context(1)).unwrap();
+            storage.flush().unwrap();
+            assert!(backend.get(&id).unwrap().is_some());
+        }
+    });
+}
+
+#[test]
+fn writes_are_grouped_and_one_key_is_written_once() {
+    let puppet = Puppet::new();
+    let storage = storage(puppet.clone());
+    puppet.set(Call::Write, Mood::Blocks);
+    storage.store("first", context(1)).unwrap();
+    puppet.await_blocked(Call::Write);
+    for round in 1..=10 {
+        for n in 0..1_500 {
+            storage.store(&n.to_string(), context(round)).unwrap();
+        }
+    }
+    puppet.set(Call::Write, Mood::Works);
+    storage.flush().unwrap();
+    let groups = puppet.groups();
+    assert_eq!(
+        groups.iter().map(Vec::len).collect::<Vec<_>>(),
+        [1, 1_000, 500]
+    );
+    let last = |write: &Write| matches!(write, Write::Put(_, record) if record.context.span_id() == context(10).span_id());
+    assert!(groups[1..].iter().flatten().all(last));
+    let keys = groups[1..].iter().flatten().map(Write::key);
+    assert!(keys.eq((0..1_500).map(|n| n.to_string())), "oldest first");
+}
+
+#[test]
+fn a_queue_that_is_full_drops_the_oldest_and_counts_it() {
+    const MOST: usize = 64 * 1024;
+    const WRITES: usize = 70_000;
+    let backend = MemoryBackend::new();
+    let puppet = Puppet::over(backend.clone());
+    let storage = storage(puppet.clone());
+    puppet.set(Call::Write, Mood::Blocks);
+    storage.store("in flight", context(1)).unwrap();
+    puppet.await_blocked(Call::Write);
+    for n in 0..WRITES {
+        storage.store(&n.to_string(), context(2)).unwrap();
+    }
+    assert_eq!(storage.stats().dropped_writes, (WRITES - MOST) as u64);
+    assert_eq!(storage.stats().stored_instances, WRITES as u64 + 1);
+    puppet.set(Call::Write, Mood::Works);
+    storage.flush().unwrap();
+    let there = |n: usize| backend.get(&n.to_string()).unwrap().is_some();
+    assert!(there(WRITES - 1) && there(WRITES - MOST));
+    assert!(!there(0) && !there(WRITES - MOST - 1));
+    assert!(backend.get("in flight").unwrap().is_some());
+    assert_eq!(storage.stats().dropped_writes, (WRITES - MOST) as u64);
+}
+
+#[test]
+fn dropping_the_last_handle_flushes_and_lets_go_of_the_backend() {
+    let backend = MemoryBackend::new();
+    let puppet = Puppet::over(backend.clone());
+    let storage = storage(puppet.clone());
+    let worker = Worker::of(storage.clone());
+    worker.run(|| info_span!("step", workflow.instance_id = ID).in_scope(|| {}));
+    drop(storage);
+    assert!(!puppet.is_let_go(), "the layer still holds it");
+    drop(worker);
+    assert!(puppet.is_let_go());
+    assert!(backend.get(ID).unwrap().is_some());
+    assert!(puppet.calls(Call::Flush) > 0);
+}
+
+#[test]
+fn dropping_the_last_handle_waits_for_a_backend_no_longer_than_a_few_seconds() {
+    let puppet = Puppet::new();
+    for mood in [Mood::Fails, Mood::Panics] {
+        let storage = storage(puppet.clone());
+        puppet.set_all(mood);
+        storage.store(ID, context(1)).unwrap();
+        let took = timed(|| drop(storage)).0;
+        assert!(took < Duration::from_secs(4), "{mood:?}: {took:?}");
+        assert!(puppet.is_let_go(), "{mood:?}");
+    }
+    puppet.set_all(Mood::Blocks);
+    let storage = patient(puppet.clone())
+        .lookup_budget(Duration::from_millis(1))
+        .build()
+        .unwrap();
+    storage.store(ID, context(1)).unwrap();
+    storage.get("unknown").unwrap();
+    let took = timed(|| drop(storage)).0;
+    let expected = Duration::from_secs(4)..Duration::from_secs(10);
+    assert!(expected.contains(&took), "{took:?}");
+    puppet.set_all(Mood::Works);
+    until("the threads have let go of it", || puppet.is_let_go());
+}
+
+#[test]
+fn a_backend_that_cannot_be_scanned_costs_the_warm_start_alone() {
+    let backend = MemoryBackend::new();
+    storage(backend.clone()).store(ID, context(1)).unwrap();
+    for mood in [Mood::Fails, Mood::Panics] {
+        let puppet = Puppet::warming_up(backend.clone());
+        puppet.set(Call::Scan, mood);
+        let storage = storage(puppet.clone());
+        let stats = storage.stats();
+        assert_eq!(
+            (stats.stored_instances, stats.backend_errors),
+            (0, 1),
+            "{mood:?}"
+        );
+        assert!(storage.get(ID).unwrap().is_some());
+    }
+}
+
+#[test]
+fn what_the_backend_could_not_decode_is_counted() {
+    let puppet = Puppet::new();
+    let storage = storage(puppet.clone());
+    assert_eq!(storage.stats().malformed, 0);
+    puppet.set_malformed(3);
+    assert_eq!(storage.stats().malformed, 3);
+}
+
+// Inside a runtime with one thread.
+
+#[test]
+fn it_works_on_the_one_thread_of_a_runtime() {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    let backend = MemoryBackend::new();
+    let [a, b] = [(); 2].map(|()| {
+        let storage = patient(backend.clone()).write_through(true).build();
+        Arc::new(Stage::new(storage.unwrap(), Via::Layer))
+    });
+    runtime.block_on(async {
+        let first = tokio::spawn({
+            let a = a.clone();
+            async move {
+                a.step("first", Tags::of(ID));
+                tokio::task::yield_now().await;
+                a.storage.flush().unwrap();
+            }
+        });
+        first.await.unwrap();
+        b.step("second", Tags::of(ID));
+    });
+    assert_continues(&b.span("second"), &a.span("first").span_context);
+
+    let puppet = Puppet::new();
+    puppet.set_all(Mood::Blocks);
+    let budget = Duration::from_millis(20);
+    let storage = patient(puppet.clone())
+        .lookup_budget(budget)
+        .build()
+        .unwrap();
+    let worker = Stage::new(storage, Via::Layer);
+    runtime.block_on(async {
+        let took = timed(|| worker.step("first", Tags::of(ID))).0;
+        assert!(took < budget + SLACK, "{took:?}");
+    });
+    puppet.set_all(Mood::Works);
+    runtime.block_on(async { drop(worker) });
+    assert!(puppet.is_let_go());
+}
+
+#[test]
+fn what_is_over_in_the_backend_by_the_storages_clock_is_not_found() {
+    let clock = ManualClock::new();
+    // The backend's clock is behind.
+    let backend = MemoryBackend::new();
+    let over = Record::new(context(1), clock.now() - Duration::from_secs(1));
+    assert!(
+        over.expires_at > SystemTime::now(),
+        "the manual clock is ahead"
+    );
+    backend.write(&[Write::Put(ID.to_owned(), over)]).unwrap();
+    let storage = patient(backend).clock(clock).build().unwrap();
+    assert_eq!(storage.get(ID).unwrap(), None);
+}
