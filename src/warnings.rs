@@ -3,22 +3,25 @@
 //! A span starts while OpenTelemetry holds locks, and an event that is dispatched there could want them. So what
 //! is to be said is noted, and said on the thread that counts the ticks, which is inside of no span.
 
+use std::error::Error as _;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::clock::{self, OnTick, ticks};
-use crate::error::{InvalidInstanceId, MAX_INSTANCE_ID_BYTES};
+use crate::error::{BackendError, InvalidInstanceId, MAX_INSTANCE_ID_BYTES};
 
 const PAUSE: Duration = Duration::from_secs(60);
 
-/// How much of a refused id is shown.
+/// How much of a refused id is shown, and of an error.
 const SHOWN_CHARS: usize = 64;
+const SHOWN_CHARS_OF_ERROR: usize = 300;
 
 #[derive(Debug, Default)]
 pub(crate) struct Warnings {
     oversized: Cause,
     unreachable: Cause,
+    refused: Cause,
 }
 
 #[derive(Debug, Default)]
@@ -52,6 +55,18 @@ impl Warnings {
     pub(crate) fn unreachable(&self, span_name: &str) {
         self.unreachable.note(|| format!("span {span_name:?}"));
     }
+
+    /// The backend failed.
+    pub(crate) fn backend_refused(&self, error: &BackendError) {
+        self.refused.note(|| {
+            let cause = error.source().map(|cause| format!(": {cause}"));
+            let text = format!("{error}{}", cause.unwrap_or_default());
+            text.chars()
+                .take(SHOWN_CHARS_OF_ERROR)
+                .flat_map(char::escape_debug)
+                .collect()
+        });
+    }
 }
 
 impl Cause {
@@ -80,6 +95,12 @@ impl OnTick for Warnings {
             tracing::warn!(
                 times,
                 "a span was left alone, its instance id is no id of at most {MAX_INSTANCE_ID_BYTES} bytes: {what}"
+            );
+        }
+        if let Some((times, what)) = self.refused.take(now) {
+            tracing::warn!(
+                times,
+                "the storage backend failed, traces may fall apart: {what}"
             );
         }
         if let Some((times, what)) = self.unreachable.take(now) {

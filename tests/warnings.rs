@@ -1,21 +1,22 @@
 //! What is said to the process-wide subscriber, and how often: own file, because that is process-wide.
 #![cfg(feature = "testing")]
 
-use std::io::{self, Write};
-use std::sync::{Arc, Mutex};
+use std::io;
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-use opentelemetry::trace::TracerProvider as _;
+use opentelemetry::KeyValue;
+use opentelemetry::trace::{SpanBuilder, Tracer as _, TracerProvider as _};
 use opentelemetry_sdk::trace::SdkTracerProvider;
-use tracing::info_span;
 use tracing_subscriber::fmt::MakeWriter;
-use tracing_subscriber::prelude::*;
-use tracing_workflow_context::WorkflowContextStorage;
+use tracing_workflow_context::{
+    BackendError, Record, StorageBackend, WorkflowContextStorage, Write,
+};
 
 #[derive(Clone, Default)]
 struct Log(Arc<Mutex<Vec<u8>>>);
 
-impl Write for Log {
+impl io::Write for Log {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.0.lock().unwrap().extend_from_slice(bytes);
         Ok(bytes.len())
@@ -40,41 +41,106 @@ impl Log {
     }
 }
 
-#[test]
-fn an_oversized_id_is_told_once_and_without_control_characters() {
-    let log = Log::default();
-    let storage = WorkflowContextStorage::new();
-    let provider = SdkTracerProvider::builder().build();
-    let fmt = tracing_subscriber::fmt::layer()
-        .with_ansi(false)
-        .with_writer(log.clone());
-    let ours = storage.layer(provider.tracer("test"));
-    tracing_subscriber::registry().with(ours).with(fmt).init();
+/// What this process is told, from all tests of this file.
+fn log() -> &'static Log {
+    static LOG: OnceLock<Log> = OnceLock::new();
+    LOG.get_or_init(|| {
+        let log = Log::default();
+        let subscriber = tracing_subscriber::fmt().with_ansi(false);
+        subscriber.with_writer(log.clone()).init();
+        log
+    })
+}
 
-    let id = format!("\u{1b}[31m\n{}", "x".repeat(5000));
-    for _ in 0..1000 {
-        info_span!("step", workflow.instance_id = &id).in_scope(|| ());
-    }
+/// The lines with that text, once there is one.
+fn told(text: &str) -> Vec<String> {
     let deadline = Instant::now() + Duration::from_secs(60);
-    while !log.text().contains("at most 1024 bytes") {
+    loop {
+        let all = log().text();
+        let told: Vec<_> = all.lines().filter(|line| line.contains(text)).collect();
+        if !told.is_empty() {
+            return told.into_iter().map(str::to_owned).collect();
+        }
         assert!(
             Instant::now() < deadline,
-            "nothing was said: {}",
-            log.text()
+            "nothing was said of {text}: {all}"
         );
         std::thread::yield_now();
     }
-    for _ in 0..1000 {
-        info_span!("step", workflow.instance_id = &id).in_scope(|| ());
-    }
+}
 
-    let text = log.text();
-    assert_eq!(text.lines().count(), 1, "{text}");
+#[test]
+fn an_oversized_id_is_told_once_and_without_control_characters() {
+    log();
+    let storage = WorkflowContextStorage::new();
+    let tracer = storage.tracer(SdkTracerProvider::builder().build().tracer("test"));
+    let id = format!("\u{1b}[31m\n{}", "x".repeat(5000));
+    let open = || {
+        for _ in 0..1000 {
+            let tag = KeyValue::new("workflow.instance_id", id.clone());
+            drop(tracer.build(SpanBuilder::from_name("step").with_attributes([tag])));
+        }
+    };
+    open();
+    told("at most 1024 bytes");
+    open();
+
+    let told = told("at most 1024 bytes");
+    assert_eq!(told.len(), 1, "{told:?}");
     assert!(
-        text.contains(" WARN ") && text.contains("5006 bytes"),
-        "{text}"
+        told[0].contains(" WARN ") && told[0].contains("5006 bytes"),
+        "{told:?}"
     );
-    assert!(!text.contains('\u{1b}') && text.len() < 600, "{text}");
+    assert!(
+        !told[0].contains('\u{1b}') && told[0].len() < 600,
+        "{told:?}"
+    );
     assert_eq!(storage.stats().oversized, 2000);
     assert!(storage.instance_ids().is_empty());
+}
+
+#[derive(Debug)]
+struct Refusing;
+
+impl Refusing {
+    fn error() -> BackendError {
+        BackendError::new("the disk is\n\u{1b}[31mfull", None)
+    }
+}
+
+impl StorageBackend for Refusing {
+    fn write(&self, _: &[Write]) -> Result<Vec<Option<Record>>, BackendError> {
+        Err(Self::error())
+    }
+
+    fn get(&self, _: &str) -> Result<Option<Record>, BackendError> {
+        Err(Self::error())
+    }
+
+    fn scan(&self, _: &mut dyn FnMut(&str, Record)) -> Result<(), BackendError> {
+        Err(Self::error())
+    }
+
+    fn flush(&self) -> Result<(), BackendError> {
+        Err(Self::error())
+    }
+}
+
+#[test]
+fn a_backend_that_refuses_is_told_once_and_without_control_characters() {
+    log();
+    let storage = WorkflowContextStorage::builder().backend(Refusing);
+    let storage = storage.build().expect("good settings");
+    assert_eq!(storage.get("order").expect("fails open"), None);
+    told("the disk is");
+    assert_eq!(storage.get("order").expect("fails open"), None);
+
+    let told = told("the disk is");
+    assert_eq!(told.len(), 1, "{told:?}");
+    assert!(
+        told[0].contains(" WARN ") && told[0].contains("full"),
+        "{told:?}"
+    );
+    assert!(!told[0].contains('\u{1b}'), "{told:?}");
+    assert!(storage.stats().backend_errors >= 2);
 }

@@ -17,6 +17,7 @@ use super::backend::{Record, StorageBackend, Write};
 use super::core::Counter;
 use super::queue::{Claims, InFlight, Known, OnWinner, Waiting};
 use crate::error::BackendError;
+use crate::warnings::Warnings;
 
 /// How many writes go to the backend as one group.
 const GROUP: usize = 1000;
@@ -68,6 +69,7 @@ pub(super) struct Queuing {
     writes: Breaker,
     dropped_writes: Counter,
     errors: Counter,
+    warnings: Arc<Warnings>,
 }
 
 #[derive(Default)]
@@ -99,7 +101,11 @@ struct Lookup {
 }
 
 impl Backing {
-    pub(super) fn new(backend: Arc<dyn StorageBackend>, budget: Duration) -> std::io::Result<Self> {
+    pub(super) fn new(
+        backend: Arc<dyn StorageBackend>,
+        budget: Duration,
+        warnings: Arc<Warnings>,
+    ) -> std::io::Result<Self> {
         let shared = Arc::new(Queuing {
             backend: Mutex::new(Some(backend)),
             queue: Mutex::default(),
@@ -109,6 +115,7 @@ impl Backing {
             writes: Breaker::default(),
             dropped_writes: Counter::default(),
             errors: Counter::default(),
+            warnings,
         });
         let (lookups, asked) = sync_channel(LOOKUPS);
         let backing = Self {
@@ -204,12 +211,15 @@ impl Backing {
     /// Shows all that the backend has; `false` where it failed, and that was perhaps not all.
     pub(super) fn load(&self, visit: &mut dyn FnMut(&str, Record)) -> bool {
         let backend = self.shared.backend();
-        let loaded = backend.is_some_and(|backend| tried(|| backend.scan(visit)).is_ok());
-        if !loaded {
-            self.shared.errors.add();
+        let Some(backend) = backend else {
+            return false;
+        };
+        let loaded = tried(|| backend.scan(visit));
+        if let Err(error) = &loaded {
+            self.shared.refused(error);
             self.shared.reads.failed();
         }
-        loaded
+        loaded.is_ok()
     }
 
     /// Waits until all that was queued by now is written and flushed, or an attempt at it has failed.
@@ -289,6 +299,11 @@ impl Drop for Backing {
 }
 
 impl Queuing {
+    fn refused(&self, error: &BackendError) {
+        self.errors.add();
+        self.warnings.backend_refused(error);
+    }
+
     fn queue(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -363,7 +378,7 @@ impl Queuing {
                     }
                 }
                 Err(error) => {
-                    self.errors.add();
+                    self.refused(error);
                     self.writes.failed();
                     queue.failures += 1;
                     queue.failure = error.to_string();
@@ -466,8 +481,8 @@ impl Queuing {
                     }
                     let _ = answer.try_send(found);
                 }
-                Err(_) => {
-                    self.errors.add();
+                Err(error) => {
+                    self.refused(&error);
                     self.reads.failed();
                     let _ = answer.try_send(None);
                 }

@@ -15,6 +15,7 @@ use super::queue::OnWinner;
 use crate::clock::{Clock, OnTick, ticks};
 use crate::context::WorkflowContext;
 use crate::error::BackendError;
+use crate::warnings::Warnings;
 
 /// Between an id, its run and the trace of that in a key of the backend. The id alone is the key of the latest run,
 /// which every worker can know without knowing runs.
@@ -61,9 +62,10 @@ impl Beyond {
         lifetimes: Lifetimes,
         budget: Duration,
         write_through: bool,
+        warnings: Arc<Warnings>,
     ) -> std::io::Result<Self> {
         let warms_up = backend.warms_up();
-        let backing = Backing::new(backend, budget)?;
+        let backing = Backing::new(backend, budget, warnings)?;
         let mut has_room = true;
         let mut load = |key: &str, record| {
             if let Some(id) = id_of(key) {

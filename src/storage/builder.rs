@@ -303,6 +303,7 @@ impl WorkflowContextStorageBuilder {
                 self.lifetimes,
                 budget,
                 write_through,
+                warnings.clone(),
             )
         });
         Ok(WorkflowContextStorage {
