@@ -850,6 +850,8 @@ fn without_a_clock_of_the_callers_own_one_thread_ticks_for_all_storages_while_th
         for storage in &storages {
             storage.store(ID, context(1)).unwrap();
         }
+        // A thread has its name only once it runs.
+        wait_until(|| ticking_threads().unwrap_or(1) > 0);
         assert_eq!(ticking_threads().unwrap_or(1), 1);
         wait_until(|| {
             storages
