@@ -10,6 +10,7 @@ mod support;
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::fmt::Write as _;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
@@ -70,8 +71,12 @@ fn has_grown(first: usize, now: usize) -> bool {
     now > first + first / 20
 }
 
+/// What one test allocates must not be counted by the other.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
 #[test]
 fn while_instances_pass_through_memory_stays_flat_and_the_counters_add_up() {
+    let _alone = ONE_AT_A_TIME.lock();
     let clock = ManualClock::new();
     let builder = WorkflowContextStorage::builder().clock(clock.clone());
     let builder = builder
@@ -160,6 +165,20 @@ fn while_instances_pass_through_memory_stays_flat_and_the_counters_add_up() {
     }
     let stats = storage.stats();
     assert!(stats.evicted > 0 && stats.expired > 0, "{stats:?}");
+}
+
+#[test]
+#[cfg_attr(debug_assertions, ignore = "a debug build takes too long")]
+fn without_a_setting_a_million_instances_are_kept() {
+    let _alone = ONE_AT_A_TIME.lock();
+    let storage = WorkflowContextStorage::new();
+    let mut id = Id::default();
+    for instance in 0..MILLION + 1_000 {
+        storage.store(id.of(instance), context(instance)).unwrap();
+        let stats = storage.stats();
+        assert_eq!(stats.evicted, (instance + 1).saturating_sub(MILLION));
+        assert_eq!(stats.stored_instances, (instance + 1).min(MILLION));
+    }
 }
 
 /// A context that tells which instance it is of.

@@ -334,14 +334,14 @@ impl Queuing {
         let Some(backend) = self.backend() else {
             return;
         };
-        let mut claims = Claims::new();
+        let (mut claims, mut emptied) = (Claims::new(), Waiting::default());
         let mut backoff = BACKOFF.0;
         loop {
             let mut queue = self.await_work();
             if queue.in_flight.is_none() {
                 queue.taken = queue.submitted;
                 if !queue.waiting.is_empty() {
-                    let (taken, theirs) = queue.waiting.take();
+                    let (taken, theirs) = queue.waiting.take(std::mem::take(&mut emptied));
                     queue.in_flight = Some(Arc::new(taken));
                     claims = theirs;
                 }
@@ -361,8 +361,9 @@ impl Queuing {
             let last = queue.closing && queue.waiting.is_empty();
             let wanted = (queue.flushed + 1..=queue.written).contains(&queue.flush_wanted);
             drop(queue);
-            // Where nothing is locked: there may be much in it.
-            drop(in_flight);
+            if let (Ok(()), Some(in_flight)) = (&written, in_flight.and_then(Arc::into_inner)) {
+                emptied = in_flight.into_emptied(std::mem::take(&mut claims));
+            }
             let outcome = written.and_then(|()| match last || wanted {
                 true => tried(|| backend.flush()).map(|()| true),
                 false => Ok(false),
@@ -442,20 +443,16 @@ impl Queuing {
             if places.is_empty() {
                 return Ok(());
             }
-            let winners = match group.is_empty() {
-                true => Vec::new(),
-                false => tried(|| backend.write(&group))?,
-            };
-            in_flight.are_written(places.clone());
+            let winners = tried(|| backend.write(group))?;
+            in_flight.are_done(places.clone());
             let claims = claims.drain(..places.len());
-            let claims = in_flight.claims_of_writes(places, claims);
             let winners = winners.into_iter().chain(std::iter::repeat(None));
-            for ((write, winner), claim) in group.into_iter().zip(winners).zip(claims) {
+            for ((write, winner), claim) in group.iter().zip(winners).zip(claims) {
                 let (Write::Put(_, own) | Write::PutIfAbsent(_, own)) = write else {
                     continue;
                 };
                 if let Some(on_winner) = claim {
-                    on_winner(winner.unwrap_or(own), self);
+                    on_winner(winner.unwrap_or_else(|| own.clone()), self);
                 }
             }
         }

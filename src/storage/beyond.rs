@@ -99,7 +99,7 @@ impl Beyond {
 
     /// The same, within the budget of what was begun before.
     pub(super) fn fetch_too(&self, id: &str, run_id: Option<&str>) -> bool {
-        if self.knows_all() && !self.memory.has(id, None) {
+        if self.knows_all() && (run_id.is_none() || !self.memory.has(id, None)) {
             return false;
         }
         let of_run = run_id.and_then(|run_id| self.backing.get(&run_key(id, run_id)));
@@ -124,7 +124,8 @@ impl Beyond {
 
     pub(super) fn fetch_unless_missed(&self, id: &str, run_id: Option<&str>) {
         Backing::begin();
-        if self.memory.has(id, run_id) || (self.knows_all() && !self.memory.has(id, None)) {
+        let needs_no_look = run_id.is_none() && self.knows_all();
+        if needs_no_look || self.memory.has(id, run_id) {
             return;
         }
         let (slot, high) = self.slot_of(id, run_id);
@@ -146,6 +147,13 @@ impl Beyond {
         (slot, hash & !u64::from(u32::MAX))
     }
 
+    /// It is there now, and memory may soon have evicted it.
+    fn forget_miss(&self, id: &str, run_id: Option<&str>) {
+        if !self.knows_all() {
+            self.slot_of(id, run_id).0.store(0, Relaxed);
+        }
+    }
+
     /// Claims the place of a newly recorded context for all processes; `followed` is the span of the one that it follows.
     pub(super) fn publish(
         &self,
@@ -156,13 +164,13 @@ impl Beyond {
         context: WorkflowContext,
         counters: &Arc<Counters>,
     ) -> Option<Overruled> {
-        // Memory may soon have evicted it again.
-        self.slot_of(id, run_id).0.store(0, Relaxed);
+        self.forget_miss(id, run_id);
         let record = Record {
             context: context.clone(),
             run_id: run_id.map(str::to_owned),
             generation,
-            expires_at: self.expiry(self.lifetimes.idle),
+            // It has just been recorded.
+            expires_at: after(context.recorded_at(), self.lifetimes.idle),
         };
         // The claimed key is the one that all who record the same thing agree on; the others point to the latest.
         let of_run = run_id.map(|run_id| run_key(id, run_id));
@@ -214,7 +222,7 @@ impl Beyond {
     }
 
     pub(super) fn put(&self, id: &str, context: WorkflowContext) {
-        self.slot_of(id, None).0.store(0, Relaxed);
+        self.forget_miss(id, None);
         let record = Record::new(context, self.expiry(self.lifetimes.idle));
         self.backing.write(Write::Put(key(id), record));
     }
@@ -261,7 +269,9 @@ impl Beyond {
 }
 
 fn key(id: &str) -> String {
-    if !id.contains([SEPARATOR, ESCAPE]) {
+    // Nearly always; as bytes, since looking for a char costs more than all else here.
+    let is_special = |byte: &u8| matches!(char::from(*byte), SEPARATOR | ESCAPE);
+    if !id.as_bytes().iter().any(is_special) {
         return id.to_owned();
     }
     let mut key = String::with_capacity(id.len() + 8);
@@ -310,7 +320,10 @@ fn claim_key(id: &str, run_id: Option<&str>, followed: SpanId) -> String {
 }
 
 fn expiry(clock: &dyn Clock, lifetime: Duration) -> SystemTime {
-    let now = clock.now();
+    after(clock.now(), lifetime)
+}
+
+fn after(now: SystemTime, lifetime: Duration) -> SystemTime {
     // A lifetime beyond the end of time is cut to what the formats of backends can tell.
     let most = Duration::from_secs(100 * 365 * 24 * 60 * 60);
     now.checked_add(lifetime.min(most)).unwrap_or(now)

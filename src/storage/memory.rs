@@ -18,9 +18,8 @@ use crate::explain::{Event, Explanation, Recorded, Recorder, Step, Trail};
 /// How many runs of one instance are kept beside the latest, for their late spans.
 const OLDER_RUNS: usize = 8;
 
-/// So many that none of a million instances waits for more than a few thousand to be moved when a shard grows, whatever
-/// the number of processors.
-const SHARDS: usize = 256;
+/// About how many instances share a shard at most: when it grows all of them are moved, and whoever needs it waits.
+const SHARD: usize = 4096;
 
 /// Among how many instances the one to be evicted is chosen, with the one just inserted, which stays. The least
 /// recently used of 16 that lie anywhere is on average among the oldest sixteenth of all.
@@ -143,7 +142,7 @@ struct Candidate {
 impl Memory {
     fn with(limits: Limits, time: Ticks, trail: Trail) -> Self {
         let instances: DashMap<_, _, foldhash::fast::RandomState> =
-            DashMap::with_hasher_and_shard_amount(Default::default(), SHARDS);
+            DashMap::with_hasher_and_shard_amount(Default::default(), shards(limits.max_instances));
         let rings = instances
             .shards()
             .iter()
@@ -610,6 +609,13 @@ impl OnTick for Memory {
     fn on_tick(&self, now: u32) {
         self.sweep(now, SWEPT_PER_TICK);
     }
+}
+
+/// Enough for the processors of this machine, and for that many instances.
+fn shards(max_instances: usize) -> usize {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let shards = (4 * processors).max(max_instances / SHARD);
+    shards.min(1024).next_power_of_two()
 }
 
 /// Numbers below a limit, spread over all of them from somewhere on: a pattern in how instances came and are used

@@ -1,6 +1,7 @@
-//! What waits to be written: for each key what is left of all its writes, in the order of the first.
+//! What waits to be written: for each key what is left of all its writes, which mostly is one.
 
 use std::collections::{HashMap, VecDeque};
+use std::hash::{BuildHasher, BuildHasherDefault, Hasher};
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::SystemTime;
@@ -11,37 +12,35 @@ use super::backing::Queuing;
 /// How many keys wait at most. The oldest is dropped for one more, and counted.
 pub(super) const MOST_KEYS: usize = 64 * 1024;
 
-/// Among how many of the oldest writes one that is needed less than others is looked for.
-const OLDEST: usize = 16;
-
 /// Is told what is stored under a key once it is written.
 pub(super) type OnWinner = Box<dyn FnOnce(Record, &Queuing) + Send>;
 
 /// Writes that wait, and who wants to know what becomes of them.
 #[derive(Default)]
 pub(super) struct Waiting {
-    writes: Writes,
-    claims: Claims,
-}
-
-/// At the places of their writes.
-pub(super) type Claims = VecDeque<Option<OnWinner>>;
-
-#[derive(Default)]
-pub(super) struct Writes {
-    /// `None` in the place of one that was dropped.
-    in_order: VecDeque<Option<Write>>,
-    /// Where each key's is, counted from the first that there ever was.
-    places: HashMap<String, usize, foldhash::fast::RandomState>,
-    /// How many have gone from the front.
-    gone: usize,
+    writes: Writes<VecDeque<Write>>,
+    /// At the places of the writes.
+    claims: VecDeque<Option<OnWinner>>,
 }
 
 /// What was taken to be written, and how far that has come.
-#[derive(Default)]
 pub(super) struct InFlight {
-    writes: Writes,
+    writes: Writes<Vec<Write>>,
     done: AtomicUsize,
+}
+
+/// Those who want to know what becomes of what is in flight, and is not done yet.
+pub(super) type Claims = VecDeque<Option<OnWinner>>;
+
+#[derive(Default)]
+struct Writes<L> {
+    in_order: L,
+    /// Where the last write of each key is, by the hash of the key, counted from the first that there ever was. Of two
+    /// keys with one hash the second is not found here, and its writes are not merged; they keep their order.
+    places: HashMap<u64, usize, BuildHasherDefault<IsHash>>,
+    hasher: foldhash::fast::RandomState,
+    /// How many have gone from the front.
+    gone: usize,
 }
 
 /// What is known of a key without the backend.
@@ -58,109 +57,152 @@ pub(super) type Unneeded = (Option<Write>, Option<OnWinner>);
 
 impl Waiting {
     pub(super) fn is_empty(&self) -> bool {
-        self.writes.places.is_empty()
+        self.writes.in_order.is_empty()
     }
 
     /// `true` beside what is no longer needed where a key was dropped that was.
     pub(super) fn add(&mut self, write: Write, claim: Option<OnWinner>) -> (Unneeded, bool) {
         let writes = &mut self.writes;
-        if let Some(place) = writes.place_of(write.key()) {
-            let claimed = &mut self.claims[place];
-            if let Some(there) = &mut writes.in_order[place] {
-                return (merge(there, claimed, write, claim), false);
-            }
+        let hash = writes.hasher.hash_one(write.key());
+        let place = writes.place_of(hash, write.key());
+        if let Some(place) = place.filter(|place| can_merge(&writes.in_order[*place], &write)) {
+            let there = &mut writes.in_order[place];
+            return (merge(there, &mut self.claims[place], write, claim), false);
         }
+        let is_full = writes.in_order.len() >= MOST_KEYS;
         let mut unneeded = (None, None);
-        let is_full = writes.places.len() >= MOST_KEYS;
         if is_full {
             // An expiry that is not moved is needed least.
             if let Write::Expire(..) = write {
                 return ((Some(write), claim), true);
             }
-            unneeded = self.drop_oldest();
+            unneeded = (writes.drop_oldest(), self.claims.pop_front().flatten());
         }
-        let place = self.writes.gone + self.writes.in_order.len();
-        self.writes.places.insert(write.key().to_owned(), place);
-        self.writes.in_order.push_back(Some(write));
+        let new_place = writes.gone + writes.in_order.len();
+        match place {
+            Some(_) => drop(writes.places.insert(hash, new_place)),
+            None => drop(writes.places.entry(hash).or_insert(new_place)),
+        }
+        writes.in_order.push_back(write);
         self.claims.push_back(claim);
         (unneeded, is_full)
     }
 
-    fn drop_oldest(&mut self) -> Unneeded {
-        let writes = &mut self.writes;
-        let mut oldest = writes.in_order.iter().take(OLDEST);
-        let expiry = oldest.position(|write| matches!(write, Some(Write::Expire(..))));
-        let write = writes.in_order[expiry.unwrap_or(0)].take();
-        let claim = self.claims[expiry.unwrap_or(0)].take();
-        if let Some(write) = &write {
-            writes.places.remove(write.key());
-        }
-        while let Some(None) = writes.in_order.front() {
-            writes.in_order.pop_front();
-            self.claims.pop_front();
-            writes.gone += 1;
-        }
-        (write, claim)
-    }
-
-    pub(super) fn take(&mut self) -> (InFlight, Claims) {
-        let Self { writes, claims } = std::mem::take(self);
-        let done = AtomicUsize::new(0);
-        (InFlight { writes, done }, claims)
-    }
-
     pub(super) fn known(&self, key: &str) -> Option<Known> {
-        let place = self.writes.place_of(key)?;
-        known(self.writes.in_order[place].as_ref()?)
+        let place = self
+            .writes
+            .place_of(self.writes.hasher.hash_one(key), key)?;
+        Some(known(&self.writes.in_order[place]))
+    }
+
+    /// Takes everything; `emptied` is what gathers from now on.
+    pub(super) fn take(&mut self, emptied: Self) -> (InFlight, Claims) {
+        let Self { writes, claims } = std::mem::replace(self, emptied);
+        let in_flight = InFlight {
+            writes: Writes {
+                in_order: writes.in_order.into(),
+                places: writes.places,
+                hasher: writes.hasher,
+                gone: writes.gone,
+            },
+            done: AtomicUsize::new(0),
+        };
+        (in_flight, claims)
     }
 }
 
-impl Writes {
-    fn place_of(&self, key: &str) -> Option<usize> {
-        self.places.get(key).map(|place| place - self.gone)
+impl Writes<VecDeque<Write>> {
+    fn drop_oldest(&mut self) -> Option<Write> {
+        let write = self.in_order.pop_front()?;
+        let hash = self.hasher.hash_one(write.key());
+        if self.places.get(&hash) == Some(&self.gone) {
+            self.places.remove(&hash);
+        }
+        self.gone += 1;
+        Some(write)
+    }
+}
+
+impl<L: std::ops::Index<usize, Output = Write>> Writes<L> {
+    fn place_of(&self, hash: u64, key: &str) -> Option<usize> {
+        let place = self.places.get(&hash)? - self.gone;
+        (self.in_order[place].key() == key).then_some(place)
     }
 }
 
 impl InFlight {
-    /// The next few, and how many places they take.
-    pub(super) fn next_group(&self, most: usize) -> (Vec<Write>, Range<usize>) {
+    /// The next few that are not done.
+    pub(super) fn next_group(&self, most: usize) -> (&[Write], Range<usize>) {
         let start = self.done.load(Ordering::Relaxed);
         let end = self.writes.in_order.len().min(start + most);
-        let group = self.writes.in_order.range(start..end);
-        (group.flatten().cloned().collect(), start..end)
+        (&self.writes.in_order[start..end], start..end)
     }
 
     /// From now on the backend knows better.
-    pub(super) fn are_written(&self, places: Range<usize>) {
+    pub(super) fn are_done(&self, places: Range<usize>) {
         self.done.store(places.end, Ordering::Release);
     }
 
-    /// One for each write that `next_group` answered for these places.
-    pub(super) fn claims_of_writes(
-        &self,
-        places: Range<usize>,
-        claims: impl Iterator<Item = Option<OnWinner>>,
-    ) -> impl Iterator<Item = Option<OnWinner>> {
-        let claims = self.writes.in_order.range(places).zip(claims);
-        claims.filter_map(|(write, claim)| write.as_ref().map(|_| claim))
+    pub(super) fn known(&self, key: &str) -> Option<Known> {
+        let place = self
+            .writes
+            .place_of(self.writes.hasher.hash_one(key), key)?;
+        let is_done = place < self.done.load(Ordering::Acquire);
+        (!is_done).then(|| known(&self.writes.in_order[place]))
     }
 
-    pub(super) fn known(&self, key: &str) -> Option<Known> {
-        let place = self.writes.place_of(key)?;
-        if place < self.done.load(Ordering::Acquire) {
-            return None;
+    /// What writes can gather in again without asking for memory.
+    pub(super) fn into_emptied(self, mut claims: Claims) -> Waiting {
+        let Writes {
+            mut in_order,
+            mut places,
+            hasher,
+            ..
+        } = self.writes;
+        in_order.clear();
+        places.clear();
+        claims.clear();
+        // What a backlog took is not kept for good.
+        in_order.shrink_to(KEPT);
+        places.shrink_to(KEPT);
+        claims.shrink_to(KEPT);
+        Waiting {
+            writes: Writes {
+                in_order: in_order.into(),
+                places,
+                hasher,
+                gone: 0,
+            },
+            claims,
         }
-        known(self.writes.in_order[place].as_ref()?)
     }
 }
 
+/// For how many writes there is room before there is a need.
+const KEPT: usize = 4096;
+
 /// What a key has as soon as that is written.
-fn known(write: &Write) -> Option<Known> {
-    Some(match write {
+fn known(write: &Write) -> Known {
+    match write {
         Write::Put(_, record) | Write::PutIfAbsent(_, record) => Known::Record(record.clone()),
         Write::Remove(_) => Known::Gone,
         Write::Expire(_, at) => Known::Until(*at),
-    })
+    }
+}
+
+/// Whether one write can do what the two do. What a claim finds decides what an expiry after it moves, and an expiry
+/// may be that of what a claim after it finds.
+fn can_merge(there: &Write, newer: &Write) -> bool {
+    match (there, newer) {
+        (Write::PutIfAbsent(..), Write::Expire(..)) => false,
+        (Write::Expire(_, at), Write::PutIfAbsent(_, record)) => is_over(*at, record),
+        _ => true,
+    }
+}
+
+/// Whether what ends at that moment is over when the other is recorded.
+fn is_over(expires_at: SystemTime, recorded: &Record) -> bool {
+    expires_at <= recorded.context.recorded_at()
 }
 
 /// Leaves of two writes on one key what is to be done.
@@ -171,10 +213,16 @@ fn merge(
     claim: Option<OnWinner>,
 ) -> Unneeded {
     let replacement = match (&mut *there, newer) {
-        (Write::PutIfAbsent(_, record) | Write::Put(_, record), Write::Expire(_, at)) => {
+        (Write::Put(_, record), Write::Expire(_, at)) => {
             record.expires_at = at;
             return (None, claim);
         }
+        // Nothing is there any more, whatever it was.
+        (
+            Write::Put(_, Record { expires_at, .. }) | Write::Expire(_, expires_at),
+            Write::PutIfAbsent(key, record),
+        ) if is_over(*expires_at, &record) => Write::Put(key, record),
+        (Write::Remove(_), Write::PutIfAbsent(key, record)) => Write::Put(key, record),
         // First come is first served, here as well; who comes later is told the same.
         (Write::PutIfAbsent(..) | Write::Put(..), newer @ Write::PutIfAbsent(..)) => {
             *claimed = match (claimed.take(), claim) {
@@ -187,15 +235,177 @@ fn merge(
             return (Some(newer), None);
         }
         (Write::Remove(_), newer @ Write::Expire(..)) => return (Some(newer), claim),
-        // Nothing is there any more, whatever it was.
-        (Write::Remove(_), Write::PutIfAbsent(key, record)) => Write::Put(key, record),
-        (Write::Expire(_, at), Write::PutIfAbsent(key, record))
-            if *at <= record.context.recorded_at() =>
-        {
-            Write::Put(key, record)
-        }
         (_, newer) => newer,
     };
     let write = std::mem::replace(there, replacement);
     (Some(write), std::mem::replace(claimed, claim))
+}
+
+/// Hashes what is a hash.
+#[derive(Default)]
+struct IsHash(u64);
+
+impl Hasher for IsHash {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write_u64(&mut self, hash: u64) {
+        self.0 = hash;
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        let hash = |hash: u64, byte: &u8| hash.rotate_left(8) ^ u64::from(*byte);
+        self.0 = bytes.iter().fold(self.0, hash);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+    use std::time::Duration;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::context::WorkflowContext;
+
+    /// Seconds since some moment.
+    fn time(seconds: u64) -> SystemTime {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000 + seconds)
+    }
+
+    fn record(span: u64, now: u64) -> Record {
+        let parent = format!("00-0af7651916cd43dd8448eb211c80319c-{span:016x}-01");
+        let context = WorkflowContext::parse(&parent, "").expect("well formed");
+        Record::new(context.with_recorded_at(time(now)), time(now + 100))
+    }
+
+    fn span_of(record: &Record) -> u64 {
+        u64::from_be_bytes(record.context.span_id().to_bytes())
+    }
+
+    /// What a backend does.
+    #[derive(Clone, Debug, Default)]
+    struct Model(BTreeMap<String, Record>);
+
+    impl Model {
+        fn write(&mut self, write: &Write, now: u64) {
+            let key = write.key().to_owned();
+            let live = self
+                .0
+                .get(&key)
+                .cloned()
+                .filter(|there| there.expires_at > time(now));
+            match write {
+                Write::Put(_, record) => drop(self.0.insert(key, record.clone())),
+                Write::Remove(_) => drop(self.0.remove(&key)),
+                Write::Expire(_, at) => {
+                    if let Some(mut record) = live {
+                        record.expires_at = *at;
+                        self.0.insert(key, record);
+                    }
+                }
+                Write::PutIfAbsent(..) if live.is_some() => {}
+                Write::PutIfAbsent(_, record) => drop(self.0.insert(key, record.clone())),
+            }
+        }
+
+        fn live(&self, now: u64) -> BTreeMap<&str, (u64, SystemTime)> {
+            let live = self
+                .0
+                .iter()
+                .filter(|(_, record)| record.expires_at > time(now));
+            live.map(|(key, record)| (&**key, (span_of(record), record.expires_at)))
+                .collect()
+        }
+    }
+
+    fn write(kind: usize, key: usize, span: u64, now: u64) -> Write {
+        let key = ["a", "b", "c"][key].to_owned();
+        match kind {
+            0 => Write::Put(key, record(span, now)),
+            1 | 2 => Write::PutIfAbsent(key, record(span, now)),
+            3 => Write::Remove(key),
+            // An end at once, or a longer life.
+            4 => Write::Expire(key, time(now)),
+            _ => Write::Expire(key, time(now + 200)),
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_left_of_many_writes_does_the_same(
+            before in prop::collection::vec((0..6_usize, 0..3_usize), 0..4),
+            writes in prop::collection::vec((0..6_usize, 0..3_usize), 1..12),
+        ) {
+            let mut one_by_one = Model::default();
+            for (span, (kind, key)) in (1..).zip(before) {
+                one_by_one.write(&write(kind, key, span, 0), 0);
+            }
+            let mut merged = one_by_one.clone();
+            let mut waiting = Waiting::default();
+            let mut now = 1;
+            for (span, (kind, key)) in (100..).zip(&writes) {
+                now += 1;
+                let write = write(*kind, *key, span, now);
+                // Only what memory still has is kept longer.
+                if *kind == 5 && !one_by_one.live(now).contains_key(write.key()) {
+                    continue;
+                }
+                one_by_one.write(&write, now);
+                waiting.add(write, None);
+            }
+            let claimed_before = writes.iter().filter(|(kind, _)| [1, 2].contains(kind)).count() > 1;
+            for key in ["a", "b", "c"] {
+                let live = one_by_one.live(now).get(key).copied();
+                match waiting.known(key) {
+                    // As far as anybody can know, a claim is won.
+                    Some(Known::Record(record)) if merged.live(now).is_empty() && !claimed_before => {
+                        let known = (record.expires_at > time(now)).then(|| (span_of(&record), record.expires_at));
+                        prop_assert_eq!(known, live);
+                    }
+                    Some(Known::Gone) => prop_assert_eq!(live, None),
+                    Some(Known::Until(at)) if at <= time(now) => prop_assert_eq!(live, None),
+                    _ => {}
+                }
+            }
+            let (in_flight, _) = waiting.take(Waiting::default());
+            for write in in_flight.next_group(100).0 {
+                merged.write(write, now);
+            }
+            prop_assert_eq!(merged.live(now), one_by_one.live(now));
+        }
+    }
+
+    #[test]
+    fn the_oldest_go_first_and_expiries_before_all() {
+        let mut waiting = Waiting::default();
+        for n in 0..MOST_KEYS {
+            let (_, dropped) = waiting.add(Write::Remove(n.to_string()), None);
+            assert!(!dropped);
+        }
+        let (unneeded, dropped) = waiting.add(Write::Expire("late".into(), time(1)), None);
+        assert!(dropped && unneeded.0 == Some(Write::Expire("late".into(), time(1))));
+        for n in 0..10 {
+            let (unneeded, dropped) = waiting.add(Write::Remove(format!("more {n}")), None);
+            assert!(dropped && unneeded.0 == Some(Write::Remove(n.to_string())));
+            assert_eq!(waiting.known(&n.to_string()), None);
+            assert_eq!(waiting.known(&(n + 1).to_string()), Some(Known::Gone));
+            assert_eq!(waiting.known(&format!("more {n}")), Some(Known::Gone));
+        }
+        let (_, dropped) = waiting.add(Write::Remove("20".into()), None);
+        assert!(!dropped, "it waits already");
+        let (in_flight, claims) = waiting.take(Waiting::default());
+        let (group, places) = in_flight.next_group(3);
+        assert_eq!(
+            group.iter().map(Write::key).collect::<Vec<_>>(),
+            ["10", "11", "12"]
+        );
+        in_flight.are_done(places);
+        assert_eq!(in_flight.known("12"), None);
+        assert_eq!(in_flight.known("13"), Some(Known::Gone));
+        assert_eq!(in_flight.next_group(1).0[0].key(), "13");
+        assert!(in_flight.into_emptied(claims).is_empty());
+    }
 }
