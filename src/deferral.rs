@@ -70,12 +70,14 @@ pub(crate) struct Held {
 }
 
 thread_local! {
-    /// The length of `STACK`, in a cell without a destructor: all that an ordinary span pays for.
+    /// The length of `STACK`, in a cell without a destructor.
     static DEPTH: Cell<usize> = const { Cell::new(0) };
     /// While a span is started, what is held beneath is out of reach for the spans which that opens.
     static FLOOR: Cell<usize> = const { Cell::new(0) };
     /// The held entries of this thread, of all layers, outermost first.
     static STACK: RefCell<Vec<Held>> = const { RefCell::new(Vec::new()) };
+    /// Whether there is anything in `ADOPTION`, for all who only need to know that.
+    static ADOPTS: Cell<bool> = const { Cell::new(false) };
     /// The instance that a held span joins when it starts, and the storage (by its address) that may say so.
     static ADOPTION: RefCell<Option<(usize, Identity)>> = const { RefCell::new(None) };
 }
@@ -91,7 +93,9 @@ pub(crate) fn any_held() -> bool {
 #[derive(Debug)]
 pub(crate) struct Deferral {
     layer: usize,
-    /// How many pending spans hash to each slot.
+    /// How many spans are pending.
+    count: AtomicUsize,
+    /// How many of them hash to each slot.
     pending: [AtomicU32; SLOTS],
 }
 
@@ -102,8 +106,15 @@ impl Deferral {
         static LAYERS: AtomicUsize = AtomicUsize::new(0);
         Self {
             layer: LAYERS.fetch_add(1, Relaxed),
+            count: AtomicUsize::new(0),
             pending: [const { AtomicU32::new(0) }; SLOTS],
         }
+    }
+
+    /// Whether no span of this layer can be held back. All that an ordinary span pays for.
+    #[inline]
+    pub(crate) fn is_idle(&self) -> bool {
+        self.count.load(Relaxed) == 0
     }
 
     /// `false` is certain, `true` is not.
@@ -112,11 +123,19 @@ impl Deferral {
         self.slot(id).load(Relaxed) != 0
     }
 
+    /// The same for what is done within spans that are held back, too.
+    #[inline]
+    pub(crate) fn concerns(&self, id: &span::Id) -> bool {
+        any_held() || self.may_be_pending(id)
+    }
+
     pub(crate) fn add_pending(&self, id: &span::Id) {
+        self.count.fetch_add(1, Relaxed);
         self.slot(id).fetch_add(1, Relaxed);
     }
 
     pub(crate) fn remove_pending(&self, id: &span::Id) {
+        self.count.fetch_sub(1, Relaxed);
         self.slot(id).fetch_sub(1, Relaxed);
     }
 
@@ -258,35 +277,54 @@ pub(crate) fn adopting<R>(
         return start();
     };
     let _clear = Clear;
-    let _ = ADOPTION.try_with(|adoption| adoption.replace(Some((address(core), identity))));
+    let offered = ADOPTION.try_with(|adoption| adoption.replace(Some((address(core), identity))));
+    ADOPTS.set(offered.is_ok());
     start()
 }
 
 /// What is started from now on joins nobody.
+#[inline]
 pub(crate) fn end_adoption() {
-    drop(ADOPTION.try_with(|adoption| adoption.take()));
+    if ADOPTS.get() {
+        drop(adoption());
+    }
 }
 
 /// The instance that the span which is just being started is to join, once.
+#[inline]
 pub(crate) fn take_adoption(core: &Arc<Core>) -> Option<Identity> {
-    let adoption = ADOPTION.try_with(|adoption| adoption.take()).ok()??;
-    (adoption.0 == address(core)).then_some(adoption.1)
+    if !ADOPTS.get() {
+        return None;
+    }
+    let (storage, identity) = adoption()?;
+    (storage == address(core)).then_some(identity)
+}
+
+#[inline(never)]
+fn adoption() -> Option<(usize, Identity)> {
+    ADOPTS.set(false);
+    ADOPTION.try_with(|adoption| adoption.take()).ok()?
+}
+
+/// How long a span was held back, where that is what the attribute tells.
+#[inline]
+pub(crate) fn held_time(attribute: &KeyValue) -> Option<i64> {
+    match attribute.value {
+        Value::I64(held) if attribute.key.as_str() == HELD => Some(held),
+        _ => None,
+    }
 }
 
 /// Moves the time for which a span was entered but held back from `idle_ns` to `busy_ns`, where
-/// tracing-opentelemetry counts what it has not heard of as idle. `true` where the attribute was one of ours
-/// or of these two.
-pub(crate) fn correct_timing(attribute: &mut KeyValue, held: &mut i64) -> bool {
-    let Value::I64(nanos) = &mut attribute.value else {
-        return false;
-    };
-    match attribute.key.as_str() {
-        HELD => *held = held.saturating_add(*nanos),
-        "busy_ns" => *nanos = nanos.saturating_add(*held),
-        "idle_ns" => *nanos = nanos.saturating_sub(*held).max(0),
-        _ => return false,
+/// tracing-opentelemetry counts what it has not heard of as idle.
+pub(crate) fn correct_timing(attribute: &mut KeyValue, held: i64) {
+    if let Value::I64(nanos) = &mut attribute.value {
+        match attribute.key.as_str() {
+            "busy_ns" => *nanos = nanos.saturating_add(held),
+            "idle_ns" => *nanos = nanos.saturating_sub(held).max(0),
+            _ => {}
+        }
     }
-    true
 }
 
 /// Tells a started span how long it was held back.

@@ -48,7 +48,8 @@ pub(crate) enum Event {
 pub(crate) struct Decision {
     pub(crate) span_name: Cow<'static, str>,
     pub(crate) span: Ids,
-    pub(crate) natural: Option<Ids>,
+    /// Zeros where there is none.
+    pub(crate) natural: Ids,
     pub(crate) outcome: Outcome,
 }
 
@@ -108,13 +109,14 @@ impl Trail {
         self.slots.is_empty()
     }
 
+    #[inline]
     pub(crate) fn add(&self, step: Step) {
-        if self.is_off() {
-            return;
+        if !self.is_off() {
+            let slot = self.next.fetch_add(1, Relaxed) % self.slots.len();
+            let mut slot = lock(&self.slots[slot]);
+            // What is replaced has at most a string of ours to drop.
+            *slot = Some(step);
         }
-        let slot = self.next.fetch_add(1, Relaxed) % self.slots.len();
-        // What is replaced is dropped after the lock.
-        let _replaced = lock(&self.slots[slot]).replace(step);
     }
 
     /// The steps of one instance, oldest first.
@@ -389,9 +391,9 @@ impl fmt::Display for Decision {
                 write!(f, "{}: {}", relation.as_str(), continuation.describe())?;
             }
         }
-        match natural {
-            Some(natural) => write!(f, " (natural parent {natural})"),
-            None => f.write_str(" (no natural parent)"),
+        match natural.are_valid() {
+            true => write!(f, " (natural parent {natural})"),
+            false => f.write_str(" (no natural parent)"),
         }
     }
 }

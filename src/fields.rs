@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::fmt::{self, Write as _};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use opentelemetry::trace::Event;
 use opentelemetry::{KeyValue, Value};
@@ -141,6 +142,83 @@ pub(crate) enum Role {
     Engine,
 }
 
+/// What all spans of one callsite have in common.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Callsite {
+    pub(crate) role: Role,
+    pub(crate) declares: Ids,
+}
+
+/// The callsites that were looked at before, each in the slot to which its address hashes. One whose slot is taken is
+/// looked at each time.
+#[derive(Debug)]
+pub(crate) struct Callsites {
+    /// The address and, below it, a [`Callsite`] in four bits: no machine has addresses of more than 60.
+    slots: Box<[AtomicU64; Self::SLOTS]>,
+}
+
+impl Callsites {
+    const SLOTS: usize = 1024;
+
+    pub(crate) fn new() -> Self {
+        Self {
+            slots: Box::new([const { AtomicU64::new(0) }; Self::SLOTS]),
+        }
+    }
+
+    /// Whether spans of the callsite are certainly none of this crate's business.
+    #[inline]
+    pub(crate) fn are_ordinary(&self, metadata: &'static Metadata<'static>) -> bool {
+        let (slot, address) = self.slot(metadata);
+        slot.load(Relaxed) == address
+    }
+
+    #[inline]
+    pub(crate) fn get(&self, metadata: &'static Metadata<'static>, fields: &Fields) -> Callsite {
+        let (slot, address) = self.slot(metadata);
+        match slot.load(Relaxed) ^ address {
+            bits @ 0..16 => Callsite::from_bits(bits),
+            _ => Self::add(slot, address, fields.callsite(metadata)),
+        }
+    }
+
+    #[inline]
+    fn slot(&self, metadata: &'static Metadata<'static>) -> (&AtomicU64, u64) {
+        let address = (std::ptr::from_ref(metadata).addr() as u64) << 4;
+        let hash = address.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        (&self.slots[(hash >> 54) as usize % Self::SLOTS], address)
+    }
+
+    #[cold]
+    fn add(slot: &AtomicU64, address: u64, callsite: Callsite) -> Callsite {
+        let known = address | callsite.to_bits();
+        // If it is taken the loser is looked at again.
+        let _ = slot.compare_exchange(0, known, Relaxed, Relaxed);
+        callsite
+    }
+}
+
+impl Callsite {
+    #[inline]
+    fn from_bits(bits: u64) -> Self {
+        Self {
+            role: match bits & 3 {
+                0 => Role::Ordinary,
+                1 => Role::Tagged,
+                _ => Role::Engine,
+            },
+            declares: Ids {
+                id: bits & 4 != 0,
+                run: bits & 8 != 0,
+            },
+        }
+    }
+
+    fn to_bits(self) -> u64 {
+        self.role as u64 | u64::from(self.declares.id) << 2 | u64::from(self.declares.run) << 3
+    }
+}
+
 impl Fields {
     pub(crate) fn new(instance_ids: Vec<Cow<'static, str>>) -> Self {
         let mut fields = Self {
@@ -206,40 +284,69 @@ impl Fields {
 
     #[inline]
     fn meaning(&self, name: &str) -> Option<Meaning> {
-        if self.lengths & length_bit(name) == 0 {
+        if !self.may_mean(name) {
             return None;
         }
         let found = self.named.iter().find(|(known, _)| known == name);
         found.map(|(_, meaning)| *meaning)
     }
 
-    #[inline]
-    pub(crate) fn role(&self, metadata: &Metadata<'_>) -> Role {
+    fn callsite(&self, metadata: &Metadata<'_>) -> Callsite {
         let named = |span: &EngineSpan| {
             span.name == metadata.name() && span.target.is_none_or(|t| t == metadata.target())
         };
-        if self.engine_spans.iter().any(named) {
+        let mut declares = Ids::default();
+        let mut is_tagged = false;
+        for field in metadata.fields() {
+            let meaning = self.meaning(field.name());
+            is_tagged |= meaning.is_some();
+            declares.add(meaning);
+        }
+        let role = if self.engine_spans.iter().any(named) {
             Role::Engine
-        } else if metadata
-            .fields()
-            .iter()
-            .any(|f| self.meaning(f.name()).is_some())
-        {
+        } else if is_tagged {
             Role::Tagged
         } else {
             Role::Ordinary
+        };
+        Callsite { role, declares }
+    }
+
+    /// Whether that may be the name of a field with a meaning. Nearly always it is not, and this costs next to nothing.
+    #[inline]
+    pub(crate) fn may_mean(&self, name: &str) -> bool {
+        self.lengths & length_bit(name) != 0
+    }
+
+    /// The instance id, where the attributes say just that and nothing else.
+    #[inline]
+    pub(crate) fn only_id<'a>(&self, attributes: &'a [KeyValue]) -> Option<Cow<'a, str>> {
+        let mut may_mean = (attributes.iter()).filter(|a| self.may_mean(a.key.as_str()));
+        let (first, None) = (may_mean.next()?, may_mean.next()) else {
+            return None;
+        };
+        match self.meaning(first.key.as_str()) {
+            Some(Meaning::InstanceId { .. }) => Some(printed(&first.value)),
+            _ => None,
         }
+        .filter(|id| InvalidInstanceId::check(id).is_ok())
     }
 
     /// Reads what a span that is about to start says of its instance.
     pub(crate) fn tag_of<'a>(&self, attributes: &'a [KeyValue]) -> Tag<'a> {
         let mut tag = Tag::default();
         for attribute in attributes {
-            if let Some(meaning) = self.meaning(attribute.key.as_str()) {
-                tag.take(meaning, &attribute.value);
+            if self.may_mean(attribute.key.as_str()) {
+                self.read(attribute, &mut tag);
             }
         }
         tag
+    }
+
+    fn read<'a>(&self, attribute: &'a KeyValue, tag: &mut Tag<'a>) {
+        if let Some(meaning) = self.meaning(attribute.key.as_str()) {
+            tag.take(meaning, &attribute.value);
+        }
     }
 
     /// Whether one of the events reports a terminal status.
@@ -266,31 +373,27 @@ impl Fields {
         })
     }
 
-    /// Which ids the callsite declares that have no value yet.
-    pub(crate) fn awaits(&self, attributes: &span::Attributes<'_>) -> Ids {
-        let mut declared = Ids::default();
-        let fields = attributes.metadata().fields();
-        fields
-            .iter()
-            .for_each(|field| declared.add(self.meaning(field.name())));
-        let there = self.ids_in(|visitor| attributes.record(visitor));
+    /// Which of the declared ids have no value yet. To print each only to see whether it prints nothing would cost every
+    /// span more than it is worth: just a plain text tells that it is empty.
+    pub(crate) fn awaits(&self, declared: Ids, attributes: &span::Attributes<'_>) -> Ids {
+        let mut visitor = IsThere {
+            fields: self,
+            found: Ids::default(),
+        };
+        attributes.record(&mut visitor);
         Ids {
-            id: declared.id && !there.id,
-            run: declared.run && !there.run,
+            id: declared.id && !visitor.found.id,
+            run: declared.run && !visitor.found.run,
         }
     }
 
     /// Which ids a record gives a value to.
     pub(crate) fn recorded(&self, values: &span::Record<'_>) -> Ids {
-        self.ids_in(|visitor| values.record(visitor))
-    }
-
-    fn ids_in(&self, record: impl FnOnce(&mut dyn Visit)) -> Ids {
         let mut visitor = HasValue {
             fields: self,
             found: Ids::default(),
         };
-        record(&mut visitor);
+        values.record(&mut visitor);
         visitor.found
     }
 }
@@ -303,6 +406,7 @@ pub(crate) struct Ids {
 }
 
 impl Ids {
+    #[inline]
     fn add(&mut self, meaning: Option<Meaning>) {
         self.id |= matches!(meaning, Some(Meaning::InstanceId { .. }));
         self.run |= meaning == Some(Meaning::RunId);
@@ -315,6 +419,42 @@ pub(crate) struct Identity {
     pub(crate) instance_id: Box<str>,
     pub(crate) run_id: Option<Box<str>>,
     pub(crate) parent_instance_id: Option<Box<str>>,
+}
+
+/// The same, of somebody else's strings.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Names<'a> {
+    pub(crate) instance_id: &'a str,
+    pub(crate) run_id: Option<&'a str>,
+    pub(crate) parent_instance_id: Option<&'a str>,
+}
+
+impl<'a> Names<'a> {
+    pub(crate) fn of(instance_id: &'a str) -> Self {
+        Self {
+            instance_id,
+            run_id: None,
+            parent_instance_id: None,
+        }
+    }
+
+    pub(crate) fn to_identity(self) -> Identity {
+        Identity {
+            instance_id: self.instance_id.into(),
+            run_id: self.run_id.map(Box::from),
+            parent_instance_id: self.parent_instance_id.map(Box::from),
+        }
+    }
+}
+
+impl Identity {
+    pub(crate) fn names(&self) -> Names<'_> {
+        Names {
+            instance_id: &self.instance_id,
+            run_id: self.run_id.as_deref(),
+            parent_instance_id: self.parent_instance_id.as_deref(),
+        }
+    }
 }
 
 /// What the attributes of one span say.
@@ -331,6 +471,15 @@ pub(crate) struct Tag<'a> {
 }
 
 impl<'a> Tag<'a> {
+    #[inline]
+    pub(crate) fn names(&self) -> Option<Names<'_>> {
+        Some(Names {
+            instance_id: self.instance_id.as_deref()?,
+            run_id: self.run_id.as_deref(),
+            parent_instance_id: self.parent_instance_id.as_deref(),
+        })
+    }
+
     fn take(&mut self, meaning: Meaning, value: &'a Value) {
         match meaning {
             Meaning::Replaying => self.replaying = truth(value).or(self.replaying),
@@ -374,7 +523,11 @@ fn printed(value: &Value) -> Cow<'_, str> {
 /// Undoes `{:?}` of a string; whatever is not the `Debug` form of a string stays as it is.
 ///
 /// An attribute no longer tells `%` from `?`, and both must name the same instance.
+#[inline]
 fn unquoted(text: &str) -> Cow<'_, str> {
+    if !text.starts_with('"') {
+        return Cow::Borrowed(text);
+    }
     // The longest escape of one byte is six characters, `\u{7f}`: a longer text is oversized in any case.
     const LONGEST: usize = 6 * MAX_INSTANCE_ID_BYTES + 2;
     let inner = text.strip_prefix('"').and_then(|t| t.strip_suffix('"'));
@@ -500,6 +653,24 @@ impl fmt::Write for Bounded {
     }
 }
 
+/// Looks which ids are given any value but an empty text.
+struct IsThere<'a> {
+    fields: &'a Fields,
+    found: Ids,
+}
+
+impl Visit for IsThere<'_> {
+    fn record_debug(&mut self, field: &Field, _: &dyn fmt::Debug) {
+        self.found.add(self.fields.meaning(field.name()));
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        if !value.is_empty() {
+            self.found.add(self.fields.meaning(field.name()));
+        }
+    }
+}
+
 /// Looks which ids have a value, printing no more of it than tells whether it is empty.
 struct HasValue<'a> {
     fields: &'a Fields,
@@ -516,12 +687,6 @@ impl Visit for HasValue<'_> {
             if !beginning.is_empty() {
                 self.found.add(meaning);
             }
-        }
-    }
-
-    fn record_str(&mut self, field: &Field, value: &str) {
-        if !value.is_empty() {
-            self.found.add(self.fields.meaning(field.name()));
         }
     }
 }

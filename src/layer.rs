@@ -17,7 +17,7 @@ use tracing_subscriber::layer::Context;
 use tracing_subscriber::registry::LookupSpan;
 
 use crate::deferral::{self, Deferral, Held, Kind, Pending};
-use crate::fields::{Identity, Role};
+use crate::fields::{Callsite, Callsites, Identity, Role};
 use crate::storage::core::Core;
 use crate::tracer::{self, WorkflowTracer};
 
@@ -31,6 +31,7 @@ use crate::tracer::{self, WorkflowTracer};
 pub struct WorkflowContextLayer<S, T> {
     inner: OpenTelemetryLayer<S, WorkflowTracer<T>>,
     core: Arc<Core>,
+    callsites: Callsites,
     deferral: Deferral,
     activation: Activation,
     dispatch: OnceLock<WeakDispatch>,
@@ -90,6 +91,7 @@ where
         Self {
             inner,
             core,
+            callsites: Callsites::new(),
             deferral: Deferral::new(),
             activation: Activation::default(),
             dispatch: OnceLock::new(),
@@ -98,14 +100,9 @@ where
 
     /// A span that declares a reserved field, may be adopted, or opens where others are held back.
     #[inline(never)]
-    fn new_span(
-        &self,
-        role: Role,
-        attrs: &span::Attributes<'_>,
-        id: &span::Id,
-        ctx: Context<'_, S>,
-    ) {
+    fn new_span(&self, attrs: &span::Attributes<'_>, id: &span::Id, ctx: Context<'_, S>) {
         let create = || self.inner.on_new_span(attrs, id, ctx.clone());
+        let Callsite { role, declares } = (self.callsites).get(attrs.metadata(), &self.core.fields);
         let create = || match role {
             Role::Ordinary => create(),
             Role::Tagged | Role::Engine => tracer::marking(create),
@@ -130,7 +127,10 @@ where
             }
             None => create(),
         }
-        let awaits = self.core.fields.awaits(attrs);
+        let awaits = match declares.id {
+            true => self.core.fields.awaits(declares, attrs),
+            false => declares,
+        };
         let kind = match role {
             Role::Ordinary => return,
             Role::Tagged | Role::Engine if awaits.id => Kind::AwaitsId,
@@ -356,25 +356,19 @@ where
 
     #[inline]
     fn on_new_span(&self, attrs: &span::Attributes<'_>, id: &span::Id, ctx: Context<'_, S>) {
-        let role = self.core.fields.role(attrs.metadata());
-        let pending_parent = || {
-            attrs
-                .parent()
-                .is_some_and(|id| self.deferral.may_be_pending(id))
-        };
-        if role == Role::Ordinary && !deferral::any_held() && !pending_parent() {
+        if self.deferral.is_idle() && self.callsites.are_ordinary(attrs.metadata()) {
             self.inner.on_new_span(attrs, id, ctx);
         } else {
-            self.new_span(role, attrs, id, ctx);
+            self.new_span(attrs, id, ctx);
         }
     }
 
     #[inline]
     fn on_record(&self, id: &span::Id, values: &span::Record<'_>, ctx: Context<'_, S>) {
-        if self.deferral.may_be_pending(id) {
-            self.record(id, values, ctx);
-        } else {
+        if self.deferral.is_idle() || !self.deferral.may_be_pending(id) {
             self.inner.on_record(id, values, ctx);
+        } else {
+            self.record(id, values, ctx);
         }
     }
 
@@ -390,25 +384,25 @@ where
 
     #[inline]
     fn on_enter(&self, id: &span::Id, ctx: Context<'_, S>) {
-        if deferral::any_held() || self.deferral.may_be_pending(id) {
-            self.enter(id, ctx);
-        } else {
+        if self.deferral.is_idle() || !self.deferral.concerns(id) {
             self.inner.on_enter(id, ctx);
+        } else {
+            self.enter(id, ctx);
         }
     }
 
     #[inline]
     fn on_exit(&self, id: &span::Id, ctx: Context<'_, S>) {
-        if deferral::any_held() || self.deferral.may_be_pending(id) {
-            self.exit(id, ctx);
-        } else {
+        if self.deferral.is_idle() || !self.deferral.concerns(id) {
             self.inner.on_exit(id, ctx);
+        } else {
+            self.exit(id, ctx);
         }
     }
 
     #[inline]
     fn on_close(&self, id: span::Id, ctx: Context<'_, S>) {
-        if self.deferral.may_be_pending(&id) {
+        if !self.deferral.is_idle() && self.deferral.may_be_pending(&id) {
             self.close(&id, &ctx);
         }
         self.inner.on_close(id, ctx);

@@ -1,12 +1,13 @@
 //! The table "what becomes of a tagged span": from what is stored and the natural parent to a decision.
 
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use opentelemetry::trace::SpanContext;
 
 use crate::context::WorkflowContext;
 use crate::explain::{Outcome, Recorder};
+use crate::fields::{Identity, Names};
 use crate::policy::{Continuation, Relation};
 use crate::storage::beyond::Overruled;
 use crate::storage::core::Core;
@@ -19,9 +20,9 @@ const ROLL_PATIENCE: Duration = Duration::from_millis(1);
 /// A tagged span that is about to start.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Arrival<'a> {
-    pub(crate) instance_id: &'a str,
-    pub(crate) run_id: Option<&'a str>,
-    pub(crate) parent_instance_id: Option<&'a str>,
+    pub(crate) names: Names<'a>,
+    /// Of the instance id.
+    pub(crate) hash: u64,
     /// The valid span context that the span would have as its parent without this crate.
     pub(crate) natural: Option<&'a SpanContext>,
     /// That one stands for a recorded span in a replay, so the trace may be as old as can be.
@@ -29,6 +30,7 @@ pub(crate) struct Arrival<'a> {
 }
 
 impl Arrival<'_> {
+    #[inline]
     fn is_in_trace_of(self, stored: &WorkflowContext) -> bool {
         self.natural
             .is_some_and(|natural| natural.trace_id() == stored.trace_id())
@@ -38,125 +40,141 @@ impl Arrival<'_> {
 /// Where it starts.
 pub(crate) struct Placement<'a> {
     pub(crate) parent: Parent,
-    /// At most one link, with the relation that it tells of.
-    pub(crate) link: Option<(SpanContext, Relation)>,
-    pub(crate) record: Option<Recording<'a>>,
-    /// Set once per process and instance for a context that another process recorded.
-    pub(crate) resumed: Option<WorkflowContext>,
+    /// What is stored, where anything is.
+    pub(crate) stored: Option<WorkflowContext>,
     pub(crate) outcome: Outcome,
+    /// Boxed, since most spans have none of it.
+    pub(crate) more: Option<Box<More<'a>>>,
 }
 
+#[derive(Clone, Copy)]
 pub(crate) enum Parent {
     Natural,
     None,
-    Stored(WorkflowContext),
+    Stored,
+}
+
+#[derive(Default)]
+pub(crate) struct More<'a> {
+    /// At most one link, with the relation that it tells of.
+    pub(crate) link: Option<(SpanContext, Relation)>,
+    pub(crate) record: Option<Recording<'a>>,
+    /// Set once per process and instance for a context that another process recorded: when.
+    pub(crate) resumed: Option<SystemTime>,
 }
 
 /// The span's own context is to be recorded once it has one.
 pub(crate) struct Recording<'a> {
     core: &'a Core,
-    instance_id: &'a str,
-    run_id: Option<&'a str>,
+    identity: Identity,
     /// What this one follows, as the next generation; this recording alone may do so.
     follows: Option<Followed>,
 }
 
 impl<'a> Placement<'a> {
-    pub(crate) fn of(arrival: Arrival<'a>, core: &'a Core) -> Self {
-        core.prepare(arrival.instance_id, arrival.run_id);
+    #[inline]
+    pub(crate) fn of(arrival: Arrival<'_>, core: &'a Core) -> Self {
+        core.prepare(arrival.names.instance_id, arrival.names.run_id);
+        let mut placement = Self {
+            parent: Parent::Natural,
+            stored: None,
+            outcome: Outcome::Recorded,
+            more: None,
+        };
+        match Verdict::of(arrival, core, &mut placement.stored) {
+            Verdict::Is(relation) => placement.relate(arrival, core, relation),
+            verdict => placement.go_on(arrival, core, verdict),
+        }
+        placement
+    }
+
+    /// What only few spans do.
+    #[inline(never)]
+    fn go_on(&mut self, arrival: Arrival<'_>, core: &'a Core, mut verdict: Verdict) {
         let mut waiting_since = None;
-        loop {
-            match Verdict::of(arrival, core) {
-                Verdict::First => return Self::first(arrival, core),
-                Verdict::Related {
-                    relation,
-                    stored,
-                    record,
-                    resumed,
-                } => {
-                    let continuation = core.policy.continuation(relation, stored.is_sampled());
-                    let mut placement = Self::related(arrival, relation, continuation, stored);
-                    placement.record = record.map(|follows| Recording::new(arrival, core, follows));
-                    placement.resumed = resumed;
-                    return placement;
-                }
-                Verdict::BeingRolled { stored } => {
-                    if waiting_since.get_or_insert_with(Instant::now).elapsed() > ROLL_PATIENCE {
-                        return Self::related(
-                            arrival,
-                            Relation::Expired,
-                            Continuation::Parent,
-                            stored,
-                        );
-                    }
-                    thread::yield_now();
-                }
+        while let Verdict::BeingRolled = verdict {
+            if waiting_since.get_or_insert_with(Instant::now).elapsed() > ROLL_PATIENCE {
+                return self.by(arrival, Relation::Expired, Continuation::Parent);
+            }
+            thread::yield_now();
+            verdict = Verdict::of(arrival, core, &mut self.stored);
+        }
+        match verdict {
+            Verdict::BeingRolled => {}
+            Verdict::First => self.begin(arrival, core),
+            Verdict::Is(relation) => self.relate(arrival, core, relation),
+            Verdict::Announces(relation) => {
+                self.relate(arrival, core, relation);
+                self.more().resumed = self.stored.as_ref().map(WorkflowContext::recorded_at);
+            }
+            Verdict::IsRecorded {
+                relation,
+                follows,
+                announces,
+            } => {
+                self.relate(arrival, core, relation);
+                let recorded_at = self.stored.as_ref().map(WorkflowContext::recorded_at);
+                let more = self.more();
+                more.record = Some(Recording::new(arrival, core, follows));
+                more.resumed = recorded_at.filter(|_| announces);
             }
         }
     }
 
     /// Nothing is stored for the instance: its natural parent, or its parent instance.
-    fn first(arrival: Arrival<'a>, core: &'a Core) -> Self {
-        let parent = arrival
-            .parent_instance_id
-            .and_then(|id| core.peek_parent(id));
-        let mut placement = match parent {
-            Some(stored) if !arrival.is_in_trace_of(&stored) => {
-                let continuation = core.policy.of(Relation::Child);
-                Self::related(arrival, Relation::Child, continuation, stored)
-            }
-            _ => Self {
-                parent: Parent::Natural,
-                link: None,
-                record: None,
-                resumed: None,
-                outcome: Outcome::Recorded,
-            },
-        };
-        placement.record = Some(Recording::new(arrival, core, None));
-        placement
+    fn begin(&mut self, arrival: Arrival<'_>, core: &'a Core) {
+        let parent = arrival.names.parent_instance_id;
+        self.stored = parent
+            .and_then(|id| core.peek_parent(id))
+            .filter(|stored| !arrival.is_in_trace_of(stored));
+        if self.stored.is_some() {
+            self.by(arrival, Relation::Child, core.policy.of(Relation::Child));
+        }
+        self.more().record = Some(Recording::new(arrival, core, None));
     }
 
-    fn related(
-        arrival: Arrival<'a>,
-        relation: Relation,
-        continuation: Continuation,
-        stored: WorkflowContext,
-    ) -> Self {
-        let to_stored = |stored: &WorkflowContext| Some((stored.to_span_context(), relation));
-        let (parent, link) = match continuation {
-            Continuation::Keep => (Parent::Natural, None),
-            Continuation::Link => (Parent::Natural, to_stored(&stored)),
-            Continuation::NewRoot => (Parent::None, None),
-            Continuation::NewRootAndLink => (Parent::None, to_stored(&stored)),
-            Continuation::Parent => (Parent::Stored(stored), None),
-            Continuation::ParentAndLink => {
-                let link = arrival.natural.map(|natural| (natural.clone(), relation));
-                (Parent::Stored(stored), link)
+    #[inline]
+    fn relate(&mut self, arrival: Arrival<'_>, core: &Core, relation: Relation) {
+        let is_sampled = self
+            .stored
+            .as_ref()
+            .is_some_and(WorkflowContext::is_sampled);
+        self.by(
+            arrival,
+            relation,
+            core.policy.continuation(relation, is_sampled),
+        );
+    }
+
+    #[inline]
+    fn by(&mut self, arrival: Arrival<'_>, relation: Relation, continuation: Continuation) {
+        self.outcome = Outcome::Related(relation, continuation);
+        self.parent = match continuation {
+            Continuation::Keep | Continuation::Link => Parent::Natural,
+            Continuation::NewRoot | Continuation::NewRootAndLink => Parent::None,
+            Continuation::Parent | Continuation::ParentAndLink => Parent::Stored,
+        };
+        let target = match continuation {
+            Continuation::Keep | Continuation::NewRoot | Continuation::Parent => return,
+            Continuation::ParentAndLink => arrival.natural.cloned(),
+            Continuation::Link | Continuation::NewRootAndLink => {
+                self.stored.as_ref().map(WorkflowContext::to_span_context)
             }
         };
-        let outcome = Outcome::Related(relation, continuation);
-        Self {
-            parent,
-            link,
-            record: None,
-            resumed: None,
-            outcome,
-        }
+        self.more().link = target.map(|target| (target, relation));
+    }
+
+    #[cold]
+    fn more(&mut self) -> &mut More<'a> {
+        self.more.get_or_insert_default()
     }
 }
 
 impl<'a> Recording<'a> {
-    fn new(arrival: Arrival<'a>, core: &'a Core, follows: Option<Followed>) -> Self {
-        let Arrival {
-            instance_id,
-            run_id,
-            ..
-        } = arrival;
+    fn new(arrival: Arrival<'_>, core: &'a Core, follows: Option<Followed>) -> Self {
         Self {
             core,
-            instance_id,
-            run_id,
+            identity: arrival.names.to_identity(),
             follows,
         }
     }
@@ -173,8 +191,8 @@ impl<'a> Recording<'a> {
         recorder: Recorder,
     ) -> Result<Option<Overruled>, WorkflowContext> {
         let follows = self.follows.take();
-        self.core
-            .record(self.instance_id, self.run_id, follows, context, recorder)
+        let (id, run_id) = (&self.identity.instance_id, self.identity.run_id.as_deref());
+        self.core.record(id, run_id, follows, context, recorder)
     }
 }
 
@@ -182,9 +200,8 @@ impl Drop for Recording<'_> {
     fn drop(&mut self) {
         // No span came of it, a panic in the sampler included: somebody else may open the next root.
         if self.follows.is_some() {
-            self.core
-                .memory
-                .give_up_rolling(self.instance_id, self.run_id);
+            let (id, run_id) = (&self.identity.instance_id, self.identity.run_id.as_deref());
+            self.core.memory.give_up_rolling(id, run_id);
         }
     }
 }
@@ -192,84 +209,77 @@ impl Drop for Recording<'_> {
 /// What one look at the stored runs says.
 enum Verdict {
     First,
-    /// The trace is full, and another thread is opening the next one.
-    BeingRolled {
-        stored: WorkflowContext,
-    },
-    Related {
+    Is(Relation),
+    /// It is the first of this process in a trace that another one recorded.
+    Announces(Relation),
+    /// It is recorded: as the first of its run, or of the generation after the one named.
+    IsRecorded {
         relation: Relation,
-        stored: WorkflowContext,
-        /// The span is recorded: as the first of its run, or of the generation after the one named.
-        record: Option<Option<Followed>>,
-        resumed: Option<WorkflowContext>,
+        follows: Option<Followed>,
+        announces: bool,
     },
+    /// The trace is full, and another thread is opening the next one.
+    BeingRolled,
 }
 
 impl Verdict {
-    fn of(arrival: Arrival<'_>, core: &Core) -> Self {
+    #[inline]
+    fn of(arrival: Arrival<'_>, core: &Core, found: &mut Option<WorkflowContext>) -> Self {
         // Asked before the shard is locked: a clock may be anybody's code.
         let now = core.bounds.max_age.map(|_| core.clock.now());
-        core.look(arrival.instance_id, |instance| {
+        let Names {
+            instance_id,
+            run_id,
+            ..
+        } = arrival.names;
+        core.look(arrival.hash, instance_id, |instance| {
             let Some(instance) = instance else {
                 return Self::First;
             };
-            let Some(run) = instance.run(arrival.run_id) else {
-                let stored = instance.latest().context.clone();
-                // Nested in the old run's trace, the first span of the new run keeps its place.
-                let relation = match arrival.is_in_trace_of(&stored) {
-                    true => Relation::SameTrace,
-                    false => Relation::NewRun,
-                };
-                return Self::Related {
-                    relation,
-                    stored,
-                    record: Some(None),
-                    resumed: None,
+            let Some(run) = instance.run(run_id) else {
+                let stored = found.insert(instance.latest().context.clone());
+                return Self::IsRecorded {
+                    // Nested in the old run's trace, the first span of the new run keeps its place.
+                    relation: match arrival.is_in_trace_of(stored) {
+                        true => Relation::SameTrace,
+                        false => Relation::NewRun,
+                    },
+                    follows: None,
+                    announces: false,
                 };
             };
-            let stored = run.context.clone();
-            let related = |relation, stored, resumed| Self::Related {
-                relation,
-                stored,
-                record: None,
-                resumed,
-            };
-            let is_nested = arrival.is_in_trace_of(&stored);
+            let stored = found.insert(run.context.clone());
+            let is_nested = arrival.is_in_trace_of(stored);
             let is_bound = !is_nested || arrival.in_replay;
             if is_bound && core.bounds.are_passed(run, now) {
-                return Self::next_generation(Relation::Expired, run, stored, None);
+                return Self::next_generation(Relation::Expired, run, false);
             }
             if is_nested {
-                return related(Relation::SameTrace, stored, None);
+                return Self::Is(Relation::SameTrace);
             }
-            let announced = (stored.is_remote() && run.announce()).then(|| stored.clone());
-            if announced.is_some() || stored.is_resumed() {
-                if core.policy.resamples(Relation::Resumed) {
-                    return Self::next_generation(Relation::Resumed, run, stored, announced);
-                }
-                return related(Relation::Resumed, stored, announced);
+            let announces = stored.is_remote() && run.announce();
+            if announces || stored.is_resumed() {
+                return match core.policy.resamples(Relation::Resumed) {
+                    true => Self::next_generation(Relation::Resumed, run, announces),
+                    false if announces => Self::Announces(Relation::Resumed),
+                    false => Self::Is(Relation::Resumed),
+                };
             }
-            match arrival.natural {
-                Some(_) => related(Relation::Foreign, stored, None),
-                None => related(Relation::Orphan, stored, None),
-            }
+            Self::Is(match arrival.natural {
+                Some(_) => Relation::Foreign,
+                None => Relation::Orphan,
+            })
         })
     }
 
-    fn next_generation(
-        relation: Relation,
-        run: &Run,
-        stored: WorkflowContext,
-        resumed: Option<WorkflowContext>,
-    ) -> Self {
-        if !run.roll() {
-            return Self::BeingRolled { stored };
-        }
-        Self::Related {
-            relation,
-            stored,
-            record: Some(Some(run.followed())),
-            resumed,
+    fn next_generation(relation: Relation, run: &Run, announces: bool) -> Self {
+        match run.roll() {
+            false => Self::BeingRolled,
+            true => Self::IsRecorded {
+                relation,
+                follows: Some(run.followed()),
+                announces,
+            },
         }
     }
 }

@@ -92,7 +92,8 @@ impl StandIn {
     ) -> Self {
         let recorded = identity.as_ref().and_then(|identity| {
             core.prepare(&identity.instance_id, identity.run_id.as_deref());
-            core.look(&identity.instance_id, |instance| {
+            let hash = core.memory.hash(&identity.instance_id);
+            core.look(hash, &identity.instance_id, |instance| {
                 let run = instance?.run(identity.run_id.as_deref())?;
                 Some(run.context.clone())
             })
@@ -103,9 +104,10 @@ impl StandIn {
         );
         core.counters.replayed.add();
         if let Some(identity) = &identity {
+            let instance = core.memory.hash(&identity.instance_id);
             let natural = parent.span();
-            let natural = Some(natural.span_context()).filter(|natural| natural.is_valid());
-            core.decided(identity, span_name, &context, natural, Outcome::Replayed);
+            let natural = natural.span_context();
+            core.decided(instance, span_name, &context, natural, Outcome::Replayed);
         }
         STAND_INS.fetch_add(1, Relaxed);
         core.stand_ins.enter(context.span_id());

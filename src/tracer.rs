@@ -15,8 +15,8 @@ use opentelemetry::{Context, KeyValue};
 use crate::context::WorkflowContext;
 use crate::deferral;
 use crate::explain::{Outcome, Recorder};
-use crate::fields::{self, Identity, Tag};
-use crate::placement::{Arrival, Parent, Placement};
+use crate::fields::{self, Identity, Names};
+use crate::placement::{Arrival, More, Parent, Placement, Recording};
 use crate::policy::{Continuation, Relation};
 use crate::replay::{self, Replay, StandIn};
 use crate::scoped;
@@ -56,17 +56,13 @@ enum Origin {
 /// whatever is injected or started from it attaches there.
 pub struct WorkflowSpan<S>(Kind<S>);
 
-/// What is rare is boxed, so that an ordinary span is hardly larger than the inner one: it is moved several times.
 enum Kind<S> {
-    Plain(S),
-    Watched(Box<Watched<S>>),
+    Live {
+        span: S,
+        watch: Option<Watch>,
+    },
+    /// Boxed, so that an ordinary span is hardly larger than the inner one: it is moved several times.
     StandIn(Box<StandIn>),
-}
-
-/// A span on which what is recorded later may still concern its instance.
-struct Watched<S> {
-    span: S,
-    watch: Watch,
 }
 
 thread_local! {
@@ -81,8 +77,11 @@ pub(crate) fn marking<R>(create: impl FnOnce() -> R) -> R {
 
 /// An empty list of links costs nothing and tells `build_with_context` to read the attributes, which for each
 /// ordinary span would cost more than all else that this crate does to it.
-fn mark(builder: &mut SpanBuilder) {
+fn mark(mut builder: SpanBuilder) -> SpanBuilder {
     builder.links.get_or_insert_default();
+    // The parent has started by now: what is opened while the fields are printed is nobody's child yet.
+    deferral::end_adoption();
+    builder
 }
 
 /// Answers `true` also for an ordinary span with several links, which only costs a little. With one,
@@ -124,13 +123,11 @@ where
     where
         N: Into<Cow<'static, str>>,
     {
-        let mut builder = self.inner.span_builder(name);
         if self.origin == Origin::Layer && MARKED.get() {
-            mark(&mut builder);
-            // The parent has started by now: what is opened while the fields are printed is nobody's child yet.
-            deferral::end_adoption();
+            mark(self.inner.span_builder(name))
+        } else {
+            self.inner.span_builder(name)
         }
-        builder
     }
 
     #[inline]
@@ -138,7 +135,7 @@ where
         if self.origin == Origin::Api || is_marked(&builder) {
             self.build_marked(builder, parent)
         } else if self.core.stand_ins.are_none() {
-            WorkflowSpan(Kind::Plain(self.inner.build_with_context(builder, parent)))
+            self.plain(builder, parent)
         } else {
             self.build_where_some_replay(builder, parent)
         }
@@ -149,6 +146,14 @@ impl<T> WorkflowTracer<T>
 where
     T: Tracer,
 {
+    #[inline]
+    fn plain(&self, builder: SpanBuilder, parent: &Context) -> WorkflowSpan<T::Span> {
+        WorkflowSpan(Kind::Live {
+            span: self.inner.build_with_context(builder, parent),
+            watch: None,
+        })
+    }
+
     /// An ordinary span, which may be beneath a replayed one.
     #[inline(never)]
     fn build_where_some_replay(
@@ -158,150 +163,219 @@ where
     ) -> WorkflowSpan<T::Span> {
         match Replay::beneath(&self.core, parent) {
             Some(replay) if !replay.is_over() => self.stand_in(None, replay, builder, parent),
-            Some(_) => {
-                let parent = past_replay(parent);
-                WorkflowSpan(Kind::Plain(self.inner.build_with_context(builder, &parent)))
-            }
-            None => WorkflowSpan(Kind::Plain(self.inner.build_with_context(builder, parent))),
+            Some(_) => self.plain(builder, &past_replay(parent)),
+            None => self.plain(builder, parent),
         }
     }
 
     #[inline(never)]
-    fn build_marked(&self, mut builder: SpanBuilder, parent: &Context) -> WorkflowSpan<T::Span> {
+    fn build_marked(&self, builder: SpanBuilder, parent: &Context) -> WorkflowSpan<T::Span> {
         let core = &self.core;
         let adopted = match self.origin {
             Origin::Layer => deferral::take_adoption(core),
             Origin::Api => None,
         };
+        let is_special = adopted.is_some()
+            || builder.events.is_some()
+            || !core.stand_ins.are_none()
+            || parent.is_telemetry_suppressed();
+        let attributes = builder.attributes.as_deref().unwrap_or_default();
+        match core.fields.only_id(attributes).filter(|_| !is_special) {
+            // Nearly always. It goes the way of all others, with most forks behind it.
+            Some(id) => {
+                let names = Names::of(&id);
+                let instance = core.memory.hash(&id);
+                let mut placement = self.place(names, instance, parent, false);
+                let memo = self.memo(names, None);
+                self.start(builder, parent, &mut placement, instance, memo, false)
+            }
+            None => self.build_special(builder, parent, adopted),
+        }
+    }
+
+    #[inline(never)]
+    fn build_special(
+        &self,
+        builder: SpanBuilder,
+        parent: &Context,
+        adopted: Option<Identity>,
+    ) -> WorkflowSpan<T::Span> {
+        let core = &self.core;
         if parent.is_telemetry_suppressed() {
-            return WorkflowSpan(Kind::Plain(self.inner.build_with_context(builder, parent)));
+            return self.plain(builder, parent);
         }
         let tag = core.tag_of(builder.attributes.as_deref().unwrap_or_default());
-        let events = builder.events.as_deref().unwrap_or_default();
-        let terminal = tag.terminal || core.fields.any_terminal(events);
+        let events = builder.events.as_deref();
+        let terminal = tag.terminal || events.is_some_and(|e| core.fields.any_terminal(e));
         let beneath = Replay::beneath(core, parent);
         let past_replay = beneath.as_ref().map(|_| past_replay(parent));
         let replay = match tag.replaying {
             Some(replaying) => replaying.then(Replay::default),
             None => beneath.filter(|replay| !replay.is_over()),
         };
-        let own = identity_of(&tag);
-        let run_id = tag.run_id.as_deref().map(Box::from);
         if let Some(replay) = replay {
-            let stand_in = self.stand_in(own.or(adopted), replay, builder, parent);
+            let identity = tag.names().map(Names::to_identity).or(adopted);
+            let stand_in = self.stand_in(identity, replay, builder, parent);
             if let (true, Kind::StandIn(stand_in)) = (terminal, &stand_in.0) {
                 stand_in.complete();
             }
             return stand_in;
         }
+        let in_replay = past_replay.is_some();
         let parent = past_replay.as_deref().unwrap_or(parent);
-        if let (None, Some(adopted)) = (&own, &adopted) {
-            core.counters.adopted.add();
-            let name = core.fields.primary_instance_id();
-            let id = KeyValue::new(name, adopted.instance_id.to_string());
-            builder.attributes.get_or_insert_default().push(id);
+        let own = tag.names();
+        // Who has not named itself may do so yet, and be recorded late.
+        let unnamed = own.is_none().then(|| {
+            Box::new(Unnamed {
+                run_id: tag.run_id.as_deref().map(Box::from),
+                recorder: Recorder::of(&builder),
+            })
+        });
+        match own.or(adopted.as_ref().map(Identity::names)) {
+            None => WorkflowSpan(Kind::Live {
+                span: self.inner.build_with_context(builder, parent),
+                watch: Some(self.watch(None, Some(Memo::new(None, unnamed)))),
+            }),
+            Some(names) => {
+                let instance = core.memory.hash(names.instance_id);
+                let mut placement = self.place(names, instance, parent, in_replay);
+                let memo = self.memo(names, unnamed);
+                self.start(builder, parent, &mut placement, instance, memo, terminal)
+            }
         }
-        let adopted_only = own.is_none();
-        // Asked for only where the span may yet be recorded late: it costs a string.
-        let recorder = match adopted_only {
-            true => Recorder::of(&builder),
-            false => Recorder::default(),
-        };
-        let Some(identity) = own.or(adopted) else {
-            let span = self.inner.build_with_context(builder, parent);
-            return self.watched(
-                span,
-                Known {
-                    run_id,
-                    recorder,
-                    ..Known::default()
-                },
-            );
-        };
-        let (span, overruled) = self.place(builder, parent, past_replay.is_some(), &identity);
-        if terminal {
-            core.complete(&identity);
-        }
-        let identity = Some(identity);
-        self.watched(
-            span,
-            Known {
-                identity,
-                adopted: adopted_only,
-                overruled,
-                recorder,
-                run_id: None,
-            },
-        )
     }
 
+    #[inline]
     fn place(
+        &self,
+        names: Names<'_>,
+        instance: u64,
+        parent: &Context,
+        in_replay: bool,
+    ) -> Placement<'_> {
+        let natural = parent.span();
+        let arrival = Arrival {
+            names,
+            hash: instance,
+            natural: Some(natural.span_context()).filter(|natural| natural.is_valid()),
+            in_replay,
+        };
+        Placement::of(arrival, &self.core)
+    }
+
+    /// What the span has to remember but the hash of its instance.
+    #[inline]
+    fn memo(&self, names: Names<'_>, unnamed: Option<Box<Unnamed>>) -> Option<Box<Memo>> {
+        let is_needed = unnamed.is_some() || names.run_id.is_some() || self.core.has_backend();
+        is_needed.then(|| Memo::new(Some(names), unnamed))
+    }
+
+    /// Not inlined: what is passed would be copied, and the span be made somewhere else than where it is to be.
+    #[inline(never)]
+    fn start(
         &self,
         mut builder: SpanBuilder,
         parent: &Context,
-        in_replay: bool,
-        identity: &Identity,
-    ) -> (T::Span, Option<Overruled>) {
-        let natural = parent.span();
-        let natural = Some(natural.span_context()).filter(|natural| natural.is_valid());
-        let arrival = Arrival {
-            instance_id: &identity.instance_id,
-            run_id: identity.run_id.as_deref(),
-            parent_instance_id: identity.parent_instance_id.as_deref(),
-            natural,
-            in_replay,
+        placement: &mut Placement<'_>,
+        instance: u64,
+        memo: Option<Box<Memo>>,
+        terminal: bool,
+    ) -> WorkflowSpan<T::Span> {
+        let core = &self.core;
+        let mut more = placement.more.take();
+        let recorder = match &mut more {
+            None => None,
+            Some(more) => self.prepare(&mut builder, more),
         };
-        let placement = Placement::of(arrival, &self.core);
-        let attributes = builder.attributes.get_or_insert_default();
-        if let Some(context) = &placement.resumed {
-            let age = self
-                .core
-                .clock
-                .now()
-                .duration_since(context.recorded_at())
-                .unwrap_or_default();
-            attributes.push(KeyValue::new(fields::RESUMED, true));
-            attributes.push(KeyValue::new(RESUMED_AFTER, age.as_secs_f64()));
+        if let Some(id) = memo.as_ref().and_then(|memo| memo.adopted_id()) {
+            core.counters.adopted.add();
+            let id = KeyValue::new(core.fields.primary_instance_id(), id);
+            builder.attributes.get_or_insert_default().push(id);
         }
-        if let Some(generation) = placement
-            .record
-            .as_ref()
-            .and_then(|record| record.generation())
-        {
+        let chosen = match (placement.parent, &placement.stored) {
+            (Parent::Natural, _) => None,
+            (Parent::Stored, Some(stored)) => {
+                Some(parent.with_remote_span_context(stored.to_span_context()))
+            }
+            (Parent::None | Parent::Stored, _) => Some(without_span(parent)),
+        };
+        let name = builder.name.clone();
+        let chosen = chosen.as_ref().unwrap_or(parent);
+        let mut started = WorkflowSpan(Kind::Live {
+            span: self.inner.build_with_context(builder, chosen),
+            watch: Some(self.watch(Some(instance), memo)),
+        });
+        let Kind::Live {
+            span,
+            watch: Some(watch),
+        } = &mut started.0
+        else {
+            return started;
+        };
+        let outcome = match more {
+            None => placement.outcome,
+            Some(more) => self
+                .record(span, watch, *more, recorder)
+                .unwrap_or(placement.outcome),
+        };
+        let natural = parent.span();
+        let natural = natural.span_context();
+        core.decided(instance, name, span.span_context(), natural, outcome);
+        watch.complete_if(terminal);
+        started
+    }
+
+    /// What became of it, where that is not what was planned.
+    #[inline(never)]
+    fn record(
+        &self,
+        span: &mut T::Span,
+        watch: &mut Watch,
+        more: More<'_>,
+        recorder: Option<Recorder>,
+    ) -> Option<Outcome> {
+        let context = WorkflowContext::of_span(span.span_context(), self.core.clock.now())?;
+        match more.record?.finish(context, recorder?) {
+            Ok(overruled) => {
+                watch.expect(overruled);
+                None
+            }
+            Err(winner) => {
+                link_unless_in_trace(span, &winner);
+                Some(Outcome::LostRace)
+            }
+        }
+    }
+
+    /// Adds what an exception among spans tells; who records it, if it is to be recorded.
+    #[inline(never)]
+    fn prepare(&self, builder: &mut SpanBuilder, more: &mut More<'_>) -> Option<Recorder> {
+        let recorder = more.record.as_ref().map(|_| Recorder::of(builder));
+        let attributes = builder.attributes.get_or_insert_default();
+        if let Some(recorded_at) = more.resumed {
+            let age = self.core.clock.now().duration_since(recorded_at);
+            attributes.push(KeyValue::new(fields::RESUMED, true));
+            let age = age.unwrap_or_default().as_secs_f64();
+            attributes.push(KeyValue::new(RESUMED_AFTER, age));
+        }
+        if let Some(generation) = more.record.as_ref().and_then(Recording::generation) {
             attributes.push(KeyValue::new(GENERATION, i64::from(generation)));
         }
-        if let Some((target, relation)) = placement.link {
+        if let Some((target, relation)) = more.link.take() {
             let link = Link::new(target, vec![relation_attribute(relation)], 0);
             builder.links.get_or_insert_default().push(link);
         }
-        let chosen = match placement.parent {
-            Parent::Natural => None,
-            Parent::None => Some(without_span(parent)),
-            Parent::Stored(stored) => {
-                Some(parent.with_remote_span_context(stored.to_span_context()))
-            }
-        };
-        let name = builder.name.clone();
-        let recorder = placement.record.as_ref().map(|_| Recorder::of(&builder));
-        let mut span = self
-            .inner
-            .build_with_context(builder, chosen.as_ref().unwrap_or(parent));
-        let mut outcome = placement.outcome;
-        let mut overruled = None;
-        if let (Some(recording), Some(recorder)) = (placement.record, recorder) {
-            let context = WorkflowContext::of_span(span.span_context(), self.core.clock.now());
-            match context.map(|context| recording.finish(context, recorder)) {
-                Some(Err(winner)) => {
-                    link_unless_in_trace(&mut span, &winner);
-                    outcome = Outcome::LostRace;
-                }
-                Some(Ok(may_be)) => overruled = may_be,
-                None => {}
-            }
+        recorder
+    }
+
+    #[inline]
+    fn watch(&self, instance: Option<u64>, memo: Option<Box<Memo>>) -> Watch {
+        Watch {
+            core: self.core.clone(),
+            instance,
+            memo,
+            observes: self.origin == Origin::Layer,
         }
-        self.core
-            .decided(identity, name, span.span_context(), natural, outcome);
-        (span, overruled)
     }
 
     fn stand_in(
@@ -315,17 +389,6 @@ where
         let stand_in = StandIn::new(&self.core, identity, replay, builder.name, parent, observes);
         stand_in.drop_events(builder.events.map_or(0, |events| events.len()));
         WorkflowSpan(Kind::StandIn(Box::new(stand_in)))
-    }
-
-    fn watched(&self, span: T::Span, known: Known) -> WorkflowSpan<T::Span> {
-        let observes = self.origin == Origin::Layer && span.span_context().is_valid();
-        let watch = Watch {
-            core: self.core.clone(),
-            known,
-            held: 0,
-            observes,
-        };
-        WorkflowSpan(Kind::Watched(Box::new(Watched { span, watch })))
     }
 }
 
@@ -342,9 +405,23 @@ impl<S> WorkflowSpan<S> {
     #[inline]
     fn inner(&mut self) -> Option<&mut S> {
         match &mut self.0 {
-            Kind::Plain(span) => Some(span),
-            Kind::Watched(watched) => Some(&mut watched.span),
+            Kind::Live { span, .. } => Some(span),
             Kind::StandIn(_) => None,
+        }
+    }
+}
+
+impl<S: Span> WorkflowSpan<S> {
+    #[inline(never)]
+    fn set_watched(&mut self, mut attribute: KeyValue) {
+        match &mut self.0 {
+            Kind::Live { span, watch } => {
+                let watch = watch.as_mut();
+                if watch.is_none_or(|watch| watch.observe(span, &mut attribute)) {
+                    span.set_attribute(attribute);
+                }
+            }
+            Kind::StandIn(stand_in) => stand_in.observe(&attribute),
         }
     }
 }
@@ -360,10 +437,10 @@ impl<S: Span> Span for WorkflowSpan<S> {
         T: Into<Cow<'static, str>>,
     {
         match &mut self.0 {
-            Kind::Plain(span) => span.add_event_with_timestamp(name, timestamp, attributes),
-            Kind::Watched(watched) => {
-                let Watched { span, watch } = &mut **watched;
-                watch.observe_event(&attributes);
+            Kind::Live { span, watch } => {
+                if let Some(watch) = watch {
+                    watch.observe_event(&attributes);
+                }
                 span.add_event_with_timestamp(name, timestamp, attributes);
             }
             Kind::StandIn(stand_in) => stand_in.observe_event(&attributes),
@@ -373,8 +450,7 @@ impl<S: Span> Span for WorkflowSpan<S> {
     #[inline]
     fn span_context(&self) -> &SpanContext {
         match &self.0 {
-            Kind::Plain(span) => span.span_context(),
-            Kind::Watched(watched) => watched.span.span_context(),
+            Kind::Live { span, .. } => span.span_context(),
             Kind::StandIn(stand_in) => stand_in.context(),
         }
     }
@@ -384,30 +460,31 @@ impl<S: Span> Span for WorkflowSpan<S> {
     #[inline]
     fn is_recording(&self) -> bool {
         match &self.0 {
-            Kind::Plain(span) => span.is_recording(),
-            Kind::Watched(watched) => watched.span.is_recording() || watched.watch.observes,
+            Kind::Live { span, watch } => {
+                let observes = watch.as_ref().is_some_and(|watch| watch.observes);
+                span.is_recording() || (observes && span.span_context().is_valid())
+            }
             Kind::StandIn(stand_in) => stand_in.is_recording(),
         }
     }
 
     #[inline]
     fn set_attribute(&mut self, attribute: KeyValue) {
+        // What is only handed on is not borrowed as mutable here: it would be copied.
         match &mut self.0 {
-            Kind::Plain(span) => span.set_attribute(attribute),
-            Kind::Watched(watched) => {
-                let Watched { span, watch } = &mut **watched;
-                if let Some(attribute) = watch.observe(span, attribute) {
-                    span.set_attribute(attribute);
-                }
-            }
-            Kind::StandIn(stand_in) => stand_in.observe(&attribute),
+            Kind::Live { span, watch: None } => span.set_attribute(attribute),
+            Kind::Live {
+                span,
+                watch: Some(watch),
+            } if !watch.wants(&attribute) => span.set_attribute(attribute),
+            _ => self.set_watched(attribute),
         }
     }
 
     #[inline]
     fn set_attributes(&mut self, attributes: impl IntoIterator<Item = KeyValue>) {
         match &mut self.0 {
-            Kind::Plain(span) => span.set_attributes(attributes),
+            Kind::Live { span, watch: None } => span.set_attributes(attributes),
             _ => attributes
                 .into_iter()
                 .for_each(|attribute| self.set_attribute(attribute)),
@@ -441,18 +518,12 @@ impl<S: Span> Span for WorkflowSpan<S> {
     #[inline]
     fn end_with_timestamp(&mut self, timestamp: SystemTime) {
         match &mut self.0 {
-            Kind::Plain(span) if !replay::any() => span.end_with_timestamp(timestamp),
-            Kind::Plain(span) => replay::without_asking(|| span.end_with_timestamp(timestamp)),
-            Kind::Watched(watched) => {
-                let Watched { span, watch } = &mut **watched;
-                watch.observes = false;
-                if let Some(winner) = watch
-                    .known
-                    .overruled
-                    .as_ref()
-                    .and_then(|winner| winner.get())
-                {
-                    link_unless_in_trace(span, winner);
+            Kind::Live { span, watch: None } if !replay::any() => {
+                span.end_with_timestamp(timestamp);
+            }
+            Kind::Live { span, watch } => {
+                if let Some(watch) = watch {
+                    watch.end(span);
                 }
                 // An exporter may open spans beneath this one while OpenTelemetry has it locked.
                 replay::without_asking(|| span.end_with_timestamp(timestamp));
@@ -466,59 +537,119 @@ impl<S: fmt::Debug> fmt::Debug for WorkflowSpan<S> {
     #[inline]
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0 {
-            Kind::Plain(span) => f.debug_tuple("WorkflowSpan").field(span).finish(),
-            Kind::Watched(watched) => f.debug_tuple("WorkflowSpan").field(&watched.span).finish(),
+            Kind::Live { span, .. } => f.debug_tuple("WorkflowSpan").field(span).finish(),
             Kind::StandIn(stand_in) => f.debug_tuple("WorkflowSpan").field(stand_in).finish(),
         }
     }
 }
 
-/// What is still to be learnt from a span that has started.
+/// What is still to be learnt from a span that has started, and what is known of it.
 struct Watch {
     core: Arc<Core>,
-    known: Known,
-    /// Nanoseconds that the span was entered while its start was held back.
-    held: i64,
+    /// The hash of its instance's id, by which memory finds that; `None` while nobody has named it.
+    instance: Option<u64>,
+    memo: Option<Box<Memo>>,
     /// Its attributes are read whether it records or not.
     observes: bool,
 }
 
+/// What only some spans have to remember.
 #[derive(Default)]
-struct Known {
-    /// `None` while nobody has named the instance.
+struct Memo {
+    /// Where the hash does not do: for a run, or for a backend.
     identity: Option<Identity>,
-    /// It is its first child's.
-    adopted: bool,
-    /// A run whose instance is not known yet.
-    run_id: Option<Box<str>>,
+    /// It has not named its instance itself. If it is known all the same it is its first child's.
+    unnamed: Option<Box<Unnamed>>,
     /// Where it was recorded, and a backend may still say that another process was first.
     overruled: Option<Overruled>,
+    /// Nanoseconds that the span was entered while its start was held back.
+    held: i64,
+}
+
+/// A span that has not named its instance.
+#[derive(Default)]
+struct Unnamed {
+    run_id: Option<Box<str>>,
     recorder: Recorder,
 }
 
+impl Memo {
+    #[inline(never)]
+    fn new(names: Option<Names<'_>>, unnamed: Option<Box<Unnamed>>) -> Box<Self> {
+        Box::new(Self {
+            identity: names.map(Names::to_identity),
+            unnamed,
+            ..Self::default()
+        })
+    }
+
+    /// The id that was given to a span without one of its own.
+    fn adopted_id(&self) -> Option<String> {
+        let (Some(identity), Some(_)) = (&self.identity, &self.unnamed) else {
+            return None;
+        };
+        Some(identity.instance_id.to_string())
+    }
+}
+
 impl Watch {
-    /// Answers what is left for the span itself.
-    fn observe<S: Span>(&mut self, span: &mut S, mut attribute: KeyValue) -> Option<KeyValue> {
-        if deferral::correct_timing(&mut attribute, &mut self.held) {
-            return Some(attribute).filter(|a| a.key.as_str() != deferral::HELD);
+    #[cold]
+    fn memo(&mut self) -> &mut Memo {
+        self.memo.get_or_insert_default()
+    }
+
+    fn expect(&mut self, overruled: Option<Overruled>) {
+        if overruled.is_some() {
+            self.memo().overruled = overruled;
         }
-        let tag = self.core.tag_of(std::slice::from_ref(&attribute));
-        if let Some(identity) = identity_of(&tag) {
-            let known = self.known.identity.as_ref().map(|known| &known.instance_id);
-            // The first id counts; one that a span was only adopted into gives way to its own.
-            if known.is_none() || self.known.adopted {
-                let is_new = known != Some(&identity.instance_id);
-                self.known.adopted = false;
-                if is_new {
-                    let run_id = self.known.run_id.take();
-                    self.join_late(span, Identity { run_id, ..identity });
+    }
+
+    /// Whether an attribute may be one to be observed.
+    #[inline]
+    fn wants(&self, attribute: &KeyValue) -> bool {
+        let name = attribute.key.as_str();
+        self.core.fields.may_mean(name) || name.len() == deferral::HELD.len() || self.memo.is_some()
+    }
+
+    /// `false` where the attribute is not for the span itself.
+    fn observe<S: Span>(&mut self, span: &mut S, attribute: &mut KeyValue) -> bool {
+        if let Some(held) = deferral::held_time(attribute) {
+            let memo = self.memo();
+            memo.held = memo.held.saturating_add(held);
+            return false;
+        }
+        if let Some(memo) = &self.memo {
+            deferral::correct_timing(attribute, memo.held);
+        }
+        if self.core.fields.may_mean(attribute.key.as_str()) {
+            self.read(span, attribute);
+        }
+        true
+    }
+
+    #[inline(never)]
+    fn read<S: Span>(&mut self, span: &mut S, attribute: &KeyValue) {
+        let core = self.core.clone();
+        let tag = core.tag_of(std::slice::from_ref(attribute));
+        // The first id counts; one that a span was only adopted into gives way to its own.
+        let memo = self.memo.as_mut().filter(|memo| memo.unnamed.is_some());
+        match (memo, tag.names(), &tag.run_id) {
+            (Some(memo), Some(names), _) => {
+                let unnamed = memo.unnamed.take().unwrap_or_default();
+                let hash = core.memory.hash(names.instance_id);
+                if self.instance != Some(hash) {
+                    let run_id = unnamed.run_id.as_deref();
+                    self.join_late(span, hash, Names { run_id, ..names }, unnamed.recorder);
                 }
             }
-        } else if let Some(run_id) = &tag.run_id {
-            self.known.run_id = Some((**run_id).into());
+            (Some(memo), None, Some(run_id)) => {
+                if let Some(unnamed) = &mut memo.unnamed {
+                    unnamed.run_id = Some((**run_id).into());
+                }
+            }
+            _ => {}
         }
         self.complete_if(tag.terminal);
-        Some(attribute)
     }
 
     fn observe_event(&self, attributes: &[KeyValue]) {
@@ -526,50 +657,64 @@ impl Watch {
     }
 
     fn complete_if(&self, terminal: bool) {
-        if let (true, Some(identity)) = (terminal, &self.known.identity) {
-            self.core.complete(identity);
+        let identity = self.memo.as_ref().and_then(|memo| memo.identity.as_ref());
+        match (terminal, identity, self.instance) {
+            (false, ..) | (_, _, None) => {}
+            (true, Some(identity), _) => self.core.complete(identity),
+            (true, None, Some(instance)) => self.core.complete_hashed(instance),
         }
     }
 
     /// The parent can no longer change: a link, or the span is the first of its instance.
-    fn join_late<S: Span>(&mut self, span: &mut S, identity: Identity) {
+    fn join_late<S: Span>(
+        &mut self,
+        span: &mut S,
+        hash: u64,
+        names: Names<'_>,
+        recorder: Recorder,
+    ) {
         let core = &self.core;
-        let (id, run_id) = (&*identity.instance_id, identity.run_id.as_deref());
+        let Names {
+            instance_id: id,
+            run_id,
+            ..
+        } = names;
         core.counters.late.add();
         core.prepare(id, run_id);
-        let stored = core.look(id, |instance| {
+        let stored = core.look(hash, id, |instance| {
             instance
                 .and_then(|i| i.run(run_id))
                 .map(|run| run.context.clone())
         });
         let context = span.span_context();
         let own = WorkflowContext::of_span(context, core.clock.now());
+        let name = recorder.span_name.clone();
+        let mut overruled = None;
         let stored = stored.or_else(|| {
-            let recorded = core.record(id, run_id, None, own?, self.known.recorder.clone());
-            recorded
-                .map(|overruled| self.known.overruled = overruled)
-                .err()
+            let recorded = core.record(id, run_id, None, own?, recorder);
+            recorded.map(|may_be| overruled = may_be).err()
         });
         let continuation = core.policy.of(Relation::Late);
         let outcome = match stored {
             Some(_) => Outcome::Related(Relation::Late, continuation),
             None => Outcome::Recorded,
         };
-        let name = self.known.recorder.span_name.clone();
-        core.decided(&identity, name, context, None, outcome);
+        core.decided(hash, name, context, &SpanContext::NONE, outcome);
         if let (Some(stored), Continuation::Link) = (stored, continuation) {
             link_unless_in_trace(span, &stored);
         }
-        self.known.identity = Some(identity);
+        self.instance = Some(hash);
+        self.memo().identity = Some(names.to_identity());
+        self.expect(overruled);
     }
-}
 
-fn identity_of(tag: &Tag<'_>) -> Option<Identity> {
-    Some(Identity {
-        instance_id: tag.instance_id.as_deref()?.into(),
-        run_id: tag.run_id.as_deref().map(Box::from),
-        parent_instance_id: tag.parent_instance_id.as_deref().map(Box::from),
-    })
+    fn end<S: Span>(&mut self, span: &mut S) {
+        self.observes = false;
+        let overruled = self.memo.as_ref().and_then(|memo| memo.overruled.as_ref());
+        if let Some(winner) = overruled.and_then(|winner| winner.get()) {
+            link_unless_in_trace(span, winner);
+        }
+    }
 }
 
 /// What is opened past a replay attaches to the recorded span; where nothing is recorded, to nothing.

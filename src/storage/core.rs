@@ -39,8 +39,13 @@ pub(crate) struct Core {
 impl Core {
     /// Looks at an instance under the lock of its shard, and counts a hit or a miss.
     #[inline]
-    pub(crate) fn look<R>(&self, id: &str, look: impl FnOnce(Option<&Instance>) -> R) -> R {
-        self.memory.look(id, |instance| {
+    pub(crate) fn look<R>(
+        &self,
+        hash: u64,
+        id: &str,
+        look: impl FnOnce(Option<&Instance>) -> R,
+    ) -> R {
+        self.memory.look_hashed(hash, id, |instance| {
             let counter = match instance {
                 Some(_) => &self.counters.hits,
                 None => &self.counters.misses,
@@ -114,7 +119,7 @@ impl Core {
         if let Some(beyond) = self.beyond.as_ref().filter(|_| !self.memory.has(id, None)) {
             beyond.fetch(id, None);
         }
-        self.look(id, |instance| {
+        self.look(self.memory.hash(id), id, |instance| {
             instance.map(|instance| instance.latest().context.clone())
         })
     }
@@ -143,23 +148,31 @@ impl Core {
     }
 
     /// Leaves a trace of what was decided for a span, for `explain`.
+    #[inline]
     pub(crate) fn decided(
         &self,
-        identity: &Identity,
+        instance: u64,
         span_name: Cow<'static, str>,
         span: &SpanContext,
-        natural: Option<&SpanContext>,
+        natural: &SpanContext,
         outcome: Outcome,
     ) {
-        let (span, natural) = (span.into(), natural.map(Into::into));
         let decision = Decision {
             span_name,
-            span,
-            natural,
+            span: span.into(),
+            natural: natural.into(),
             outcome,
         };
-        self.memory
-            .note(&identity.instance_id, Event::Started(decision));
+        self.memory.note_hashed(instance, Event::Started(decision));
+    }
+
+    pub(crate) fn has_backend(&self) -> bool {
+        self.beyond.is_some()
+    }
+
+    /// The same as [`complete`](Self::complete) for the latest run, where there is no backend to be told.
+    pub(crate) fn complete_hashed(&self, instance: u64) {
+        self.memory.complete_hashed(instance);
     }
 
     pub(crate) fn complete(&self, identity: &Identity) {
@@ -171,6 +184,7 @@ impl Core {
     }
 
     /// What attributes say of an instance; what is too long to be an id is counted.
+    #[inline]
     pub(crate) fn tag_of<'a>(&self, attributes: &'a [KeyValue]) -> Tag<'a> {
         let tag = self.fields.tag_of(attributes);
         if let Some(id) = &tag.oversized {

@@ -224,8 +224,17 @@ impl Memory {
     /// Looks at an instance under the read lock of its shard: `look` must neither block nor call out.
     #[inline]
     pub(crate) fn look<R>(&self, id: &str, look: impl FnOnce(Option<&Instance>) -> R) -> R {
+        self.look_hashed(self.hash(id), id, look)
+    }
+
+    #[inline]
+    pub(crate) fn look_hashed<R>(
+        &self,
+        hash: u64,
+        id: &str,
+        look: impl FnOnce(Option<&Instance>) -> R,
+    ) -> R {
         let now = self.time.now();
-        let hash = self.hash(id);
         let shard = self.instances.shards()[self.shard(hash)].read();
         let found = shard
             .get(hash, |(key, _)| **key == *id)
@@ -361,10 +370,16 @@ impl Memory {
 
     /// Adds to the trail of the instance.
     pub(crate) fn note(&self, id: &str, event: Event) {
+        self.note_hashed(self.hash(id), event);
+    }
+
+    #[inline]
+    pub(crate) fn note_hashed(&self, instance: u64, event: Event) {
         if !self.trail.is_off() {
+            let tick = self.time.now();
             self.trail.add(Step {
-                instance: self.hash(id),
-                tick: self.time.now(),
+                instance,
+                tick,
                 event,
             });
         }
@@ -402,6 +417,21 @@ impl Memory {
                 .compare_exchange(0, now.max(1), Relaxed, Relaxed)
                 .is_ok()
         })
+    }
+
+    /// The same for the latest run of the instance whose id has that hash.
+    pub(crate) fn complete_hashed(&self, hash: u64) {
+        let now = self.time.now();
+        self.note_hashed(hash, Event::Completed);
+        let shard = self.instances.shards()[self.shard(hash)].read();
+        if let Some((_, instance)) = shard.get(hash, |(key, _)| self.hash(key) == hash) {
+            let instance = instance.get();
+            if instance.touch(now, &self.limits) {
+                let _ = instance
+                    .completed
+                    .compare_exchange(0, now.max(1), Relaxed, Relaxed);
+            }
+        }
     }
 
     /// Some more ids that were used since that tick, for the backend to keep them longer; `None` when all were seen.
@@ -595,7 +625,7 @@ impl Memory {
     }
 
     #[inline]
-    pub(super) fn hash(&self, id: &str) -> u64 {
+    pub(crate) fn hash(&self, id: &str) -> u64 {
         self.instances.hasher().hash_one(id)
     }
 
