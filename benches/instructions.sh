@@ -1,33 +1,44 @@
 #!/usr/bin/env bash
 # Instructions of one span's whole life, rung by rung, counted by callgrind: the difference between N and 2N spans,
-# so that what is done once cancels out. What the allocator takes depends on the heap's history as well, by a
-# hundred instructions from run to run, and is therefore told apart.
-# Arguments: the rungs to count, all of them without any.
+# so that what is done once cancels out. Only the calling thread's count. What the allocator takes depends on the
+# heap's history as well, by a hundred instructions from run to run, and is therefore told apart.
+#
+# benches/instructions.sh [--csv <file>] [<rung>...]: the rungs to count, all of them without any.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+csv=/dev/null
+if [[ ${1:-} == --csv ]]; then
+    csv=$(realpath -m "$2")
+    shift 2
+fi
 count=${COUNT:-5000}
 spans=$(cargo bench --bench spans --all-features --no-run --message-format=json |
     sed -n 's/.*"name":"spans".*"executable":"\([^"]*\)".*/\1/p')
-profile=$(mktemp)
-trap 'rm -f "$profile"' EXIT
+profiles=$(mktemp -d)
+trap 'rm -rf "$profiles"' EXIT
 rungs=("$@")
 ((${#rungs[@]})) || rungs=(
-    registry plain-untagged ours-untagged plain-tagged ours-tagged-miss ours-tagged-hit ours-tagged-nested
-    ours-tagged-foreign plain-recorded ours-recorded-hit plain-attached by-hand
+    registry plain-untagged ours-untagged plain-entered ours-entered plain-tagged ours-tagged-miss
+    ours-tagged-miss-redb ours-tagged-hit ours-tagged-nested ours-tagged-foreign plain-recorded ours-recorded-hit
+    plain-attached by-hand store store-redb
 )
 
-# Of so many spans of a rung: all instructions, and those of the allocator.
+# Of so many spans of a rung: all instructions of the main thread, and those of the allocator.
 collect() {
-    valgrind --tool=callgrind --callgrind-out-file="$profile" --compress-strings=no "$spans" "$1" "$2" >&/dev/null
+    local profile=$profiles/callgrind
+    valgrind --tool=callgrind --separate-threads=yes --callgrind-out-file="$profile" --compress-strings=no \
+        "$spans" "$1" "$2" >&/dev/null
     awk '
         /^fn=/ { allocator = /^fn=(malloc|free|calloc|realloc|_int_|unlink_chunk|alloc_perturb|sysmalloc|systrim)/ }
         /^calls=/ { getline; next }
         /^[-+*0-9]/ && NF == 2 { all += $2; if (allocator) part += $2 }
-        END { print all, part }' "$profile"
+        END { print all, part }' "$profile-01"
+    rm -f "$profile"*
 }
 
 declare -A all allocator
+[[ -s $csv ]] || echo 'bench,case,size,threads,subject,unit,median,best,ratio' >>"$csv"
 printf '%-22s %12s %18s\n' 'per span' instructions 'in the allocator'
 for rung in "${rungs[@]}"; do
     read -r all_once allocator_once <<<"$(collect "$rung" "$count")"
@@ -35,21 +46,28 @@ for rung in "${rungs[@]}"; do
     all[$rung]=$(((all_twice - all_once) / count))
     allocator[$rung]=$(((allocator_twice - allocator_once) / count))
     printf '%-22s %12d %18d\n' "$rung" "${all[$rung]}" "${allocator[$rung]}"
+    echo "instructions,$rung,,1,$rung,instructions,${all[$rung]},$((all[$rung] - allocator[$rung]))," >>"$csv"
 done
 
 # A comparison, if all of its rungs were counted: with the allocator, without it, and the target.
-compare() { # what, target, expression over rung names
-    local what=$1 target=$2 expression=$3 with=$3 without=$3 rung
-    for rung in $(grep -o '[a-z-]*[a-z]' <<<"$expression"); do
+compare() { # name, what, target, expression over rung names
+    local name=$1 what=$2 target=$3 expression=$4 with=$4 without=$4 rung ratios
+    # The longest names first, since some begin with others.
+    for rung in $(grep -o '[a-z-]*[a-z]' <<<"$expression" | sort -ru); do
         [[ ${all[$rung]:-} ]] || return 0
         with=${with//"$rung"/"${all[$rung]}"}
         without=${without//"$rung"/"(${all[$rung]} - ${allocator[$rung]})"}
     done
-    awk "BEGIN { printf \"%-40s %.4f  without the allocator %.4f  target %s\\n\", \"$what\", $with, $without, \"$target\" }"
+    ratios=$(awk "BEGIN { printf \"%.4f %.4f\", $with, $without }")
+    printf '%-52s %s  without the allocator %s  target %s\n' "$what" "${ratios% *}" "${ratios#* }" "$target"
+    echo "instructions,$name,,1,ratio,,${ratios% *},${ratios#* }," >>"$csv"
 }
 
 echo
-compare 'untagged: ours / plain' 1.005 'ours-untagged / plain-untagged'
-compare 'tagged, hit: ours / plain' 1.05 'ours-tagged-hit / plain-tagged'
-compare 'added to a tagged span: ours / by hand' 0.08 \
+compare untagged 'untagged: ours / plain' 1.005 'ours-untagged / plain-untagged'
+compare entered 'one entry and exit, untagged: ours / plain' 1.005 'ours-entered / plain-entered'
+compare hit 'tagged, hit: ours / plain' 1.05 'ours-tagged-hit / plain-tagged'
+compare added 'added to a tagged span: ours / by hand' 0.08 \
     '(ours-tagged-hit - plain-tagged) / (by-hand - plain-tagged)'
+compare redb-span 'first span of an instance: with redb / without' 1.5 'ours-tagged-miss-redb / ours-tagged-miss'
+compare redb-store 'store: with redb / without' 1.5 'store-redb / store'

@@ -1,100 +1,172 @@
-//! The storage beside the maps that a program would use in its place, on one thread.
-#![allow(missing_docs, reason = "criterion's macros declare functions")]
+//! The storage beside what a program would use in its place: maps, and caches with a bound and a time to live.
+//!
+//! `cargo bench --bench storage [-- [--csv <file>] [<case>...]]`, the cases being `hit`, `miss`, `overwrite`,
+//! `insert`, `remove`, `mixed` and `evict`.
+
+#![allow(clippy::print_stdout, reason = "the terminal is where the numbers go")]
+#![allow(clippy::ptr_arg, reason = "mini-moka finds nothing by &str")]
+
+#[path = "support/report.rs"]
+mod report;
 
 use std::collections::HashMap;
 use std::hint::black_box;
-use std::sync::{Mutex, RwLock};
+use std::ops::AddAssign;
+use std::sync::{Barrier, Mutex, RwLock};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use criterion::measurement::WallTime;
-use criterion::{BenchmarkGroup, Criterion, criterion_group, criterion_main};
 use dashmap::DashMap;
+use report::{Bench, Case, by_turns};
 use tracing_workflow_context::{WorkflowContext, WorkflowContextStorage};
 
-const SIZES: [usize; 2] = [1_000, 100_000];
+const SIZES: [usize; 3] = [1_000, 100_000, 1_000_000];
 
-/// Ids between two looks at the clock, where each operation needs an id of its own.
-const BATCH: usize = 1_000;
+/// Operations of a round, on all threads together; twice as many where there is more than one.
+const OPERATIONS: usize = 100_000;
 
-trait Map: Default {
-    const NAME: &str;
+const ROUNDS: usize = 11;
 
-    fn get(&self, id: &str) -> Option<WorkflowContext>;
-    fn store(&self, id: &str, context: WorkflowContext);
-    fn remove(&self, id: &str) -> bool;
-}
+/// Ids that are inserted or removed between two looks at the clock, where the map has as many.
+const BATCH: usize = 10_000;
 
-impl Map for WorkflowContextStorage {
-    const NAME: &str = "ours";
+/// A mixed load stores once in so many operations.
+const STORES: usize = 10;
 
-    fn get(&self, id: &str) -> Option<WorkflowContext> {
-        self.get(id).expect("a good id")
+/// Of everything that expires.
+const TIME_TO_LIVE: Duration = Duration::from_secs(24 * 60 * 60);
+
+fn main() {
+    let mut bench = Bench::from_arguments("storage");
+    let sizes = bench.unless_test(&SIZES[..], &SIZES[..1]);
+    for &size in sizes {
+        all(&mut bench, size);
     }
-
-    fn store(&self, id: &str, context: WorkflowContext) {
-        self.store(id, context).expect("a good id");
-    }
-
-    fn remove(&self, id: &str) -> bool {
-        self.cleanup(id).expect("a good id")
+    if bench.wants("evict") {
+        evict(&mut bench, sizes[sizes.len() / 2]);
     }
 }
 
-impl Map for DashMap<String, WorkflowContext> {
-    const NAME: &str = "DashMap";
-
-    fn get(&self, id: &str) -> Option<WorkflowContext> {
-        self.get(id).map(|context| context.clone())
+/// Everything but evictions, of maps that hold that many instances and have room for more.
+fn all(bench: &mut Bench, size: usize) {
+    use Operation::*;
+    let cases = [
+        (Hit, &[1, 2, 8][..]),
+        (Miss, &[1]),
+        (Overwrite, &[1]),
+        (Insert, &[1]),
+        (Remove, &[1]),
+        (Mixed, &[1, 2, 8]),
+    ];
+    if !cases.iter().any(|(case, _)| bench.wants(case.name())) {
+        return;
     }
-
-    fn store(&self, id: &str, context: WorkflowContext) {
-        self.insert(id.to_owned(), context);
+    let ids = Ids::new(size);
+    let mut subjects = subjects(4 * size);
+    for subject in &subjects {
+        // In an order that neither the map nor the heap has.
+        subject.fill(&ids.stored);
     }
-
-    fn remove(&self, id: &str) -> bool {
-        self.remove(id).is_some()
-    }
-}
-
-impl Map for Mutex<HashMap<String, WorkflowContext>> {
-    const NAME: &str = "Mutex<HashMap>";
-
-    fn get(&self, id: &str) -> Option<WorkflowContext> {
-        self.lock().unwrap().get(id).cloned()
-    }
-
-    fn store(&self, id: &str, context: WorkflowContext) {
-        self.lock().unwrap().insert(id.to_owned(), context);
-    }
-
-    fn remove(&self, id: &str) -> bool {
-        self.lock().unwrap().remove(id).is_some()
-    }
-}
-
-impl Map for RwLock<HashMap<String, WorkflowContext>> {
-    const NAME: &str = "RwLock<HashMap>";
-
-    fn get(&self, id: &str) -> Option<WorkflowContext> {
-        self.read().unwrap().get(id).cloned()
-    }
-
-    fn store(&self, id: &str, context: WorkflowContext) {
-        self.write().unwrap().insert(id.to_owned(), context);
-    }
-
-    fn remove(&self, id: &str) -> bool {
-        self.write().unwrap().remove(id).is_some()
+    for (operation, threads) in cases {
+        for &threads in threads {
+            if bench.wants(operation.name()) {
+                let (rounds, count) = bench.unless_test((ROUNDS, OPERATIONS), (1, 1_000));
+                let count = count * threads.min(2) / threads;
+                let mut begin = 0;
+                let run = |subject: &mut Box<dyn Subject>| {
+                    begin.add_assign(count);
+                    subject.run(operation, &ids, begin, count, threads)
+                };
+                let results = by_turns(rounds, &mut subjects, |s| s.name().into(), run);
+                let what = operation.name();
+                let case = Case {
+                    what,
+                    size,
+                    threads,
+                };
+                bench.tell(case, "ns", "DashMap", &results);
+            }
+        }
     }
 }
 
-/// Ids of 36 bytes.
-fn ids(kind: u32, count: usize) -> Vec<String> {
+/// Insertions into what is full.
+fn evict(bench: &mut Bench, size: usize) {
+    let mut subjects: Vec<_> = subjects(size)
+        .into_iter()
+        .filter(|subject| subject.is_bounded())
+        .collect();
+    let ids = Ids::new(size);
+    for subject in &subjects {
+        subject.fill(&ids.stored);
+    }
+    let (rounds, count) = bench.unless_test((ROUNDS, OPERATIONS), (1, 1_000));
+    let mut kind = 10;
+    let run = |subject: &mut Box<dyn Subject>| {
+        // Nobody has ever seen them.
+        kind += 1;
+        subject.fill(&scattered(&numbered(kind, count)))
+    };
+    let results = by_turns(rounds, &mut subjects, |s| s.name().into(), run);
+    let case = Case {
+        what: "evict",
+        size,
+        threads: 1,
+    };
+    bench.tell(case, "ns", "quick_cache", &results);
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Operation {
+    Hit,
+    Miss,
+    Overwrite,
+    Insert,
+    Remove,
+    /// Nine hits and an overwrite.
+    Mixed,
+}
+
+impl Operation {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Hit => "hit",
+            Self::Miss => "miss",
+            Self::Overwrite => "overwrite",
+            Self::Insert => "insert",
+            Self::Remove => "remove",
+            Self::Mixed => "mixed",
+        }
+    }
+}
+
+/// Ids of 36 bytes, in orders that neither a map nor the heap has.
+struct Ids {
+    stored: Vec<String>,
+    /// The same.
+    asked: Vec<String>,
+    absent: Vec<String>,
+    batch: Vec<String>,
+}
+
+impl Ids {
+    fn new(size: usize) -> Self {
+        let stored = numbered(1, size);
+        Self {
+            asked: scattered(&stored),
+            absent: scattered(&numbered(2, size)),
+            batch: scattered(&numbered(3, size.min(BATCH))),
+            stored,
+        }
+    }
+}
+
+fn numbered(kind: u32, count: usize) -> Vec<String> {
     let id = |n| format!("{kind:08x}-0000-4000-8000-{n:012x}");
     (0..count).map(id).collect()
 }
 
-/// The same in an order that neither the map nor the heap has; the step is prime to all sizes.
+/// The step is prime to all sizes.
 fn scattered(ids: &[String]) -> Vec<String> {
     let step = |n: usize| ids[n * 7_919 % ids.len()].clone();
     (0..ids.len()).map(step).collect()
@@ -105,134 +177,303 @@ fn context() -> WorkflowContext {
     WorkflowContext::parse(traceparent, "").expect("well formed")
 }
 
-type Group<'a> = BenchmarkGroup<'a, WallTime>;
-
-/// One operation on one map that holds `known`.
-type Operation<M> = fn(&mut Group<'_>, &M, &[String]);
-
-fn hit<M: Map>(group: &mut Group<'_>, map: &M, known: &[String]) {
-    let mut ids = known.iter().cycle();
-    group.bench_function(M::NAME, |b| {
-        b.iter(|| map.get(ids.next().expect("endless")))
-    });
+/// All that are compared, with a bound where they can have one.
+fn subjects(bound: usize) -> Vec<Box<dyn Subject>> {
+    let ours = WorkflowContextStorage::builder()
+        .max_instances(bound)
+        .idle_ttl(TIME_TO_LIVE);
+    let moka = moka::sync::Cache::builder()
+        .max_capacity(bound as u64)
+        .time_to_live(TIME_TO_LIVE);
+    let mini_moka = mini_moka::sync::Cache::builder()
+        .max_capacity(bound as u64)
+        .time_to_live(TIME_TO_LIVE);
+    vec![
+        Box::new(ours.build().expect("good settings")),
+        Box::new(DashMap::<String, WorkflowContext>::new()),
+        Box::new(quick_cache::sync::Cache::<String, Expiring>::new(bound)),
+        Box::new(moka.build() as moka::sync::Cache<String, WorkflowContext>),
+        Box::new(mini_moka.build() as mini_moka::sync::Cache<String, WorkflowContext>),
+        Box::new(papaya::HashMap::<String, WorkflowContext>::new()),
+        Box::new(Mutex::<HashMap<String, WorkflowContext>>::default()),
+        Box::new(RwLock::<HashMap<String, WorkflowContext>>::default()),
+    ]
 }
 
-fn miss<M: Map>(group: &mut Group<'_>, map: &M, known: &[String]) {
-    let absent = ids(2, known.len());
-    let mut ids = absent.iter().cycle();
-    group.bench_function(M::NAME, |b| {
-        b.iter(|| map.get(ids.next().expect("endless")))
-    });
+trait Map: Sync {
+    const NAME: &str;
+    const IS_BOUNDED: bool = false;
+
+    fn get(&self, id: &String) -> Option<WorkflowContext>;
+    fn store(&self, id: &str, context: WorkflowContext);
+    fn remove(&self, id: &String);
 }
 
-fn overwrite<M: Map>(group: &mut Group<'_>, map: &M, known: &[String]) {
-    let (mut ids, context) = (known.iter().cycle(), context());
-    group.bench_function(M::NAME, |b| {
-        b.iter(|| map.store(ids.next().expect("endless"), context.clone()));
-    });
+/// A [`Map`] of which the type no longer matters; nanoseconds of one operation are answered.
+trait Subject {
+    fn name(&self) -> &'static str;
+    fn is_bounded(&self) -> bool;
+    fn fill(&self, ids: &[String]) -> f64;
+    fn run(
+        &self,
+        operation: Operation,
+        ids: &Ids,
+        begin: usize,
+        count: usize,
+        threads: usize,
+    ) -> f64;
 }
 
-fn insert<M: Map>(group: &mut Group<'_>, map: &M, _: &[String]) {
-    let store = |id: &String| map.store(id, context());
-    let remove = |id: &String| assert!(map.remove(id));
-    in_batches::<M>(group, |_| {}, store, remove);
-}
+impl<M: Map> Subject for M {
+    fn name(&self) -> &'static str {
+        Self::NAME
+    }
 
-fn cleanup<M: Map>(group: &mut Group<'_>, map: &M, _: &[String]) {
-    let store = |id: &String| map.store(id, context());
-    let remove = |id: &String| assert!(map.remove(id));
-    in_batches::<M>(group, store, remove, |_| {});
-}
+    fn is_bounded(&self) -> bool {
+        Self::IS_BOUNDED
+    }
 
-/// Measures `operation` alone.
-fn in_batches<M: Map>(
-    group: &mut Group<'_>,
-    before: impl Fn(&String),
-    operation: impl Fn(&String),
-    after: impl Fn(&String),
-) {
-    let ids = ids(3, BATCH);
-    group.bench_function(M::NAME, |bencher| {
-        bencher.iter_custom(|count| {
-            let (mut left, mut elapsed) = (count as usize, Duration::ZERO);
-            while left > 0 {
-                let batch = &ids[..left.min(BATCH)];
-                batch.iter().for_each(&before);
-                let start = Instant::now();
-                batch.iter().for_each(|id| operation(black_box(id)));
-                elapsed += start.elapsed();
-                batch.iter().for_each(&after);
-                left -= batch.len();
-            }
-            elapsed
-        });
-    });
-}
+    fn fill(&self, ids: &[String]) -> f64 {
+        let context = context();
+        let start = Instant::now();
+        ids.iter().for_each(|id| self.store(id, context.clone()));
+        each(start.elapsed(), ids.len())
+    }
 
-fn with<M: Map>(group: &mut Group<'_>, size: usize, operation: Operation<M>) {
-    let (map, known) = (M::default(), ids(1, size));
-    known.iter().for_each(|id| map.store(id, context()));
-    operation(group, &map, &scattered(&known));
-}
-
-macro_rules! compare {
-    ($criterion:expr, $($operation:ident),+) => {$(
-        for size in SIZES {
-            let name = format!("storage/{} of {size}", stringify!($operation));
-            let mut group = $criterion.benchmark_group(name);
-            group.measurement_time(Duration::from_secs(1)).warm_up_time(Duration::from_millis(300));
-            with::<WorkflowContextStorage>(&mut group, size, $operation);
-            with::<DashMap<_, _>>(&mut group, size, $operation);
-            with::<Mutex<HashMap<_, _>>>(&mut group, size, $operation);
-            with::<RwLock<HashMap<_, _>>>(&mut group, size, $operation);
-            group.finish();
-        }
-    )+};
-}
-
-fn storage(criterion: &mut Criterion) {
-    compare!(criterion, hit, miss, overwrite, insert, cleanup);
-}
-
-/// Insertions that each evict another instance, and beside the median the longest of them: what a span may have to
-/// wait for at the worst.
-fn evict(criterion: &mut Criterion) {
-    for size in SIZES {
-        let builder = WorkflowContextStorage::builder().max_instances(size);
-        let storage = builder.build().expect("good settings");
-        let mut ids = (0..).map(|n: u64| format!("{n:08x}-0000-4000-8000-{n:012x}"));
-        let mut store = || {
-            let (id, context) = (ids.next().expect("endless"), context());
-            let start = Instant::now();
-            storage.store(&id, context).expect("a good id");
-            start.elapsed()
+    fn run(
+        &self,
+        operation: Operation,
+        ids: &Ids,
+        begin: usize,
+        count: usize,
+        threads: usize,
+    ) -> f64 {
+        let get = |id: &String| drop(black_box(self.get(black_box(id))));
+        let context = context();
+        let store = |id: &String| self.store(black_box(id), context.clone());
+        let remove = |id: &String| self.remove(black_box(id));
+        let crowd = |run: &(dyn Fn(usize) + Sync)| {
+            let begin = |thread| begin + thread * ids.asked.len() / threads;
+            crowd(threads, &|thread| run(begin(thread)))
         };
-        for _ in 0..size {
-            store();
-        }
-
-        let mut pauses = Vec::new();
-        let mut group = criterion.benchmark_group(format!("storage/evict of {size}"));
-        group
-            .measurement_time(Duration::from_secs(1))
-            .warm_up_time(Duration::from_millis(300));
-        group.bench_function("ours", |bencher| {
-            bencher.iter_custom(|count| {
-                let begin = pauses.len();
-                pauses.extend((0..count).map(|_| store()));
-                pauses[begin..].iter().sum()
-            });
-        });
-        group.finish();
-        pauses.sort_unstable();
-        if let Some(longest) = pauses.last() {
-            let (count, median) = (pauses.len(), pauses[pauses.len() / 2]);
-            println!(
-                "storage/evict of {size}: the longest of {count} took {longest:?}, the median {median:?}"
-            );
-        }
+        let elapsed = match operation {
+            Operation::Hit => crowd(&|begin| around(&ids.asked, begin, count, get)),
+            Operation::Miss => crowd(&|begin| around(&ids.absent, begin, count, get)),
+            Operation::Overwrite => crowd(&|begin| around(&ids.asked, begin, count, store)),
+            Operation::Mixed => crowd(&|begin| {
+                let mut operations = 0_usize;
+                around(&ids.asked, begin, count, |id| {
+                    operations += 1;
+                    match operations % STORES {
+                        0 => store(id),
+                        _ => get(id),
+                    }
+                });
+            }),
+            Operation::Insert => in_batches(&ids.batch, count, |_| {}, store, remove),
+            Operation::Remove => in_batches(&ids.batch, count, store, remove, |_| {}),
+        };
+        each(elapsed, count * threads)
     }
 }
 
-criterion_group!(benches, storage, evict);
-criterion_main!(benches);
+fn each(elapsed: Duration, count: usize) -> f64 {
+    elapsed.as_secs_f64() * 1e9 / count as f64
+}
+
+/// From when the first thread begins until the last one is done.
+fn crowd(threads: usize, run: &(dyn Fn(usize) + Sync)) -> Duration {
+    let ready = Barrier::new(threads);
+    let timed = &|thread| {
+        ready.wait();
+        let start = Instant::now();
+        run(thread);
+        (start, Instant::now())
+    };
+    let times: Vec<_> = thread::scope(|scope| {
+        let spawn = |thread| scope.spawn(move || timed(thread));
+        let others: Vec<_> = (1..threads).map(spawn).collect();
+        let own = timed(0);
+        let others = others.into_iter().map(|thread| thread.join());
+        let others = others.map(|times| times.expect("maps do not panic"));
+        std::iter::once(own).chain(others).collect()
+    });
+    let begin = times.iter().map(|(start, _)| *start).min();
+    let end = times.iter().map(|(_, end)| *end).max();
+    begin
+        .zip(end)
+        .map_or(Duration::ZERO, |(begin, end)| end - begin)
+}
+
+/// Goes around the ids from some place, without a look at the place for each of them.
+fn around(ids: &[String], begin: usize, count: usize, mut operation: impl FnMut(&String)) {
+    let (mut place, mut left) = (begin % ids.len(), count);
+    while left > 0 {
+        let some = &ids[place..ids.len().min(place + left)];
+        some.iter().for_each(&mut operation);
+        left -= some.len();
+        place = 0;
+    }
+}
+
+/// Measures `operation` alone.
+fn in_batches(
+    ids: &[String],
+    count: usize,
+    before: impl Fn(&String),
+    operation: impl Fn(&String),
+    after: impl Fn(&String),
+) -> Duration {
+    let (mut left, mut elapsed) = (count, Duration::ZERO);
+    while left > 0 {
+        let batch = &ids[..left.min(ids.len())];
+        batch.iter().for_each(&before);
+        let start = Instant::now();
+        batch.iter().for_each(&operation);
+        elapsed += start.elapsed();
+        batch.iter().for_each(&after);
+        left -= batch.len();
+    }
+    elapsed
+}
+
+impl Map for WorkflowContextStorage {
+    const NAME: &str = "ours";
+    const IS_BOUNDED: bool = true;
+
+    fn get(&self, id: &String) -> Option<WorkflowContext> {
+        self.get(id).expect("a good id")
+    }
+
+    fn store(&self, id: &str, context: WorkflowContext) {
+        self.store(id, context).expect("a good id");
+    }
+
+    fn remove(&self, id: &String) {
+        self.cleanup(id).expect("a good id");
+    }
+}
+
+impl Map for DashMap<String, WorkflowContext> {
+    const NAME: &str = "DashMap";
+
+    fn get(&self, id: &String) -> Option<WorkflowContext> {
+        self.get(id).map(|context| context.clone())
+    }
+
+    fn store(&self, id: &str, context: WorkflowContext) {
+        self.insert(id.to_owned(), context);
+    }
+
+    fn remove(&self, id: &String) {
+        self.remove(id);
+    }
+}
+
+/// quick_cache knows no time, so that its user keeps it beside the value.
+#[derive(Clone)]
+struct Expiring {
+    context: WorkflowContext,
+    until: Instant,
+}
+
+impl Map for quick_cache::sync::Cache<String, Expiring> {
+    const NAME: &str = "quick_cache";
+    const IS_BOUNDED: bool = true;
+
+    fn get(&self, id: &String) -> Option<WorkflowContext> {
+        let found = self.get(id)?;
+        (found.until > Instant::now()).then_some(found.context)
+    }
+
+    fn store(&self, id: &str, context: WorkflowContext) {
+        let until = Instant::now() + TIME_TO_LIVE;
+        self.insert(id.to_owned(), Expiring { context, until });
+    }
+
+    fn remove(&self, id: &String) {
+        self.remove(id);
+    }
+}
+
+impl Map for moka::sync::Cache<String, WorkflowContext> {
+    const NAME: &str = "moka";
+    const IS_BOUNDED: bool = true;
+
+    fn get(&self, id: &String) -> Option<WorkflowContext> {
+        self.get(id)
+    }
+
+    fn store(&self, id: &str, context: WorkflowContext) {
+        self.insert(id.to_owned(), context);
+    }
+
+    fn remove(&self, id: &String) {
+        self.invalidate(id);
+    }
+}
+
+impl Map for mini_moka::sync::Cache<String, WorkflowContext> {
+    const NAME: &str = "mini-moka";
+    const IS_BOUNDED: bool = true;
+
+    fn get(&self, id: &String) -> Option<WorkflowContext> {
+        self.get(id)
+    }
+
+    fn store(&self, id: &str, context: WorkflowContext) {
+        self.insert(id.to_owned(), context);
+    }
+
+    fn remove(&self, id: &String) {
+        self.invalidate(id);
+    }
+}
+
+impl Map for papaya::HashMap<String, WorkflowContext> {
+    const NAME: &str = "papaya";
+
+    fn get(&self, id: &String) -> Option<WorkflowContext> {
+        self.pin().get(id).cloned()
+    }
+
+    fn store(&self, id: &str, context: WorkflowContext) {
+        self.pin().insert(id.to_owned(), context);
+    }
+
+    fn remove(&self, id: &String) {
+        self.pin().remove(id);
+    }
+}
+
+impl Map for Mutex<HashMap<String, WorkflowContext>> {
+    const NAME: &str = "Mutex<HashMap>";
+
+    fn get(&self, id: &String) -> Option<WorkflowContext> {
+        self.lock().unwrap().get(id).cloned()
+    }
+
+    fn store(&self, id: &str, context: WorkflowContext) {
+        self.lock().unwrap().insert(id.to_owned(), context);
+    }
+
+    fn remove(&self, id: &String) {
+        self.lock().unwrap().remove(id);
+    }
+}
+
+impl Map for RwLock<HashMap<String, WorkflowContext>> {
+    const NAME: &str = "RwLock<HashMap>";
+
+    fn get(&self, id: &String) -> Option<WorkflowContext> {
+        self.read().unwrap().get(id).cloned()
+    }
+
+    fn store(&self, id: &str, context: WorkflowContext) {
+        self.write().unwrap().insert(id.to_owned(), context);
+    }
+
+    fn remove(&self, id: &String) {
+        self.write().unwrap().remove(id);
+    }
+}
