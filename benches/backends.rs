@@ -1,17 +1,21 @@
-//! What a backend costs the thread that records, and what redb costs behind it.
+//! What a backend costs the thread that records, what redb costs behind it, and what a new process waits for.
 //!
-//! The rounds of all that are compared take turns, so that what else the machine does weighs on each alike; what is
-//! told is the median. Where the writer behind it has no core to itself, the best round tells more: what the calling
-//! thread itself does.
+//! `cargo bench --bench backends --features redb,testing [-- [--csv <file>] [--instances <n>] [<case>...]]`, the cases
+//! being `record`, `write` and `restart`. `--instances` is how many the file has that is opened again.
 
 #![allow(clippy::print_stdout, reason = "the terminal is where the numbers go")]
 
+#[path = "support/report.rs"]
+mod report;
+
 use std::hint::black_box;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 use opentelemetry::trace::TracerProvider as _;
 use opentelemetry_sdk::trace::SdkTracerProvider;
+use redb::{Database, ReadableDatabase as _, ReadableTable as _, TableDefinition};
+use report::{Bench, Case, Subject, by_turns};
 use tracing::{Dispatch, dispatcher, info_span};
 use tracing_subscriber::prelude::*;
 use tracing_workflow_context::{
@@ -22,20 +26,31 @@ use tracing_workflow_context::{
 /// How many instances are recorded between two flushes: less than what waits for the writer at most.
 const BATCH: usize = 5_000;
 
-const INSTANCES: usize = 100_000;
+const ROUNDS: usize = 61;
+
+/// How many instances a file has that is opened again.
+const INSTANCES: usize = 1_000_000;
+
+/// As redb's user would open it who knows what it is for.
+const RECORDS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("records");
 
 fn main() {
-    // `cargo bench -- --test` only shows that it works.
-    let once = std::env::args().any(|arg| arg == "--test");
-    let rounds = if once { 1 } else { 101 };
+    let mut bench = Bench::from_arguments("backends");
     let directory = Directory::new();
-    record(&directory, rounds);
-    write(&directory, rounds);
-    restart(&directory, if once { 1 } else { 7 });
+    if bench.wants("record") {
+        record(&mut bench, &directory);
+    }
+    if bench.wants("write") {
+        write(&mut bench, &directory);
+    }
+    if bench.wants("restart") {
+        restart(&mut bench, &directory);
+    }
 }
 
-/// What the calling thread pays for an instance that is new.
-fn record(directory: &Directory, rounds: usize) {
+/// What the calling thread pays for an instance: by the clock, and of the processor, which the writer behind it may
+/// have to share.
+fn record(bench: &mut Bench, directory: &Directory) {
     let open =
         |name, sync| RedbBackend::open_with(directory.0.join(name), sync).expect("a new file");
     let builder = WorkflowContextStorage::builder;
@@ -47,155 +62,243 @@ fn record(directory: &Directory, rounds: usize) {
             builder().backend(open("group", RedbSync::Group)).build(),
         ),
         (
-            "redb, eventually",
+            "redb eventually",
             builder()
                 .backend(open("eventual", RedbSync::Eventual))
                 .build(),
         ),
     ];
-    let storages = storages.map(|(name, storage)| (name, storage.expect("valid settings")));
-    let dispatches = storages.each_ref().map(|(_, storage)| {
+    let mut stages = storages.map(|(name, storage)| {
+        let storage = storage.expect("valid settings");
         let tracer = SdkTracerProvider::builder().build().tracer("bench");
-        Dispatch::new(tracing_subscriber::registry().with(storage.layer(tracer)))
+        let layer = storage.layer(tracer);
+        let dispatch = Dispatch::new(tracing_subscriber::registry().with(layer));
+        (name, storage, dispatch)
     });
-    let mut stored = storages.each_ref().map(|(name, _)| Measured::new(name));
-    let mut spans = storages.each_ref().map(|(name, _)| Measured::new(name));
-    let mut hits = storages.each_ref().map(|(name, _)| Measured::new(name));
-    for round in 0..rounds {
+    let names = stages.each_ref().map(|(name, ..)| *name);
+    let cases = ["store", "first span", "later span"];
+    let mut measured = cases.map(|_| names.map(|name| [Subject::new(name), Subject::new(name)]));
+    for round in 0..bench.unless_test(ROUNDS, 1) {
         let ids: Vec<_> = (0..BATCH).map(|n| id(round * BATCH + n)).collect();
-        for (at, (_, storage)) in storages.iter().enumerate() {
+        for turn in 0..stages.len() {
+            let at = (round + turn) % stages.len();
+            let (_, storage, dispatch) = &mut stages[at];
             let context = context();
-            stored[at].time(BATCH, || {
-                for id in &ids {
-                    storage
-                        .store(black_box(id), context.clone())
-                        .expect("valid ids");
-                }
-            });
-            storage.flush().expect("the backend works");
-            ids.iter()
-                .for_each(|id| assert!(storage.cleanup(id).expect("valid ids")));
-            storage.flush().expect("the backend works");
-            let step = |id: &String| info_span!("step", workflow.instance_id = %id).in_scope(|| {});
-            dispatcher::with_default(&dispatches[at], || {
-                spans[at].time(BATCH, || ids.iter().for_each(step));
+            let mut time = |case: usize, run: &dyn Fn(&String)| {
+                let times = Times::of(|| ids.iter().for_each(|id| run(black_box(id))));
+                let [wall, processor] = &mut measured[case][at];
+                wall.rounds.push(times.wall / BATCH as f64);
+                processor.rounds.push(times.processor / BATCH as f64);
                 storage.flush().expect("the backend works");
-                hits[at].time(BATCH, || ids.iter().for_each(step));
+            };
+            let clear = || {
+                let clean = |id: &String| assert!(storage.cleanup(id).expect("valid ids"));
+                ids.iter().for_each(clean);
+                storage.flush().expect("the backend works");
+            };
+            time(0, &|id| {
+                storage.store(id, context.clone()).expect("valid ids");
             });
-            ids.iter()
-                .for_each(|id| assert!(storage.cleanup(id).expect("valid ids")));
-            storage.flush().expect("the backend works");
+            clear();
+            let step = |id: &String| info_span!("step", workflow.instance_id = %id).in_scope(|| {});
+            dispatcher::with_default(dispatch, || {
+                time(1, &step);
+                time(2, &step);
+            });
+            clear();
         }
     }
-    compare("store", stored);
-    compare("the first span of an instance", spans);
-    compare("a later span", hits);
+    for (what, measured) in cases.iter().zip(measured) {
+        let case = |what| Case {
+            what,
+            size: 0,
+            threads: 1,
+        };
+        let [wall, processor] = [0, 1].map(|kind| {
+            let of_kind = |subjects: &[Subject; 2]| subjects[kind].clone();
+            measured.iter().map(of_kind).collect::<Vec<_>>()
+        });
+        bench.tell(case(what), "ns", names[0], &wall);
+        let what = format!("{what} processor time");
+        bench.tell(case(&what), "ns", names[0], &processor);
+    }
 }
 
 /// What a group costs, of one write and of many.
-fn write(directory: &Directory, rounds: usize) {
+fn write(bench: &mut Bench, directory: &Directory) {
     for sync in [RedbSync::Group, RedbSync::Eventual] {
         let backend = RedbBackend::open_with(directory.0.join(format!("{sync:?} writes")), sync);
         let backend = backend.expect("a new file");
-        let mut measured = [1, 10, 100, 1_000].map(|size| (size, Measured::new("")));
-        for round in 0..rounds {
-            for (size, measured) in &mut measured {
-                let put =
-                    |n| Write::Put(id(round * *size + n), Record::new(context(), in_an_hour()));
-                let writes: Vec<_> = (0..*size).map(put).collect();
-                measured.time(1, || drop(backend.write(&writes).expect("the disk works")));
-            }
-        }
-        for (size, measured) in measured {
-            let median = measured.median();
-            let each = median / size as u32;
-            println!(
-                "redb, {sync:?}: a group of {size:>4} takes {median:>9.1?}, {each:>9.1?} each"
-            );
-        }
-        let mut get = Measured::new("");
-        for round in 0..rounds {
-            let ids: Vec<_> = (0..100).map(|n| id(round * 7 + n)).collect();
-            get.time(100, || {
-                ids.iter().for_each(|id| drop(black_box(backend.get(id))))
-            });
-        }
-        println!("redb, {sync:?}: a get takes {:.2?}", get.median());
+        let mut written = 0;
+        let run = |size: &mut usize| {
+            let put = |n| Write::Put(id(written + n), Record::new(context(), in_an_hour()));
+            let writes: Vec<_> = (0..*size).map(put).collect();
+            written += *size;
+            let times = Times::of(|| drop(backend.write(&writes).expect("the disk works")));
+            times.wall / *size as f64 / 1e3
+        };
+        let name = |size: &usize| format!("in groups of {size}");
+        let rounds = bench.unless_test(ROUNDS, 1);
+        let results = by_turns(rounds, &mut [1, 10, 100, 1_000], name, run);
+        let what = format!("write {sync:?}");
+        let case = Case {
+            what: &what,
+            size: 0,
+            threads: 1,
+        };
+        bench.tell(case, "us", "in groups of 1000", &results);
     }
 }
 
-/// What a new process waits for.
-fn restart(directory: &Directory, rounds: usize) {
+/// What a new process waits for, beside redb's own walk through all entries of the same file.
+fn restart(bench: &mut Bench, directory: &Directory) {
+    let instances = bench.option("--instances").map(str::parse);
+    let instances = instances.map_or(INSTANCES, |n| n.expect("a number of instances"));
+    let instances = bench.unless_test(instances, 1_000);
     let path = directory.0.join("restart");
-    let backend = RedbBackend::open_with(&path, RedbSync::Eventual).expect("a new file");
-    for some in 0..INSTANCES / 1_000 {
-        let put = |n| Write::Put(id(some * 1_000 + n), Record::new(context(), in_an_hour()));
-        let writes: Vec<_> = (0..1_000).map(put).collect();
+    fill(&path, instances);
+    let bytes = std::fs::metadata(&path).expect("a file").len() / instances as u64;
+    if !bench.is_test() {
+        println!("backends: the file takes {bytes} bytes an instance");
+    }
+    let run = |step: &mut Restart| step.run(&path, instances) / instances as f64;
+    let rounds = bench.unless_test(5, 1);
+    let results = by_turns(rounds, &mut Restart::all(), |step| step.name().into(), run);
+    let case = Case {
+        what: "restart",
+        size: instances,
+        threads: 1,
+    };
+    bench.tell(case, "ns", Restart::RawScan.name(), &results);
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Restart {
+    /// redb opens the file, and checks what of it can be trusted.
+    RawOpen,
+    /// redb's own iterator, of which nothing is kept.
+    RawScan,
+    Open,
+    /// All records, of which nothing is kept.
+    Scan,
+    /// All records, into the memory of a storage.
+    Load,
+}
+
+impl Restart {
+    fn all() -> [Self; 5] {
+        [
+            Self::RawOpen,
+            Self::RawScan,
+            Self::Open,
+            Self::Scan,
+            Self::Load,
+        ]
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::RawOpen => "redb opens and checks",
+            Self::RawScan => "redb scans",
+            Self::Open => "RedbBackend opens",
+            Self::Scan => "RedbBackend scans",
+            Self::Load => "a storage is built",
+        }
+    }
+
+    fn run(self, path: &Path, instances: usize) -> f64 {
+        let open = || RedbBackend::open(path).expect("a sound file");
+        let raw_open = |checks| {
+            let mut builder = Database::builder();
+            builder.set_check_integrity_on_open(checks);
+            builder.open(path).expect("a sound file")
+        };
+        // What is opened or built is let go of only when the time was taken.
+        let (mut seen, mut backend, mut database, mut storage) = (0, None, None, None);
+        let times = match self {
+            Self::RawOpen => Times::of(|| database = Some(raw_open(true))),
+            Self::Open => Times::of(|| backend = Some(open())),
+            Self::RawScan => {
+                let database = raw_open(false);
+                Times::of(|| {
+                    let transaction = database.begin_read().expect("a sound file");
+                    let records = transaction.open_table(RECORDS).expect("a file of ours");
+                    for entry in records.iter().expect("a sound file") {
+                        let (key, value) = entry.expect("a sound file");
+                        black_box((key.value(), value.value()));
+                        seen += 1;
+                    }
+                })
+            }
+            Self::Scan => {
+                let backend = open();
+                Times::of(|| {
+                    let see = &mut |key: &str, record| {
+                        black_box((key, record));
+                        seen += 1;
+                    };
+                    backend.scan(see).expect("a sound file");
+                })
+            }
+            Self::Load => {
+                let builder = WorkflowContextStorage::builder()
+                    .max_instances(2 * instances)
+                    .backend(open());
+                Times::of(|| {
+                    let built = storage.insert(builder.build().expect("valid settings"));
+                    seen = built.stats().stored_instances as usize;
+                })
+            }
+        };
+        drop((backend, database, storage));
+        let is_seen = matches!(self, Self::RawOpen | Self::Open) || seen == instances;
+        assert!(is_seen, "{} saw {seen} of {instances}", self.name());
+        times.wall
+    }
+}
+
+/// Instances in an order that no file has, as they come.
+fn fill(path: &Path, instances: usize) {
+    let backend = RedbBackend::open_with(path, RedbSync::Eventual).expect("a new file");
+    let group = 20_000;
+    for begin in (0..instances).step_by(group) {
+        let put = |n| Write::Put(id(n), Record::new(context(), in_an_hour()));
+        let end = instances.min(begin + group);
+        let writes: Vec<_> = (begin..end).map(put).collect();
         backend.write(&writes).expect("the disk works");
     }
     drop(backend);
-    let bytes = std::fs::metadata(&path).expect("a file").len() / INSTANCES as u64;
-    let (mut opened, mut warm) = (Measured::new(""), Measured::new(""));
-    for _ in 0..rounds {
-        let mut backend = None;
-        opened.time(1, || {
-            backend = Some(RedbBackend::open(&path).expect("a sound file"))
-        });
-        warm.time(1, || {
-            let builder =
-                WorkflowContextStorage::builder().backend(backend.take().expect("opened"));
-            let storage = builder.build().expect("valid settings");
-            assert_eq!(storage.stats().stored_instances, INSTANCES as u64);
-        });
-    }
-    println!(
-        "redb: a file of {INSTANCES} instances, {bytes} bytes each, is opened and checked in {:.0?} and loaded in {:.0?}",
-        opened.median(),
-        warm.median()
-    );
+    // The first opening makes the file as small as it goes.
+    drop(RedbBackend::open(path).expect("a sound file"));
 }
 
-struct Measured {
-    name: &'static str,
-    rounds: Vec<Duration>,
+/// Nanoseconds.
+struct Times {
+    wall: f64,
+    /// Of this thread alone; the same as by the clock where the system does not tell.
+    processor: f64,
 }
 
-impl Measured {
-    fn new(name: &'static str) -> Self {
-        let rounds = Vec::new();
-        Self { name, rounds }
-    }
-
-    fn time(&mut self, times: usize, run: impl FnOnce()) {
-        let start = Instant::now();
+impl Times {
+    fn of(run: impl FnOnce()) -> Self {
+        let (start, processor) = (Instant::now(), processor_time());
         run();
-        self.rounds.push(start.elapsed() / times as u32);
-    }
-
-    fn median(&self) -> Duration {
-        let mut rounds = self.rounds.clone();
-        rounds.sort();
-        rounds[rounds.len() / 2]
-    }
-
-    fn best(&self) -> Duration {
-        self.rounds.iter().copied().min().unwrap_or_default()
+        let end = processor_time();
+        let wall = start.elapsed().as_secs_f64() * 1e9;
+        let processor = processor.zip(end).map_or(wall, |(start, end)| end - start);
+        Self { wall, processor }
     }
 }
 
-fn compare<const N: usize>(what: &str, measured: [Measured; N]) {
-    let without = [measured[0].median(), measured[0].best()];
-    for measured in measured {
-        let [median, best] = [
-            (measured.median(), without[0]),
-            (measured.best(), without[1]),
-        ]
-        .map(|(with, without)| {
-            let times = with.as_secs_f64() / without.as_secs_f64();
-            format!("{:>5} ns ({times:.2} times)", with.as_nanos())
-        });
-        println!("{what}: {median}, at best {best}, with {}", measured.name);
-    }
+#[cfg(unix)]
+fn processor_time() -> Option<f64> {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Some(time.tv_sec as f64 * 1e9 + time.tv_nsec as f64)
+}
+
+#[cfg(not(unix))]
+fn processor_time() -> Option<f64> {
+    None
 }
 
 fn id(n: usize) -> String {

@@ -10,6 +10,7 @@
 mod report;
 
 use std::collections::HashMap;
+use std::hash::BuildHasher as _;
 use std::hint::black_box;
 use std::ops::AddAssign;
 use std::sync::{Barrier, Mutex, RwLock};
@@ -68,16 +69,17 @@ fn all(bench: &mut Bench, size: usize) {
         subject.fill(&ids.stored);
     }
     for (operation, threads) in cases {
+        let mut able: Vec<_> = subjects.iter_mut().filter(|s| s.can(operation)).collect();
         for &threads in threads {
             if bench.wants(operation.name()) {
                 let (rounds, count) = bench.unless_test((ROUNDS, OPERATIONS), (1, 1_000));
                 let count = count * threads.min(2) / threads;
                 let mut begin = 0;
-                let run = |subject: &mut Box<dyn Subject>| {
+                let run = |subject: &mut &mut Box<dyn Subject>| {
                     begin.add_assign(count);
                     subject.run(operation, &ids, begin, count, threads)
                 };
-                let results = by_turns(rounds, &mut subjects, |s| s.name().into(), run);
+                let results = by_turns(rounds, &mut able, |s| s.name().into(), run);
                 let what = operation.name();
                 let case = Case {
                     what,
@@ -197,12 +199,15 @@ fn subjects(bound: usize) -> Vec<Box<dyn Subject>> {
         Box::new(papaya::HashMap::<String, WorkflowContext>::new()),
         Box::new(Mutex::<HashMap<String, WorkflowContext>>::default()),
         Box::new(RwLock::<HashMap<String, WorkflowContext>>::default()),
+        Box::new(Floor::new(bound / 4)),
     ]
 }
 
 trait Map: Sync {
     const NAME: &str;
     const IS_BOUNDED: bool = false;
+    /// Nothing can be stored in it.
+    const IS_READ_ONLY: bool = false;
 
     fn get(&self, id: &String) -> Option<WorkflowContext>;
     fn store(&self, id: &str, context: WorkflowContext);
@@ -213,6 +218,7 @@ trait Map: Sync {
 trait Subject {
     fn name(&self) -> &'static str;
     fn is_bounded(&self) -> bool;
+    fn can(&self, operation: Operation) -> bool;
     fn fill(&self, ids: &[String]) -> f64;
     fn run(
         &self,
@@ -231,6 +237,10 @@ impl<M: Map> Subject for M {
 
     fn is_bounded(&self) -> bool {
         Self::IS_BOUNDED
+    }
+
+    fn can(&self, operation: Operation) -> bool {
+        operation == Operation::Hit || !Self::IS_READ_ONLY
     }
 
     fn fill(&self, ids: &[String]) -> f64 {
@@ -476,4 +486,35 @@ impl Map for RwLock<HashMap<String, WorkflowContext>> {
     fn remove(&self, id: &String) {
         self.write().unwrap().remove(id);
     }
+}
+
+/// What no map goes below: the id is hashed, and the value copied out of the one place where it can be. There is
+/// nothing to tell whether it is the right one.
+struct Floor {
+    hasher: foldhash::fast::RandomState,
+    values: Vec<WorkflowContext>,
+}
+
+impl Floor {
+    fn new(size: usize) -> Self {
+        Self {
+            hasher: foldhash::fast::RandomState::default(),
+            values: (0..size).map(|_| context()).collect(),
+        }
+    }
+}
+
+impl Map for Floor {
+    const NAME: &str = "floor";
+    const IS_READ_ONLY: bool = true;
+
+    fn get(&self, id: &String) -> Option<WorkflowContext> {
+        let hash = u128::from(self.hasher.hash_one(id.as_str()));
+        let place = (hash * self.values.len() as u128) >> 64;
+        self.values.get(place as usize).cloned()
+    }
+
+    fn store(&self, _: &str, _: WorkflowContext) {}
+
+    fn remove(&self, _: &String) {}
 }

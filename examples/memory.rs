@@ -98,7 +98,7 @@ fn per_instance(how: &str, fill: impl FnOnce(&WorkflowContextStorage)) {
     fill(&storage);
     let bytes = LIVE.load(Relaxed) - before;
     assert_eq!(storage.stats().stored_instances, INSTANCES as u64);
-    println!("  {:>5}  {how}", bytes / INSTANCES);
+    println!("  {:>6.1}  {how}", bytes as f64 / INSTANCES as f64);
 }
 
 /// Runs with the layer of the storage, and exports nothing.

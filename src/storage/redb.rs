@@ -16,7 +16,8 @@ use std::time::{Duration, SystemTime};
 
 use redb::backends::FileBackend;
 use redb::{
-    Database, Durability, ReadableDatabase, ReadableTable, Table, TableDefinition, TableError,
+    Database, Durability, ReadableDatabase, ReadableTable, ReadableTableMetadata, Table,
+    TableDefinition, TableError,
 };
 
 use super::backend::{Record, StorageBackend, Write};
@@ -25,8 +26,23 @@ use super::core::Counter;
 use crate::error::BackendError;
 use file::HeldBack;
 
-/// A key and its record, as they are in the file.
-type Stored = (Vec<u8>, Vec<u8>);
+/// Some keys and their records, as they are in the file.
+#[derive(Default)]
+struct Page {
+    bytes: Vec<u8>,
+    /// Where each key ends, and its record.
+    ends: Vec<(usize, usize)>,
+}
+
+impl Page {
+    fn iter(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
+        let starts = std::iter::once(0).chain(self.ends.iter().map(|(_, end)| *end));
+        let between = |(start, (key, end)): (usize, &(usize, usize))| {
+            (&self.bytes[start..*key], &self.bytes[*key..*end])
+        };
+        starts.zip(&self.ends).map(between)
+    }
+}
 
 /// Has the version of the format under [`FORMAT`], and by its name tells our files from all others.
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("tracing-workflow-context");
@@ -373,15 +389,20 @@ impl Shared {
         Ok(())
     }
 
-    /// The next few records after a key, as they are in the file.
-    fn page(&self, after: &[u8]) -> Result<Vec<Stored>, BackendError> {
+    /// Reads the next few records after a key into the page, in place of what it has.
+    fn read_page(&self, after: &[u8], page: &mut Page) -> Result<(), BackendError> {
+        page.bytes.clear();
+        page.ends.clear();
         self.with(|database| {
             let records = database.begin_read()?.open_table(RECORDS)?;
-            let owned = |entry: Result<Entry<'_>, redb::StorageError>| {
+            for entry in beyond(&records, after)?.take(PAGE) {
                 let (key, value) = entry?;
-                Ok((key.value().to_owned(), value.value().to_owned()))
-            };
-            beyond(&records, after)?.take(PAGE).map(owned).collect()
+                page.bytes.extend_from_slice(key.value());
+                let end_of_key = page.bytes.len();
+                page.bytes.extend_from_slice(value.value());
+                page.ends.push((end_of_key, page.bytes.len()));
+            }
+            Ok(())
         })
     }
 
@@ -463,23 +484,26 @@ impl StorageBackend for RedbBackend {
 
     fn scan(&self, visit: &mut dyn FnMut(&str, Record)) -> Result<(), BackendError> {
         let shared = &*self.shared;
-        let mut page = shared.page(&[])?;
-        while let Some((last, _)) = page.last() {
-            let last = last.clone();
+        let (mut page, mut last) = (Page::default(), Vec::new());
+        loop {
+            shared.read_page(&last, &mut page)?;
             let now = SystemTime::now();
-            for (key, value) in page {
-                let Some(record) = shared.decode(&value) else {
+            for (key, value) in page.iter() {
+                let Some(record) = shared.decode(value) else {
                     continue;
                 };
-                match std::str::from_utf8(&key) {
+                match std::str::from_utf8(key) {
                     Ok(key) if record.expires_at > now => visit(key, record),
                     Ok(_) => {}
                     Err(_) => shared.malformed.add(),
                 }
             }
-            page = shared.page(&last)?;
+            let Some((key, _)) = page.iter().last() else {
+                return Ok(());
+            };
+            last.clear();
+            last.extend_from_slice(key);
         }
-        Ok(())
     }
 
     fn flush(&self) -> Result<(), BackendError> {
@@ -633,7 +657,7 @@ fn create_tables(database: &Database) -> Result<(), redb::Error> {
 /// Moves what is in use to the front of the file, where that is the smaller part of it.
 fn compact(database: &mut Database, file: &HeldBack) -> Result<(), redb::Error> {
     let len = redb::StorageBackend::len(file)?;
-    if len < WORTH_COMPACTING {
+    if len < WORTH_COMPACTING || is_surely_in_use(database, len)? {
         return Ok(());
     }
     let transaction = database.begin_write()?;
@@ -643,6 +667,20 @@ fn compact(database: &mut Database, file: &HeldBack) -> Result<(), redb::Error> 
         database.compact()?;
     }
     Ok(())
+}
+
+/// Whether the records alone take half of the file, if the others are as long as the first few: counting the pages
+/// that are in use takes a walk through all of them. A wrong guess leaves the file as large as it is.
+fn is_surely_in_use(database: &Database, len: u64) -> Result<bool, redb::Error> {
+    let records = database.begin_read()?.open_table(RECORDS)?;
+    let (mut seen, mut bytes) = (0, 0);
+    for entry in records.iter()?.take(PAGE) {
+        let (key, value) = entry?;
+        seen += 1;
+        bytes += (key.value().len() + value.value().len()) as u64;
+    }
+    let all = u128::from(records.len()?) * u128::from(bytes) / u128::from(seen.max(1_u64));
+    Ok(all * 2 >= u128::from(len))
 }
 
 type Entry<'a> = (
