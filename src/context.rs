@@ -55,6 +55,24 @@ pub struct WorkflowContext {
 // A store holds one for every live instance, so growth here is paid a million times.
 const _: () = assert!(size_of::<WorkflowContext>() <= 48);
 
+/// The part of a context that a store keeps for every instance; the flags and the tracestate are kept elsewhere.
+#[derive(Clone, Copy)]
+pub(crate) struct Packed {
+    trace_id: [u8; 16],
+    span_id: [u8; 8],
+    recorded_at: u64,
+}
+
+impl Packed {
+    pub(crate) fn recorded_at(&self) -> SystemTime {
+        from_epoch(self.recorded_at)
+    }
+}
+
+/// In one byte with the flags of a traceparent.
+const RESUMED: u8 = 0x10;
+const REMOTE: u8 = 0x20;
+
 impl WorkflowContext {
     /// The context of the current span: of the current `tracing` span, or else of the current OpenTelemetry context.
     ///
@@ -207,8 +225,7 @@ impl WorkflowContext {
     ///
     /// Kept in nanoseconds, and within 1970 and 2554: times outside are moved to the nearer end.
     pub fn recorded_at(&self) -> SystemTime {
-        // Does not overflow: every platform's clock reaches 584 years beyond 1970.
-        SystemTime::UNIX_EPOCH + Duration::from_nanos(self.recorded_at)
+        from_epoch(self.recorded_at)
     }
 
     /// An OpenTelemetry context with this as its remote span and with nothing else, to attach or to make a parent.
@@ -276,6 +293,33 @@ impl WorkflowContext {
         Self {
             resumed: true,
             ..self
+        }
+    }
+
+    /// Takes it apart: its flags in one byte, and the tracestate, which is rare, by itself.
+    #[inline]
+    pub(crate) fn pack(self) -> (Packed, u8, Option<Arc<TraceState>>) {
+        let packed = Packed {
+            trace_id: self.trace_id,
+            span_id: self.span_id,
+            recorded_at: self.recorded_at,
+        };
+        let resumed = if self.resumed { RESUMED } else { 0 };
+        let remote = if self.remote { REMOTE } else { 0 };
+        (packed, self.flags | resumed | remote, self.trace_state)
+    }
+
+    /// Puts together again what [`pack`](Self::pack) took apart.
+    #[inline]
+    pub(crate) fn unpack(packed: Packed, flags: u8, trace_state: Option<Arc<TraceState>>) -> Self {
+        Self {
+            trace_id: packed.trace_id,
+            span_id: packed.span_id,
+            recorded_at: packed.recorded_at,
+            trace_state,
+            flags: flags & !(RESUMED | REMOTE),
+            resumed: flags & RESUMED != 0,
+            remote: flags & REMOTE != 0,
         }
     }
 
@@ -432,6 +476,11 @@ pub(crate) fn since_epoch(time: SystemTime) -> u64 {
         Ok(age) => u64::try_from(age.as_nanos()).unwrap_or(u64::MAX),
         Err(_) => 0,
     }
+}
+
+fn from_epoch(nanos: u64) -> SystemTime {
+    // Does not overflow: every platform's clock reaches 584 years beyond 1970.
+    SystemTime::UNIX_EPOCH + Duration::from_nanos(nanos)
 }
 
 #[cfg(test)]

@@ -232,12 +232,12 @@ impl Verdict {
             run_id,
             ..
         } = arrival.names;
-        core.look(arrival.hash, instance_id, |instance| {
+        core.look(arrival.hash, instance_id, run_id, |instance| {
             let Some(instance) = instance else {
                 return Self::First;
             };
             let Some(run) = instance.run(run_id) else {
-                let stored = found.insert(instance.latest().context.clone());
+                let stored = found.insert(instance.latest().context());
                 return Self::IsRecorded {
                     // Nested in the old run's trace, the first span of the new run keeps its place.
                     relation: match arrival.is_in_trace_of(stored) {
@@ -248,7 +248,7 @@ impl Verdict {
                     announces: false,
                 };
             };
-            let stored = found.insert(run.context.clone());
+            let stored = found.insert(run.context());
             let is_nested = arrival.is_in_trace_of(stored);
             let is_bound = !is_nested || arrival.in_replay;
             if is_bound && core.bounds.are_passed(run, now) {

@@ -92,10 +92,9 @@ impl StandIn {
     ) -> Self {
         let recorded = identity.as_ref().and_then(|identity| {
             core.prepare(&identity.instance_id, identity.run_id.as_deref());
-            let hash = core.memory.hash(&identity.instance_id);
-            core.look(hash, &identity.instance_id, |instance| {
-                let run = instance?.run(identity.run_id.as_deref())?;
-                Some(run.context.clone())
+            let (id, run_id) = (&*identity.instance_id, identity.run_id.as_deref());
+            core.look(core.memory.hash(id), id, run_id, |instance| {
+                Some(instance?.run(run_id)?.context())
             })
         });
         let context = recorded.map_or_else(

@@ -186,7 +186,7 @@ impl WorkflowContextStorage {
 
     /// The context of the latest run of an instance. A miss is normal, and counted.
     ///
-    /// Locks one shard of memory, shared with other readers, for the time of the lookup.
+    /// Locks one shard of memory for the time of the lookup.
     ///
     /// # Errors
     ///

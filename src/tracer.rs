@@ -681,10 +681,10 @@ impl Watch {
         } = names;
         core.counters.late.add();
         core.prepare(id, run_id);
-        let stored = core.look(hash, id, |instance| {
+        let stored = core.look(hash, id, run_id, |instance| {
             instance
                 .and_then(|i| i.run(run_id))
-                .map(|run| run.context.clone())
+                .map(|run| run.context())
         });
         let context = span.span_context();
         let own = WorkflowContext::of_span(context, core.clock.now());

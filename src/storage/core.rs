@@ -1,7 +1,8 @@
 //! What the handle, the layer and the tracers of one storage share.
 
 use std::borrow::Cow;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::num::NonZeroU16;
+use std::sync::atomic::{AtomicU16, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, PoisonError, RwLock, Weak};
 use std::time::{Duration, SystemTime};
 
@@ -37,22 +38,16 @@ pub(crate) struct Core {
 }
 
 impl Core {
-    /// Looks at an instance under the lock of its shard, and counts a hit or a miss.
+    /// Looks at an instance under the lock of its shard, and counts a hit or a miss; `run_id` is the one of who asks.
     #[inline]
     pub(crate) fn look<R>(
         &self,
         hash: u64,
         id: &str,
+        run_id: Option<&str>,
         look: impl FnOnce(Option<&Instance>) -> R,
     ) -> R {
-        self.memory.look_hashed(hash, id, |instance| {
-            let counter = match instance {
-                Some(_) => &self.counters.hits,
-                None => &self.counters.misses,
-            };
-            counter.add();
-            look(instance)
-        })
+        self.memory.look_up(hash, id, run_id, look)
     }
 
     /// The latest context of an instance, asked of the backend where memory has none; not counted.
@@ -89,11 +84,12 @@ impl Core {
         context: WorkflowContext,
         recorder: Recorder,
     ) -> Result<Option<Overruled>, WorkflowContext> {
-        let recorder = self.recorders.shared(recorder);
+        let recorder = self.recorders.number(recorder);
         let followed = follows.as_ref().map(Followed::span_id);
+        let hash = self.memory.hash(id);
         let recorded = self
             .memory
-            .record(id, run_id, follows, context.clone(), recorder);
+            .record(hash, id, run_id, follows, context.clone(), recorder);
         match (recorded, &self.beyond) {
             (Err(Conflict { winner }), _) => {
                 self.counters.conflicts.add();
@@ -108,34 +104,36 @@ impl Core {
     }
 
     pub(super) fn store(&self, id: &str, context: WorkflowContext) {
+        let Some(beyond) = &self.beyond else {
+            self.memory.replace(id, context);
+            return;
+        };
         let replaced = self.memory.replace(id, context.clone());
-        if let Some(beyond) = &self.beyond {
-            beyond.forget_runs(id, replaced);
-            beyond.put(id, context);
-        }
+        beyond.forget_runs(id, replaced);
+        beyond.put(id, context);
     }
 
     pub(super) fn get(&self, id: &str) -> Option<WorkflowContext> {
         if let Some(beyond) = self.beyond.as_ref().filter(|_| !self.memory.has(id, None)) {
             beyond.fetch(id, None);
         }
-        self.look(self.memory.hash(id), id, |instance| {
-            instance.map(|instance| instance.latest().context.clone())
+        self.look(self.memory.hash(id), id, None, |instance| {
+            instance.map(|instance| instance.latest().context())
         })
     }
 
     pub(super) fn cleanup(&self, id: &str) -> bool {
-        if let Some(beyond) = &self.beyond {
-            if !self.memory.has(id, None) {
-                beyond.fetch(id, None);
-            }
+        let Some(beyond) = &self.beyond else {
+            return self.memory.remove_instance(id).is_some();
+        };
+        if !self.memory.has(id, None) {
+            beyond.fetch(id, None);
         }
         let removed = self.memory.remove_instance(id);
-        if let Some(beyond) = &self.beyond {
-            beyond.forget_runs(id, removed.clone().unwrap_or_default());
-            beyond.remove(id);
-        }
-        removed.is_some()
+        let was_there = removed.is_some();
+        beyond.forget_runs(id, removed.unwrap_or_default());
+        beyond.remove(id);
+        was_there
     }
 
     pub(super) fn flush(&self) -> Result<(), BackendError> {
@@ -143,7 +141,7 @@ impl Core {
     }
 
     pub(super) fn explain(&self, id: &str) -> Explanation {
-        let explanation = self.memory.explain(id, self.clock.now());
+        let explanation = self.memory.explain(id, self.clock.now(), &self.recorders);
         explanation.with_backend_down(self.beyond.as_ref().is_some_and(Beyond::is_down))
     }
 
@@ -230,10 +228,11 @@ impl Core {
     pub(crate) fn stats(&self) -> Stats {
         let counters = &self.counters;
         let beyond = self.beyond.as_ref();
+        let (hits, misses) = self.memory.hits_and_misses();
         Stats {
             stored_instances: self.memory.len() as u64,
-            hits: counters.hits.get(),
-            misses: counters.misses.get(),
+            hits,
+            misses,
             late: counters.late.get(),
             expired: self.memory.expired.get(),
             evicted: self.memory.evicted.get(),
@@ -261,7 +260,7 @@ impl Bounds {
     /// Counts one more span into the run's trace, unless that is full or too old.
     #[inline]
     pub(crate) fn are_passed(&self, run: &Run, now: Option<SystemTime>) -> bool {
-        let age = now.and_then(|now| now.duration_since(run.context.recorded_at()).ok());
+        let age = now.and_then(|now| now.duration_since(run.recorded_at()).ok());
         self.max_age
             .is_some_and(|max| age.is_some_and(|age| age > max))
             || self.max_spans.is_some_and(|max| !run.admit(max))
@@ -270,8 +269,6 @@ impl Bounds {
 
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
-    pub(crate) hits: Counter,
-    pub(crate) misses: Counter,
     pub(crate) late: Counter,
     pub(crate) oversized: Counter,
     pub(crate) conflicts: Counter,
@@ -332,20 +329,31 @@ impl StandIns {
     }
 }
 
-/// Each combination of a span's name and target once, however many instances it records.
+/// Each combination of a span's name and target once, however many instances it records: they keep its number.
 #[derive(Debug, Default)]
-pub(super) struct Recorders(dashmap::DashMap<Recorder, Arc<Recorder>>);
+pub(super) struct Recorders {
+    numbers: dashmap::DashMap<Recorder, NonZeroU16, foldhash::fast::RandomState>,
+    last: AtomicU16,
+}
 
 impl Recorders {
     /// Names that are made at run time could be any number: past this many no more are kept.
-    const MOST: usize = 1024;
+    const MOST: u16 = 1024;
 
-    fn shared(&self, recorder: Recorder) -> Option<Arc<Recorder>> {
-        if let Some(known) = self.0.get(&recorder) {
-            return Some(known.clone());
+    fn number(&self, recorder: Recorder) -> Option<NonZeroU16> {
+        if let Some(known) = self.numbers.get(&recorder) {
+            return Some(*known);
         }
-        let new = Arc::new(recorder.clone());
-        (self.0.len() < Self::MOST).then(|| self.0.entry(recorder).or_insert(new).clone())
+        let next = |last| (last < Self::MOST).then_some(last + 1);
+        let last = self.last.fetch_update(Relaxed, Relaxed, next).ok()?;
+        let new = NonZeroU16::MIN.saturating_add(last);
+        // Another thread may have been faster: a number is then left out.
+        Some(*self.numbers.entry(recorder).or_insert(new))
+    }
+
+    pub(super) fn get(&self, number: NonZeroU16) -> Option<Recorder> {
+        let found = self.numbers.iter().find(|known| *known.value() == number);
+        found.map(|known| known.key().clone())
     }
 }
 
