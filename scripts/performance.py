@@ -63,7 +63,7 @@ class Results:
 
 def told(value):
     """With as many digits as a difference is worth."""
-    return f"{value:.4f}" if 0.99 < value < 1.01 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
+    return f"{value:.4f}" if 0.99 < value < 1.01 else f"{value:.3f}" if value < 1.1 else f"{value:.2f}"
 
 
 def count(number):
@@ -235,7 +235,7 @@ def line(x1, y1, x2, y2):
 
 def lines_plot(path, title, x_label, y_label, series, y_format):
     """Both axes are logarithmic."""
-    width, height, left, right, top, bottom = 720, 400, 70, 590, 40, 340
+    width, height, left, right, top, bottom = 760, 400, 70, 590, 40, 340
     xs = sorted({x for points in series.values() for x, _ in points})
     ys = [y for points in series.values() for _, y in points]
     low, high = math.log10(min(ys)) - 0.05, math.log10(max(ys)) + 0.05
