@@ -750,3 +750,95 @@ impl fmt::Debug for Memory {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn memory(max_instances: usize) -> Arc<Memory> {
+        let limits = Limits {
+            max_instances,
+            idle_ttl: u32::MAX >> 1,
+            completed_grace: u32::MAX >> 1,
+        };
+        Memory::swept(limits, Some(Arc::new(SystemClock)), 0)
+    }
+
+    fn context(span: u64) -> WorkflowContext {
+        let text = format!("00-{:032x}-{span:016x}-01", 1);
+        WorkflowContext::parse(&text, "").expect("well formed")
+    }
+
+    #[test]
+    fn the_hash_of_an_id_stands_for_it() {
+        let memory = memory(100);
+        for id in [
+            "short",
+            "0af76519-16cd-43dd-8448-eb211c80319c",
+            &"long".repeat(20),
+        ] {
+            let hash = memory.hash(id);
+            assert!(!memory.complete_hashed(hash), "nothing is stored yet");
+            memory.replace(id, context(1));
+            let is_there = |instance: Option<&Instance>| instance.is_some();
+            assert!(memory.look_hashed(hash, id, None, is_there));
+            assert!(!memory.look_hashed(hash, "another id", None, is_there));
+            assert!(memory.complete_hashed(hash));
+            assert!(!memory.complete_hashed(hash), "it is completed");
+            assert!(!memory.complete(id, None));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn it_holds_what_a_map_does(
+            steps in prop::collection::vec((0..4_u8, 0..100_u64), 0..300),
+        ) {
+            let (memory, mut model) = (memory(1_000), BTreeMap::new());
+            let (mut hits, mut misses) = (0, 0);
+            for (step, (what, n)) in (1..).zip(steps) {
+                let id = format!("{n:020}").repeat(1 + n as usize % 3);
+                match what {
+                    0 => {
+                        let removed = memory.remove_instance(&id).is_some();
+                        prop_assert_eq!(removed, model.remove(&id).is_some());
+                    }
+                    1 => {
+                        let span = memory.look_up(memory.hash(&id), &id, None, |instance| {
+                            instance.map(|instance| instance.latest().context().span_id())
+                        });
+                        prop_assert_eq!(span, model.get(&id).map(|span: &u64| (*span).into()));
+                        *if span.is_some() { &mut hits } else { &mut misses } += 1;
+                    }
+                    _ => {
+                        memory.replace(&id, context(step));
+                        model.insert(id, step);
+                    }
+                }
+            }
+            prop_assert_eq!(memory.len(), model.len());
+            prop_assert_eq!(memory.hits_and_misses(), (hits, misses));
+            let mut ids: Vec<_> = memory.ids().collect();
+            ids.sort_unstable();
+            prop_assert!(ids.iter().eq(model.keys()));
+        }
+
+        #[test]
+        fn no_more_than_allowed_are_kept_and_the_last_one_is(
+            max in 1..40_usize,
+            ids in prop::collection::vec(0..100_u64, 1..100),
+        ) {
+            let memory = memory(max);
+            for n in ids {
+                let id = n.to_string();
+                memory.replace(&id, context(n + 1));
+                prop_assert!(memory.len() <= max);
+                prop_assert_eq!(memory.latest(&id).map(|cx| cx.span_id()), Some((n + 1).into()));
+            }
+        }
+    }
+}

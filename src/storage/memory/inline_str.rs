@@ -1,7 +1,5 @@
 //! An id where it is used.
 
-use std::fmt;
-
 /// The longest text that needs no memory of its own: a UUID has 36 bytes.
 const INLINE: usize = 38;
 
@@ -49,12 +47,6 @@ impl PartialEq<str> for InlineStr {
     #[inline]
     fn eq(&self, text: &str) -> bool {
         self.as_bytes() == text.as_bytes()
-    }
-}
-
-impl fmt::Debug for InlineStr {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.as_str().fmt(f)
     }
 }
 
