@@ -2,7 +2,6 @@
 
 use std::borrow::Cow;
 use std::fmt;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::SystemTime;
 
@@ -14,12 +13,24 @@ use crate::context::WorkflowContext;
 use crate::error::{InvalidInstanceId, MAX_INSTANCE_ID_BYTES};
 use crate::policy::{Continuation, Relation};
 
-/// What happened to an instance; the last ones of all instances, in a ring.
+/// What happened to the instances, the last steps of all. Those of one instance are in one ring of several, so that
+/// threads seldom want the same lock.
 #[derive(Debug)]
 pub(crate) struct Trail {
-    /// Each slot has its own lock, which two threads want only when the ring has gone round between them.
-    slots: Box<[Mutex<Option<Step>>]>,
-    next: AtomicUsize,
+    rings: Box<[Ring]>,
+}
+
+/// With cache lines of its own.
+#[derive(Debug)]
+#[repr(align(128))]
+struct Ring(Mutex<Steps>);
+
+#[derive(Debug)]
+struct Steps {
+    steps: Vec<Step>,
+    /// Grows to that many, and then begins anew at its oldest.
+    most: usize,
+    oldest: usize,
 }
 
 #[derive(Clone, Debug)]
@@ -97,42 +108,69 @@ impl fmt::Display for Ids {
 }
 
 impl Trail {
+    /// How many steps are in one ring at least, where there is more than one ring.
+    const PER_RING: usize = 128;
+
     pub(crate) fn new(steps: usize) -> Self {
-        let slots = (0..steps).map(|_| Mutex::default()).collect();
+        let rings = (steps / Self::PER_RING).clamp(1, 64).min(steps);
+        let ring = |n| {
+            Ring(Mutex::new(Steps {
+                steps: Vec::new(),
+                most: (steps + n) / rings,
+                oldest: 0,
+            }))
+        };
         Self {
-            slots,
-            next: AtomicUsize::new(0),
+            rings: (0..rings).map(ring).collect(),
         }
     }
 
     pub(crate) fn is_off(&self) -> bool {
-        self.slots.is_empty()
+        self.rings.is_empty()
     }
 
     #[inline]
     pub(crate) fn add(&self, step: Step) {
-        if !self.is_off() {
-            let slot = self.next.fetch_add(1, Relaxed) % self.slots.len();
-            let mut slot = lock(&self.slots[slot]);
-            // What is replaced has at most a string of ours to drop.
-            *slot = Some(step);
+        let Some(ring) = self.ring(step.instance) else {
+            return;
+        };
+        let mut ring = lock(&ring.0);
+        if ring.steps.len() < ring.most {
+            ring.steps.push(step);
+            return;
+        }
+        let oldest = ring.oldest;
+        ring.oldest = if oldest + 1 == ring.most {
+            0
+        } else {
+            oldest + 1
+        };
+        // What is replaced has at most a string of ours to drop.
+        if let Some(place) = ring.steps.get_mut(oldest) {
+            *place = step;
         }
     }
 
     /// The steps of one instance, oldest first.
     pub(crate) fn of(&self, instance: u64) -> Vec<Step> {
-        let len = self.slots.len();
-        let next = self.next.load(Relaxed);
-        let step = |i: usize| lock(&self.slots[(next + i) % len]).clone();
-        (0..len)
-            .filter_map(step)
-            .filter(|step| step.instance == instance)
-            .collect()
+        let Some(ring) = self.ring(instance) else {
+            return Vec::new();
+        };
+        let ring = lock(&ring.0);
+        let (newer, older) = ring.steps.split_at(ring.oldest);
+        let of_instance = older.iter().chain(newer).filter(|s| s.instance == instance);
+        of_instance.cloned().collect()
+    }
+
+    #[inline]
+    fn ring(&self, instance: u64) -> Option<&Ring> {
+        let at = (u128::from(instance) * self.rings.len() as u128) >> 64;
+        self.rings.get(at as usize)
     }
 }
 
-fn lock<T>(slot: &Mutex<T>) -> MutexGuard<'_, T> {
-    slot.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(ring: &Mutex<T>) -> MutexGuard<'_, T> {
+    ring.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The span that recorded a context.

@@ -683,14 +683,9 @@ fn decisions_can_be_switched_off() {
 
 #[test]
 fn the_last_decisions_of_all_instances_are_kept_and_no_more() {
-    for (kept, settings) in [
-        (
-            1_024,
-            (|builder| builder) as fn(WorkflowContextStorageBuilder) -> _,
-        ),
-        (4, |builder| builder.recent_decisions(4)),
-        (1, |builder| builder.recent_decisions(1)),
-    ] {
+    for kept in [100, 4, 1] {
+        let settings =
+            move |builder: WorkflowContextStorageBuilder| builder.recent_decisions(kept as usize);
         let (worker, _clock) = worker_with(settings);
         let storage = &worker.storage;
         storage.store(ID, context(1)).unwrap();
@@ -710,6 +705,25 @@ fn the_last_decisions_of_all_instances_are_kept_and_no_more() {
             assert_eq!(reason(storage), Some(Absence::NeverSeen));
         }
     }
+}
+
+#[test]
+fn by_default_a_busy_instance_leaves_room_for_the_decisions_of_others() {
+    let (worker, _clock) = worker_with(|builder| builder);
+    let storage = &worker.storage;
+    let quiet: Vec<_> = (0..32).map(|n| format!("quiet {n}")).collect();
+    for id in &quiet {
+        storage.store(id, context(1)).unwrap();
+        storage.cleanup(id).unwrap();
+    }
+    for span in 1..10_000 {
+        storage.store(ID, context(span)).unwrap();
+    }
+    let is_told = |id: &&String| storage.explain(id).reason() == Some(Absence::CleanedUp);
+    let told = quiet.iter().filter(is_told).count();
+    assert!((1..32).contains(&told), "{told}");
+    let decisions = storage.explain(ID).to_string().matches(" ago  ").count();
+    assert_eq!(decisions, 128);
 }
 
 #[test]

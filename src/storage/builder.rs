@@ -220,7 +220,8 @@ impl WorkflowContextStorageBuilder {
     }
 
     /// How many of the last decisions of all instances [`explain`](WorkflowContextStorage::explain) can tell of; zero
-    /// switches it off.
+    /// switches it off. From 256 on they are kept in groups of 128 or more, and those of one instance are all in one
+    /// group: so one that is busy leaves room for the others.
     ///
     /// By default, 1024, which take about 150 KiB.
     pub fn recent_decisions(mut self, decisions: usize) -> Self {

@@ -59,11 +59,13 @@ pub(crate) struct Memory {
 #[repr(align(128))]
 struct Shard(Mutex<Contents>);
 
+/// What each look writes comes first, in the cache line of the lock.
 #[derive(Default)]
+#[repr(C)]
 struct Contents {
-    instances: Slots<Instance>,
     hits: u64,
     misses: u64,
+    instances: Slots<Instance>,
 }
 
 /// What bounds the memory; durations in ticks.
