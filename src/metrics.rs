@@ -28,6 +28,7 @@ impl WorkflowContextStorage {
     /// | `workflow.context.backend.record.malformed` | counter | `{record}` | | `malformed` |
     /// | `workflow.context.backend.write.dropped` | counter | `{write}` | | `dropped_writes` |
     /// | `workflow.context.backend.call.failed` | counter | `{call}` | | `backend_errors` |
+    /// | `workflow.context.backend.lookup.timed_out` | counter | `{lookup}` | | `lookup_timeouts` |
     ///
     /// The meter given last is the one that is reported to, so calling this again doubles nothing. The storage is
     /// not kept alive: once its last handle is dropped, nothing is reported. Two storages need meters of different
@@ -153,7 +154,7 @@ const RESULT: &str = "workflow.context.result";
 
 /// One instrument with an attribute where the values add up to something, one for each where they do not: a span
 /// can be late and deferred.
-static INSTRUMENTS: [Instrument; 13] = [
+static INSTRUMENTS: [Instrument; 14] = [
     Instrument {
         name: "workflow.context.instance.count",
         unit: "{instance}",
@@ -250,5 +251,12 @@ static INSTRUMENTS: [Instrument; 13] = [
         description: "Calls of the backend that failed.",
         kind: Kind::Counter,
         points: &[Point::all(|stats| stats.backend_errors)],
+    },
+    Instrument {
+        name: "workflow.context.backend.lookup.timed_out",
+        unit: "{lookup}",
+        description: "Lookups that the backend did not answer within the budget.",
+        kind: Kind::Counter,
+        points: &[Point::all(|stats| stats.lookup_timeouts)],
     },
 ];

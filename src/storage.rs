@@ -88,6 +88,9 @@ pub struct Stats {
     pub dropped_writes: u64,
     /// Calls of the backend that failed.
     pub backend_errors: u64,
+    /// Lookups, by spans and by calls, that the backend did not answer within the `lookup_budget`, and that were counted
+    /// as misses where nothing else was found. What is not asked at all, since the backend is left alone, is in none.
+    pub lookup_timeouts: u64,
     /// Ids that were refused because they are longer than [`MAX_INSTANCE_ID_BYTES`](crate::MAX_INSTANCE_ID_BYTES).
     pub oversized: u64,
     /// Spans that lost the race for being the recorded one, and were linked to the winner.

@@ -21,7 +21,7 @@ use tracing_workflow_context::{
 };
 
 /// What is documented, and the counter that each time series reads.
-const INSTRUMENTS: [(&str, Kind, &str, &[Series]); 13] = [
+const INSTRUMENTS: [(&str, Kind, &str, &[Series]); 14] = [
     (
         COUNT,
         Kind::UpDownCounter,
@@ -105,6 +105,12 @@ const INSTRUMENTS: [(&str, Kind, &str, &[Series]); 13] = [
         Kind::Counter,
         "{call}",
         &[("", |stats| stats.backend_errors)],
+    ),
+    (
+        "workflow.context.backend.lookup.timed_out",
+        Kind::Counter,
+        "{lookup}",
+        &[("", |stats| stats.lookup_timeouts)],
     ),
 ];
 
@@ -332,12 +338,14 @@ struct Busy {
 impl Busy {
     fn new() -> Self {
         const HOUR: Duration = Duration::from_secs(60 * 60);
+        // Longer than any answer takes that comes.
+        const BUDGET: Duration = Duration::from_secs(3);
         let clock = ManualClock::new();
         let backend = Arc::new(TroubledBackend::default());
         let builder = WorkflowContextStorage::builder()
             .clock(clock.clone())
             .backend(Shared(backend.clone()))
-            .lookup_budget(HOUR)
+            .lookup_budget(BUDGET)
             .adopt_spans(["engine"])
             .max_instances(20)
             .idle_ttl(HOUR);
@@ -352,8 +360,10 @@ impl Busy {
         let storage = &worker.storage;
 
         worker.run(|| {
-            let child = || info_span!("child", workflow.instance_id = "adopting").in_scope(|| {});
-            info_span!("engine").in_scope(child);
+            for number in 0..11 {
+                let child = || info_span!("child", workflow.instance_id = number).in_scope(|| {});
+                info_span!("engine").in_scope(child);
+            }
             info_span!("engine").in_scope(|| {});
             for _ in 0..3 {
                 info_span!("beaten", workflow.instance_id = "contended").in_scope(|| {});
@@ -393,6 +403,7 @@ impl Busy {
             assert!(storage.get(&last).unwrap().is_some());
             assert!(storage.get("unknown").unwrap().is_none());
         }
+        assert!(storage.get(UNANSWERED).unwrap().is_none());
         Self { worker, backend }
     }
 }
@@ -402,6 +413,9 @@ impl Drop for Busy {
         self.backend.release();
     }
 }
+
+/// Is not answered.
+const UNANSWERED: &str = "unanswered";
 
 /// Takes no write until it is released, and fails a few times.
 #[derive(Debug, Default)]
@@ -416,6 +430,11 @@ impl TroubledBackend {
         *self.released.lock().unwrap() = true;
         self.release.notify_all();
     }
+
+    fn wait_for_release(&self) {
+        let released = self.released.lock().unwrap();
+        drop(self.release.wait_while(released, |released| !*released));
+    }
 }
 
 #[derive(Debug)]
@@ -423,12 +442,14 @@ struct Shared(Arc<TroubledBackend>);
 
 impl StorageBackend for Shared {
     fn write(&self, writes: &[Write]) -> Result<Vec<Option<Record>>, BackendError> {
-        let released = self.0.released.lock().unwrap();
-        drop(self.0.release.wait_while(released, |released| !*released));
+        self.0.wait_for_release();
         Ok(vec![None; writes.len()])
     }
 
-    fn get(&self, _: &str) -> Result<Option<Record>, BackendError> {
+    fn get(&self, key: &str) -> Result<Option<Record>, BackendError> {
+        if key == UNANSWERED {
+            self.0.wait_for_release();
+        }
         // Never two in a row, after which it would not be asked any more.
         match self.0.lookups.fetch_add(1, Ordering::Relaxed) {
             lookup if lookup < 16 && lookup % 2 == 0 => Err(BackendError::new("in trouble", None)),

@@ -17,6 +17,8 @@ use tracing_workflow_context::{
     ConnectError, Form, Record, RedisBackend, StorageBackend as _, WorkflowContext, Write,
 };
 
+#[path = "redis/cluster.rs"]
+mod cluster;
 #[path = "redis/faults.rs"]
 mod faults;
 #[path = "redis/interop.rs"]

@@ -4,14 +4,15 @@
 mod support;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use opentelemetry::trace::{TraceContextExt as _, TraceId};
 use tracing::info_span;
 use tracing_workflow_context::{
-    Absence, Clock, MemoryBackend, Record, StorageBackend, StorageError, WorkflowContext,
-    WorkflowContextStorage, WorkflowContextStorageBuilder, Write,
+    Absence, BackendError, Clock, MemoryBackend, Record, StorageBackend, StorageError,
+    WorkflowContext, WorkflowContextStorage, WorkflowContextStorageBuilder, Write,
 };
 
 use support::*;
@@ -790,8 +791,8 @@ fn a_backend_that_fails_is_left_alone_and_comes_back_by_itself() {
         let waited: Duration = spans
             .filter(|took| *took >= Duration::from_millis(20))
             .sum();
-        // Three, and one more at the end of each pause, which begins with 100 ms and is doubled each time.
-        let tries = 4 + (start.elapsed().as_millis() as f64 / 100.0 + 1.0).log2() as usize;
+        // Three, and one more at the end of each pause, which begins with 50 ms at least and is doubled each time.
+        let tries = 4 + (start.elapsed().as_millis() as f64 / 50.0 + 1.0).log2() as usize;
         assert!(
             puppet.calls(Call::Get) <= tries,
             "{mood:?}: {} calls",
@@ -824,6 +825,238 @@ fn a_backend_that_fails_is_left_alone_and_comes_back_by_itself() {
         );
         worker.step("joins", Tags::of("known"));
         assert_eq!(worker.trace_of("joins"), TraceId::from(7));
+    }
+}
+
+#[test]
+fn a_lookup_that_is_not_answered_in_time_is_counted() {
+    let puppet = Puppet::new();
+    let budget = Duration::from_millis(20);
+    let storage = patient(puppet.clone()).lookup_budget(budget).build();
+    let worker = Stage::new(storage.unwrap(), Via::Layer);
+    let timeouts = || worker.storage.stats().lookup_timeouts;
+    let lookups: [&dyn Fn(); 3] = [
+        &|| worker.step("first", Tags::of(ID)),
+        &|| drop(worker.storage.get("unknown")),
+        &|| drop(worker.storage.create_resumed("another", None)),
+    ];
+    puppet.set(Call::Get, Mood::Blocks);
+    for (before, lookup) in (0..).zip(lookups) {
+        assert_eq!(timeouts(), before);
+        lookup();
+        assert_eq!(timeouts(), before + 1);
+    }
+    // From now on it is left alone for a while, and nobody waits.
+    worker.storage.get("unknown").unwrap();
+    assert_eq!((timeouts(), worker.storage.stats().backend_errors), (3, 0));
+    puppet.set_all(Mood::Works);
+}
+
+// A part of the backend is away.
+
+/// Two parts, of which the second has the keys that begin with `~`.
+#[derive(Clone, Debug, Default)]
+struct InParts(Arc<[(MemoryBackend, AtomicBool); 2]>);
+
+impl InParts {
+    fn part(&self, key: &str) -> &(MemoryBackend, AtomicBool) {
+        &self.0[usize::from(key.starts_with('~'))]
+    }
+
+    fn set_away(&self, is_away: bool) {
+        self.0[1].1.store(is_away, Relaxed);
+    }
+
+    fn there(&self, key: &str) -> Option<Record> {
+        self.part(key).0.get(key).unwrap()
+    }
+
+    fn away() -> BackendError {
+        BackendError::new("a part is away", None)
+    }
+}
+
+impl StorageBackend for InParts {
+    fn write(&self, writes: &[Write]) -> Result<Vec<Option<Record>>, BackendError> {
+        let answer = |write: &Write| match self.part(write.key()) {
+            (_, is_away) if is_away.load(Relaxed) => Ok(None),
+            (part, _) => Ok(part.write(std::slice::from_ref(write))?.pop()),
+        };
+        let answers: Vec<_> = writes
+            .iter()
+            .map(answer)
+            .collect::<Result<_, BackendError>>()?;
+        if answers.iter().any(Option::is_none) {
+            return Err(Self::away().in_part(answers));
+        }
+        Ok(answers.into_iter().map(Option::flatten).collect())
+    }
+
+    fn get(&self, key: &str) -> Result<Option<Record>, BackendError> {
+        match self.part(key) {
+            (_, is_away) if is_away.load(Relaxed) => Err(Self::away().in_part(Vec::new())),
+            (part, _) => part.get(key),
+        }
+    }
+
+    fn scan(&self, visit: &mut dyn FnMut(&str, Record)) -> Result<(), BackendError> {
+        self.0.iter().try_for_each(|(part, _)| part.scan(visit))
+    }
+
+    fn flush(&self) -> Result<(), BackendError> {
+        Ok(())
+    }
+}
+
+#[test]
+fn what_a_part_does_not_take_is_held_and_the_rest_goes_on() {
+    let backend = InParts::default();
+    let worker = stage(backend.clone());
+    backend.set_away(true);
+    for round in 1..=20 {
+        for n in 1..=10 {
+            for id in [format!("{n}"), format!("~{n}")] {
+                worker.storage.store(&id, context(round * 100 + n)).unwrap();
+            }
+        }
+        let written = || {
+            let record = backend.there("10")?;
+            (record.context.span_id() == context(round * 100 + 10).span_id()).then_some(())
+        };
+        until("the rest is written", || written().is_some());
+    }
+    worker.step("first", Tags::of("~claimed").run("run"));
+    let errors = worker.storage.flush().unwrap_err();
+    assert!(causes(&errors).contains("a part is away"), "{errors}");
+    assert!(backend.there("~10").is_none());
+    // What is held is known.
+    let evicted = patient(backend.clone()).max_instances(1).build().unwrap();
+    let small = Stage::new(evicted, Via::Layer);
+    small.step("first", Tags::of("~small"));
+    (0..20).for_each(|n| small.step("other", Tags::of(&n.to_string())));
+    assert!(small.storage.flush().is_err());
+    small.step("second", Tags::of("~small"));
+    assert_continues(&small.span("second"), &small.span("first").span_context);
+
+    backend.set_away(false);
+    for storage in [&worker.storage, &small.storage] {
+        storage.flush().unwrap();
+        assert_eq!(storage.stats().dropped_writes, 0);
+        assert_eq!(storage.stats().conflicts, 0);
+    }
+    for n in 1..=10 {
+        let span = kept(&backend, &format!("~{n}")).context.span_id();
+        assert_eq!(span, context(2000 + n).span_id());
+    }
+    assert_same_span(
+        &stage(backend.clone()).stored("~claimed"),
+        &worker.span("first").span_context,
+    );
+    assert!(backend.there("~claimed\u{1f}run").is_some());
+}
+
+/// Nobody flushes: it is tried again by itself, and who lost meanwhile is told.
+#[test]
+fn what_is_held_is_written_as_soon_as_its_part_is_back() {
+    let backend = InParts::default();
+    let [a, b] = [(); 2].map(|()| stage(backend.clone()));
+    backend.set_away(true);
+    a.step("a", Tags::of("~1"));
+    until("it is held", || a.storage.stats().backend_errors > 0);
+    backend.set_away(false);
+    b.step("b", Tags::of("~2"));
+    until("all is written", || {
+        backend.there("~1").is_some() && backend.there("~2").is_some()
+    });
+
+    backend.set_away(true);
+    let errors = a.storage.stats().backend_errors;
+    a.step("a", Tags::of("~3"));
+    until("it is held", || {
+        a.storage.stats().backend_errors > errors + 1
+    });
+    let winner = Record::new(context(1), SystemTime::now() + PATIENT);
+    backend.0[1]
+        .0
+        .write(&[Write::Put("~3".to_owned(), winner)])
+        .unwrap();
+    backend.set_away(false);
+    until("the loser knows the winner", || {
+        a.storage.get("~3").unwrap().unwrap().span_id() == context(1).span_id()
+    });
+    assert_eq!(a.storage.stats().conflicts, 1);
+}
+
+#[test]
+fn a_part_that_is_away_keeps_nobody_from_asking_the_rest() {
+    let backend = InParts::default();
+    let other = stage(backend.clone());
+    other.step("first", Tags::of("known"));
+    other.storage.flush().unwrap();
+    let trace = other.trace_of("first");
+    backend.set_away(true);
+    for n in 0..20 {
+        let worker = stage(backend.clone());
+        for lost in 0..n {
+            worker.step("lost", Tags::of(&format!("~{lost}")));
+        }
+        worker.step("second", Tags::of("known"));
+        assert_eq!(worker.trace_of("second"), trace, "after {n} that are lost");
+        assert!(worker.storage.stats().backend_errors >= n);
+    }
+}
+
+/// A part comes and goes all the while; what is there in the end was written last.
+#[test]
+fn what_is_held_is_written_in_its_order() {
+    let backend = InParts::default();
+    let storage = storage(backend.clone());
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            for round in 0_u64.. {
+                if over.load(Relaxed) {
+                    break;
+                }
+                backend.set_away(round % 3 != 0);
+                thread::sleep(Duration::from_micros(700 * (round % 7)));
+            }
+            backend.set_away(false);
+        });
+        for round in 1..=300 {
+            for id in ["1", "~1", "~2", "~3"] {
+                storage.store(id, context(round)).unwrap();
+            }
+            if round % 10 == 0 {
+                storage.cleanup("~2").unwrap();
+            }
+            thread::sleep(Duration::from_micros(300));
+        }
+        over.store(true, Relaxed);
+    });
+    until("all is flushed", || storage.flush().is_ok());
+    for id in ["1", "~1", "~3"] {
+        assert_eq!(kept(&backend, id).context.span_id(), context(300).span_id());
+    }
+    assert_eq!(backend.there("~2"), None);
+}
+
+#[test]
+fn dropping_the_last_handle_writes_what_the_rest_takes() {
+    let backend = InParts::default();
+    backend.set_away(true);
+    for held in [false, true] {
+        let storage = storage(backend.clone());
+        storage.store("~1", context(1)).unwrap();
+        if held {
+            until("it is held", || storage.stats().backend_errors > 0);
+        }
+        storage.store("1", context(1)).unwrap();
+        let took = timed(|| drop(storage)).0;
+        assert!(took < Duration::from_secs(4), "{took:?}");
+        assert!(backend.there("1").is_some());
+        assert_eq!(Arc::strong_count(&backend.0), 1, "it is let go");
+        backend.write(&[Write::Remove("1".to_owned())]).unwrap();
     }
 }
 

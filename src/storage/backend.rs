@@ -32,7 +32,8 @@ pub trait StorageBackend: fmt::Debug + Send + Sync + 'static {
     ///
     /// # Errors
     ///
-    /// Where the backend failed. Which of the writes were carried out is then unknown; they will be tried again.
+    /// Where the backend failed. Which of the writes were carried out is then unknown, unless
+    /// [`in_part`](BackendError::in_part) tells; the others will be tried again.
     fn write(&self, writes: &[Write]) -> Result<Vec<Option<Record>>, BackendError>;
 
     /// The record of a key. One that cannot be decoded is none, and counted by [`malformed`](Self::malformed).

@@ -2,10 +2,12 @@
 //!
 //! A span never calls a backend. One thread carries out the writes, in groups; another one answers lookups, for
 //! which a span waits no longer than its budget. A backend that fails or is too slow several times in a row is
-//! asked only once in a while until it answers again.
+//! asked only once in a while until it answers again. What a part of a backend does not take is held until that part
+//! answers again, and everything else goes on.
 
 use std::cell::Cell;
 use std::fmt;
+use std::hash::{BuildHasher as _, RandomState};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
@@ -34,8 +36,10 @@ const LOOKUPS: usize = 1024;
 /// Failures in a row after which the backend is taken for dead.
 const FAILURES: u32 = 3;
 
-/// How long a dead backend, or a failed group of writes, is left alone: doubled each time up to the second.
-const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// How long a dead backend, or a failed group of writes, is left alone: doubled each time up to the second, and then
+/// [cut by chance](jittered).
+pub(super) const BACKOFF: (Duration, Duration) =
+    (Duration::from_millis(100), Duration::from_secs(5));
 
 /// The writer and the reader.
 const THREADS: usize = 2;
@@ -69,6 +73,7 @@ pub(super) struct Queuing {
     writes: Breaker,
     dropped_writes: Counter,
     errors: Counter,
+    lookup_timeouts: Counter,
     warnings: Arc<Warnings>,
 }
 
@@ -77,6 +82,11 @@ struct Queue {
     waiting: Waiting,
     /// What is being written, or could not be, and is tried again before anything else.
     in_flight: Option<Arc<InFlight>>,
+    /// What a part of the backend did not take, and whatever was to be written to the same keys after that. Only the
+    /// writer adds to it.
+    held: Waiting,
+    /// When that is tried again, if there is any.
+    held_until: Option<Instant>,
     /// Counts what was queued: up to where it was taken, was written, is to be flushed, and was.
     submitted: u64,
     taken: u64,
@@ -115,6 +125,7 @@ impl Backing {
             writes: Breaker::default(),
             dropped_writes: Counter::default(),
             errors: Counter::default(),
+            lookup_timeouts: Counter::default(),
             warnings,
         });
         let (lookups, asked) = sync_channel(LOOKUPS);
@@ -161,7 +172,11 @@ impl Backing {
         };
         // Too many are asked for already, or the thread is gone.
         self.lookups.as_ref()?.try_send(lookup).ok()?;
-        let mut record = self.wait(&answered, left, &self.shared.reads)??;
+        let answer = self.wait(&answered, left, &self.shared.reads);
+        if let Err(RecvTimeoutError::Timeout) = answer {
+            self.shared.lookup_timeouts.add();
+        }
+        let mut record = answer.ok()??;
         record.expires_at = until.unwrap_or(record.expires_at);
         Some(record)
     }
@@ -173,14 +188,19 @@ impl Backing {
     }
 
     /// Waits for an answer; none at all is a failure of the backend.
-    fn wait<T>(&self, answered: &Receiver<T>, most: Duration, breaker: &Breaker) -> Option<T> {
+    fn wait<T>(
+        &self,
+        answered: &Receiver<T>,
+        most: Duration,
+        breaker: &Breaker,
+    ) -> Result<T, RecvTimeoutError> {
         let start = Instant::now();
         let answer = answered.recv_timeout(most);
         WAITED.set(WAITED.get() + start.elapsed());
         if let Err(RecvTimeoutError::Timeout) = answer {
             breaker.failed();
         }
-        answer.ok()
+        answer
     }
 
     pub(super) fn write(&self, write: Write) {
@@ -265,6 +285,10 @@ impl Backing {
         self.shared.errors.get()
     }
 
+    pub(super) fn lookup_timeouts(&self) -> u64 {
+        self.shared.lookup_timeouts.get()
+    }
+
     pub(super) fn malformed(&self) -> u64 {
         self.shared
             .backend()
@@ -335,13 +359,23 @@ impl Queuing {
             return;
         };
         let (mut claims, mut emptied) = (Claims::new(), Waiting::default());
-        let mut backoff = BACKOFF.0;
+        let (mut backoff, mut held_backoff) = (BACKOFF.0, BACKOFF.0);
+        let mut was_held = false;
         loop {
             let mut queue = self.await_work();
             if queue.in_flight.is_none() {
-                queue.taken = queue.submitted;
-                if !queue.waiting.is_empty() {
-                    let (taken, theirs) = queue.waiting.take(std::mem::take(&mut emptied));
+                // Who waits for all has what is held tried at once, by turns with what is new.
+                let is_wanted = !queue.held.is_empty() && queue.is_waited_for();
+                was_held = queue.is_held_due() || (is_wanted && !was_held);
+                let taken = if was_held {
+                    queue.held_until = None;
+                    &mut queue.held
+                } else {
+                    queue.taken = queue.submitted;
+                    &mut queue.waiting
+                };
+                if !taken.is_empty() {
+                    let (taken, theirs) = taken.take(std::mem::take(&mut emptied));
                     queue.in_flight = Some(Arc::new(taken));
                     claims = theirs;
                 }
@@ -349,16 +383,22 @@ impl Queuing {
             let in_flight = queue.in_flight.clone();
             drop(queue);
 
+            let mut in_part = None;
             let written = match &in_flight {
-                Some(in_flight) => self.write_groups(&*backend, in_flight, &mut claims),
+                Some(in_flight) => {
+                    self.write_groups(&*backend, in_flight, &mut claims, &mut in_part)
+                }
                 None => Ok(()),
             };
             let mut queue = self.queue();
             if written.is_ok() {
                 queue.in_flight = None;
-                queue.written = queue.taken;
+                if queue.held.is_empty() {
+                    queue.written = queue.taken;
+                    held_backoff = BACKOFF.0;
+                }
             }
-            let last = queue.closing && queue.waiting.is_empty();
+            let last = queue.closing && queue.waiting.is_empty() && queue.held.is_empty();
             let wanted = (queue.flushed + 1..=queue.written).contains(&queue.flush_wanted);
             drop(queue);
             if let (Ok(()), Some(in_flight)) = (&written, in_flight.and_then(Arc::into_inner)) {
@@ -378,22 +418,30 @@ impl Queuing {
                         queue.flushed = queue.written;
                     }
                 }
-                Err(error) => {
-                    self.refused(error);
-                    self.writes.failed();
-                    queue.failures += 1;
-                    queue.failure = error.to_string();
-                    // Who waits for it is told, and may ask again.
-                    queue.flush_wanted = queue.flushed;
-                }
+                Err(_) => self.writes.failed(),
+            }
+            for error in in_part.iter().chain(outcome.as_ref().err()) {
+                self.refused(error);
+                queue.failures += 1;
+                queue.failure = error.to_string();
+                // Who waits for it is told, and may ask again.
+                queue.flush_wanted = queue.flushed;
+            }
+            if queue.held.is_empty() {
+                queue.held_until = None;
+            } else if queue.held_until.is_none() {
+                queue.held_until = Some(Instant::now() + jittered(held_backoff));
+                held_backoff = (held_backoff * 2).min(BACKOFF.1);
             }
             self.settled.notify_all();
-            if queue.closing && (last || outcome.is_err()) {
+            let is_over =
+                last || outcome.is_err() || (in_part.is_some() && queue.waiting.is_empty());
+            if queue.closing && is_over {
                 return;
             }
             if outcome.is_err() {
                 // A flush or the end cuts this short: somebody waits for one more try.
-                let deadline = Instant::now() + backoff;
+                let deadline = Instant::now() + jittered(backoff);
                 backoff = (backoff * 2).min(BACKOFF.1);
                 while !queue.is_waited_for() && Instant::now() < deadline {
                     let left = deadline.saturating_duration_since(Instant::now());
@@ -408,7 +456,7 @@ impl Queuing {
         let mut queue = self.queue();
         let mut idle = 0;
         loop {
-            if queue.is_waited_for() || queue.in_flight.is_some() {
+            if queue.is_waited_for() || queue.in_flight.is_some() || queue.is_held_due() {
                 return queue;
             }
             if idle < WAKEFUL {
@@ -423,39 +471,102 @@ impl Queuing {
             } else {
                 queue.is_asleep = true;
                 let sleeps = |queue: &mut Queue| queue.is_asleep && !queue.is_waited_for();
-                let waited = self.queued.wait_while(queue, sleeps);
-                queue = waited.unwrap_or_else(PoisonError::into_inner);
+                queue = match queue.held_until {
+                    None => {
+                        let waited = self.queued.wait_while(queue, sleeps);
+                        waited.unwrap_or_else(PoisonError::into_inner)
+                    }
+                    Some(moment) => {
+                        let left = moment.saturating_duration_since(Instant::now());
+                        let waited = self.queued.wait_timeout_while(queue, left, sleeps);
+                        waited.unwrap_or_else(PoisonError::into_inner).0
+                    }
+                };
                 queue.is_asleep = false;
                 idle = 0;
             }
         }
     }
 
-    /// Writes what is left of it, and tells those who have claimed a key what is stored there.
+    /// Writes what is left of it, and tells those who have claimed a key what is stored there. What a part of the
+    /// backend does not take is held; the error is left in `in_part`.
     fn write_groups(
         &self,
         backend: &dyn StorageBackend,
         in_flight: &InFlight,
         claims: &mut Claims,
+        in_part: &mut Option<BackendError>,
     ) -> Result<(), BackendError> {
         loop {
             let (group, places) = in_flight.next_group(GROUP);
             if places.is_empty() {
                 return Ok(());
             }
-            let winners = tried(|| backend.write(group))?;
-            in_flight.are_done(places.clone());
-            let claims = claims.drain(..places.len());
-            let winners = winners.into_iter().chain(std::iter::repeat(None));
-            for ((write, winner), claim) in group.iter().zip(winners).zip(claims) {
+            let answers = self.write_group(backend, group, in_part)?;
+            let mut claims: Vec<_> = claims.drain(..places.len()).collect();
+            if answers.iter().any(Option::is_none) {
+                self.hold(group, &answers, &mut claims);
+            }
+            in_flight.are_done(places);
+            for ((write, answer), claim) in group.iter().zip(answers).zip(claims) {
                 let (Write::Put(_, own) | Write::PutIfAbsent(_, own)) = write else {
                     continue;
                 };
-                if let Some(on_winner) = claim {
+                if let (Some(winner), Some(on_winner)) = (answer, claim) {
                     on_winner(winner.unwrap_or_else(|| own.clone()), self);
                 }
             }
         }
+    }
+
+    /// The answer to each write; `None` where it was not carried out.
+    fn write_group(
+        &self,
+        backend: &dyn StorageBackend,
+        group: &[Write],
+        in_part: &mut Option<BackendError>,
+    ) -> Result<Vec<Option<Option<Record>>>, BackendError> {
+        // What is held of a key has to be written before.
+        let free: Option<Vec<usize>> = {
+            let queue = self.queue();
+            let is_free = |&at: &usize| queue.held.known(group[at].key()).is_none();
+            (!queue.held.is_empty()).then(|| (0..group.len()).filter(is_free).collect())
+        };
+        let Some(free) = free.filter(|free| free.len() < group.len()) else {
+            return carried_out(backend, group, in_part);
+        };
+        let mut answers = vec![None; group.len()];
+        if !free.is_empty() {
+            let writes: Vec<_> = free.iter().map(|&at| group[at].clone()).collect();
+            for (at, answer) in free
+                .into_iter()
+                .zip(carried_out(backend, &writes, in_part)?)
+            {
+                answers[at] = answer;
+            }
+        }
+        Ok(answers)
+    }
+
+    /// Keeps what was not carried out, and who wants to know of it.
+    fn hold(
+        &self,
+        group: &[Write],
+        answers: &[Option<Option<Record>>],
+        claims: &mut [Option<OnWinner>],
+    ) {
+        let mut unneeded = Vec::new();
+        let mut queue = self.queue();
+        for ((write, answer), claim) in group.iter().zip(answers).zip(claims) {
+            if answer.is_none() {
+                let (not_needed, is_dropped) = queue.held.add(write.clone(), claim.take());
+                unneeded.push(not_needed);
+                if is_dropped {
+                    self.dropped_writes.add();
+                }
+            }
+        }
+        drop(queue);
     }
 
     fn answer(&self, asked: &Receiver<Lookup>) {
@@ -480,7 +591,9 @@ impl Queuing {
                 }
                 Err(error) => {
                     self.refused(&error);
-                    self.reads.failed();
+                    if !error.is_in_part() {
+                        self.reads.failed();
+                    }
                     let _ = answer.try_send(None);
                 }
             }
@@ -494,11 +607,46 @@ fn tried<R>(call: impl FnOnce() -> Result<R, BackendError>) -> Result<R, Backend
         .unwrap_or_else(|_| Err(BackendError::new("the backend panicked", None)))
 }
 
+/// Writes a group, and answers for each write what the backend did; `None` where it was not carried out, and padding
+/// where a backend answers too little.
+fn carried_out(
+    backend: &dyn StorageBackend,
+    writes: &[Write],
+    in_part: &mut Option<BackendError>,
+) -> Result<Vec<Option<Option<Record>>>, BackendError> {
+    let (mut answers, rest) = match tried(|| backend.write(writes)) {
+        Ok(winners) => (winners.into_iter().map(Some).collect(), Some(None)),
+        Err(mut error) => match error.take_carried_out() {
+            None => return Err(error),
+            Some(answers) => {
+                *in_part = Some(error);
+                (answers, None)
+            }
+        },
+    };
+    answers.resize(writes.len(), rest);
+    Ok(answers)
+}
+
+/// A pause for as long, or for less by chance, down to half of it: what began for many processes at one moment does not
+/// go on so.
+pub(super) fn jittered(pause: Duration) -> Duration {
+    // Each of these has keys of its own, which the operating system's randomness began.
+    let random = RandomState::new().hash_one(()) as u32;
+    pause.mul_f64(1.0 - f64::from(random) / f64::from(u32::MAX) / 2.0)
+}
+
 impl Queue {
     /// What a key has as soon as everything is written.
     fn known(&self, key: &str) -> Option<Known> {
         let in_flight = || self.in_flight.as_ref()?.known(key);
-        self.waiting.known(key).or_else(in_flight)
+        let held = || self.held.known(key);
+        self.waiting.known(key).or_else(in_flight).or_else(held)
+    }
+
+    fn is_held_due(&self) -> bool {
+        self.held_until
+            .is_some_and(|moment| Instant::now() >= moment)
     }
 
     fn is_waited_for(&self) -> bool {
@@ -530,7 +678,7 @@ impl Breaker {
             Some(open) if now < open.until => false,
             Some(open) => {
                 open.pause = (open.pause * 2).min(BACKOFF.1);
-                open.until = now + open.pause;
+                open.until = now + jittered(open.pause);
                 true
             }
             None => true,
@@ -541,7 +689,7 @@ impl Breaker {
         let failures = self.failures.fetch_add(1, Relaxed).saturating_add(1);
         if failures == FAILURES {
             let open = Open {
-                until: Instant::now() + BACKOFF.0,
+                until: Instant::now() + jittered(BACKOFF.0),
                 pause: BACKOFF.0,
             };
             *self.state.lock().unwrap_or_else(PoisonError::into_inner) = Some(open);
@@ -596,5 +744,29 @@ impl fmt::Debug for Backing {
         f.debug_struct("Backing")
             .field("budget", &self.budget)
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_of_many_are_spread_over_the_second_half() {
+        let pause = Duration::from_secs(100);
+        let pauses: Vec<_> = (0..1_000).map(|_| jittered(pause).as_secs()).collect();
+        assert!(pauses.iter().all(|pause| (50..=100).contains(pause)));
+        // Ten parts, with a tenth of them each but for chance.
+        for part in 0..10 {
+            let there = pauses
+                .iter()
+                .filter(|&&pause| (pause.min(99) - 50) / 5 == part)
+                .count();
+            assert!(
+                (40..=180).contains(&there),
+                "{there} of 1,000 in part {part}"
+            );
+        }
+        assert_eq!(jittered(Duration::ZERO), Duration::ZERO);
     }
 }

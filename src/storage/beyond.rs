@@ -259,6 +259,10 @@ impl Beyond {
         self.backing.dropped_writes()
     }
 
+    pub(super) fn lookup_timeouts(&self) -> u64 {
+        self.backing.lookup_timeouts()
+    }
+
     pub(super) fn errors(&self) -> u64 {
         self.backing.errors()
     }

@@ -240,6 +240,7 @@ impl Core {
             malformed: beyond.map_or(0, Beyond::malformed),
             dropped_writes: beyond.map_or(0, Beyond::dropped_writes),
             backend_errors: beyond.map_or(0, Beyond::errors),
+            lookup_timeouts: beyond.map_or(0, Beyond::lookup_timeouts),
             conflicts: counters.conflicts.get(),
             replayed: counters.replayed.get(),
             replayed_events: counters.replayed_events.get(),

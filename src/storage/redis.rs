@@ -1,17 +1,18 @@
 //! A backend on a server that many machines share.
 
+mod cluster;
 mod json;
+mod node;
 
 use std::collections::HashSet;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
-use redis::{
-    Client, Cmd, Connection, ConnectionAddr, IntoConnectionInfo, RedisError, RedisResult, Value,
-    cmd,
-};
+use redis::{Cmd, Value, cmd};
 
+use self::cluster::{Answers, Cluster, Keyed};
+use self::node::{Node, Timeouts, client};
 use super::backend::{Record, StorageBackend, Write};
 use super::codec;
 use super::core::Counter;
@@ -26,13 +27,14 @@ const TIMEOUT: Duration = Duration::from_secs(1);
 /// How many commands go to the server before its answers are read.
 const PIPELINE: usize = 1000;
 
-/// How many connections are kept for later use. A storage uses two.
-const IDLE: usize = 8;
+/// Stands before the closing brace that an id begins with, since an empty tag would be none, and before itself there.
+const BEFORE_BRACE: char = '\u{1e}';
 
 /// How often a value that cannot be decoded is tried to be replaced while others change it.
 const REPLACEMENTS: usize = 10;
 
-/// A backend on a [Redis] or Valkey server of version 7 or later, which any number of machines share.
+/// A backend on a [Redis] or Valkey server of version 7 or later, which any number of machines share: a single one, the
+/// master that [sentinels](Self::with_sentinels) name, or a [Cluster](Self::connect_cluster).
 ///
 /// ```no_run
 /// use tracing_workflow_context::{RedisBackend, WorkflowContextStorage};
@@ -56,21 +58,34 @@ const REPLACEMENTS: usize = 10;
 /// nothing yet. The first call does, and each call after a connection was lost; one that the server closed while it
 /// was not in use is replaced unnoticed. While calls fail, the storage leaves the server alone for pauses that grow
 /// from 100 milliseconds to 5 seconds, keeps what is to be written, and counts in
-/// [`backend_errors`](crate::Stats::backend_errors).
+/// [`backend_errors`](crate::Stats::backend_errors). Each pause is cut by chance, down to half of it at most, so that a
+/// fleet does not come back at one moment.
 ///
 /// No call waits longer for the server than the two timeouts allow, for each 1,000 writes and each address that its
 /// name has. How long the name itself takes is the operating system's matter.
+///
+/// # Cluster
+///
+/// All keys of an instance lie in one hash slot, so on one server; a group of writes goes to all its servers at once.
+/// Only masters are asked. A slot that moves is followed (`MOVED`, `ASK`), and so is a replica that takes over.
+///
+/// A server that fails is left alone, with the same pauses, until it answers a thread that exists for this alone. Spans
+/// of its instances fail open at once meanwhile, and what they write is kept as above; those of the other servers go on.
+/// Where a server hangs instead of refusing, the others' lookups wait for it once, for the response timeout at most, and
+/// one call waits for that long for each server that begins to hang. All this needs a Cluster that itself goes on
+/// without some of its slots: `cluster-require-full-coverage no`, or a replica for each master.
 ///
 /// # What is on the server
 ///
 /// One string for each instance, and one for each of its runs and of its second, third, ... traces. The key of instance
 /// `order-42` is `workflow-context:{order-42}`; the others have more text after the brace, which makes all of them
-/// share one hash slot. The server itself removes what has expired, by its own clock: the clocks of all machines must
+/// share one hash slot. In that of an id that begins with a closing brace, U+001E stands before it, since an empty tag
+/// would be none. The server itself removes what has expired, by its own clock: the clocks of all machines must
 /// agree within what is acceptable for the
 /// [grace of a completed instance](crate::WorkflowContextStorageBuilder::completed_grace).
 ///
 /// The user needs `SET`, `GET`, `DEL`, `PEXPIREAT`, `PEXPIRETIME`, `PING`, `WATCH`, `UNWATCH`, `MULTI` and `EXEC`;
-/// a [scan](StorageBackend::scan), which a storage never makes, also `SCAN`.
+/// a Cluster also `CLUSTER SLOTS` and `ASKING`, and a [scan](StorageBackend::scan), which a storage never makes, `SCAN`.
 ///
 /// Whoever else may write these keys is not trusted: what cannot be decoded is counted in
 /// [`malformed`](crate::Stats::malformed), treated as missing, and replaced by the next context of its instance.
@@ -88,19 +103,25 @@ const REPLACEMENTS: usize = 10;
 ///
 /// # What is left out
 ///
-/// Cluster: this is a client of one server, of the master that [sentinels](Self::with_sentinels) name, or of a proxy in
-/// front of several.
+/// Reading from replicas, and databases other than 0 of a Cluster that has none.
 ///
-/// Clones share connections. A lock is held only while an idle connection is taken or given back.
+/// Clones share connections. A lock is held only while an idle connection is taken or given back, or the server of a
+/// slot is looked up.
 ///
 /// [Redis]: https://redis.io
 #[derive(Clone)]
 pub struct RedisBackend {
-    server: Arc<Server>,
+    servers: Servers,
+    malformed: Arc<Counter>,
     key_prefix: Arc<str>,
     form: Form,
-    connect_timeout: Duration,
-    response_timeout: Duration,
+    timeouts: Timeouts,
+}
+
+#[derive(Clone)]
+enum Servers {
+    One(Arc<Node>),
+    Cluster(Arc<Cluster>),
 }
 
 /// How a [`RedisBackend`] writes contexts. It reads both forms, whichever it writes.
@@ -130,15 +151,9 @@ pub enum ConnectError {
         /// What is wrong with it.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-}
-
-struct Server {
-    client: Client,
-    sentinels: Vec<Client>,
-    /// What the sentinels call it.
-    service: String,
-    idle: Mutex<Vec<Connection>>,
-    malformed: Counter,
+    /// There is no URL among those of a Cluster.
+    #[error("no URL was given")]
+    NoUrl,
 }
 
 impl RedisBackend {
@@ -151,18 +166,51 @@ impl RedisBackend {
     ///
     /// [`ConnectError::InvalidUrl`], and nothing that has to do with the server.
     pub fn connect(url: &str) -> Result<Self, ConnectError> {
-        Ok(Self {
-            server: Arc::new(Server::new(client(url)?, Vec::new(), String::new())),
+        Ok(Self::of(Servers::One(Arc::new(Node::new(client(url)?)))))
+    }
+
+    /// A backend on a [Cluster](Self#cluster), which is asked for its servers by way of any of those URLs, one after the
+    /// other until one answers. Of the first URL all but the host and the port holds for the other servers too.
+    ///
+    /// ```no_run
+    /// use tracing_workflow_context::RedisBackend;
+    ///
+    /// let backend = RedisBackend::connect_cluster(["redis://10.0.0.1:6379/", "redis://10.0.0.2:6379/"])?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`ConnectError::InvalidUrl`] where one is none, [`ConnectError::NoUrl`], and nothing that has to do with servers.
+    pub fn connect_cluster<'a>(
+        urls: impl IntoIterator<Item = &'a str>,
+    ) -> Result<Self, ConnectError> {
+        let seeds = urls
+            .into_iter()
+            .map(client)
+            .collect::<Result<Vec<_>, _>>()?;
+        if seeds.is_empty() {
+            return Err(ConnectError::NoUrl);
+        }
+        Ok(Self::of(Servers::Cluster(Arc::new(Cluster::new(seeds)))))
+    }
+
+    fn of(servers: Servers) -> Self {
+        Self {
+            servers,
+            malformed: Arc::default(),
             key_prefix: KEY_PREFIX.into(),
             form: Form::default(),
-            connect_timeout: TIMEOUT,
-            response_timeout: TIMEOUT,
-        })
+            timeouts: Timeouts {
+                connect: TIMEOUT,
+                response: TIMEOUT,
+            },
+        }
     }
 
     /// Asks sentinels, by their URLs and one after the other, for the server: the master of that service. Asks again for
     /// each new connection, and so follows a failover. Of the URL given to [`connect`](Self::connect) all but the host
-    /// and the port holds.
+    /// and the port holds. A Cluster needs none, and is one no more with them.
     ///
     /// By default, there are none. Clones made before this do not share connections with it.
     ///
@@ -175,13 +223,17 @@ impl RedisBackend {
         service: &str,
     ) -> Result<Self, ConnectError> {
         let sentinels = urls.into_iter().map(client).collect::<Result<_, _>>()?;
-        let server = Server::new(self.server.client.clone(), sentinels, service.to_owned());
-        self.server = Arc::new(server);
+        let client = match &self.servers {
+            Servers::One(node) => node.client(),
+            Servers::Cluster(cluster) => &cluster.seeds()[0],
+        };
+        let node = Node::of_sentinels(client.clone(), sentinels, service.to_owned());
+        self.servers = Servers::One(Arc::new(node));
         Ok(self)
     }
 
     /// What all keys begin with: whatever shares contexts must have the same. With braces in it, all keys may fall
-    /// into one hash slot.
+    /// into one hash slot, or, where nothing is between them, those of one instance into several.
     ///
     /// By default, `workflow-context:`.
     #[must_use]
@@ -204,7 +256,7 @@ impl RedisBackend {
     /// By default, 1 second; at least 1 millisecond.
     #[must_use]
     pub fn with_connect_timeout(mut self, timeout: Duration) -> Self {
-        self.connect_timeout = at_least_a_moment(timeout);
+        self.timeouts.connect = at_least_a_moment(timeout);
         self
     }
 
@@ -213,73 +265,8 @@ impl RedisBackend {
     /// By default, 1 second; at least 1 millisecond.
     #[must_use]
     pub fn with_response_timeout(mut self, timeout: Duration) -> Self {
-        self.response_timeout = at_least_a_moment(timeout);
+        self.timeouts.response = at_least_a_moment(timeout);
         self
-    }
-
-    fn session(&self) -> Result<Session<'_>, BackendError> {
-        let idle = self.server.idle().pop();
-        let reused = idle.is_some();
-        let connection = match idle {
-            Some(connection) => connection,
-            None => self.open()?,
-        };
-        Ok(Session {
-            backend: self,
-            connection,
-            reused,
-        })
-    }
-
-    fn open(&self) -> Result<Connection, BackendError> {
-        let open = || match &*self.server.sentinels {
-            [] => self.open_on(&self.server.client),
-            sentinels => {
-                let mut result = Err(no_answer("no sentinel"));
-                for sentinel in sentinels {
-                    result = self
-                        .master(sentinel)
-                        .and_then(|master| self.open_on(&master));
-                    if result.is_ok() {
-                        break;
-                    }
-                }
-                result
-            }
-        };
-        open().map_err(|error: RedisError| self.failure("cannot be reached", error))
-    }
-
-    fn open_on(&self, client: &Client) -> RedisResult<Connection> {
-        let connection = client.get_connection_with_timeout(self.connect_timeout)?;
-        connection.set_read_timeout(Some(self.response_timeout))?;
-        connection.set_write_timeout(Some(self.response_timeout))?;
-        Ok(connection)
-    }
-
-    /// The server that a sentinel names.
-    fn master(&self, sentinel: &Client) -> RedisResult<Client> {
-        let mut connection = self.open_on(sentinel)?;
-        let mut ask = cmd("SENTINEL");
-        ask.arg("GET-MASTER-ADDR-BY-NAME").arg(&self.server.service);
-        let address: Option<(String, u16)> = ask.query(&mut connection)?;
-        let (host, port) =
-            address.ok_or_else(|| no_answer("the sentinel knows no such service"))?;
-        let info = self.server.client.get_connection_info();
-        let address = match info.addr().clone() {
-            ConnectionAddr::TcpTls {
-                insecure,
-                tls_params,
-                ..
-            } => ConnectionAddr::TcpTls {
-                host,
-                port,
-                insecure,
-                tls_params,
-            },
-            _ => ConnectionAddr::Tcp(host, port),
-        };
-        Client::open(info.clone().set_addr(address))
     }
 
     fn failure(
@@ -287,17 +274,19 @@ impl RedisBackend {
         what: &str,
         source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
     ) -> BackendError {
-        let name = self.server.name();
+        let name = self.servers.name();
         BackendError::new(
             format!("the Redis server {name} {what}"),
             Some(source.into()),
         )
     }
 
-    /// The key on the server: two keys of one instance have the same text in the braces.
+    /// The key on the server: two keys of one instance have the same text in the braces, up to the first that closes.
     fn key(&self, key: &str) -> String {
         let (id, rest) = key.split_at(key.find(SEPARATOR).unwrap_or(key.len()));
-        format!("{}{{{id}}}{rest}", self.key_prefix)
+        let begins_with_brace = id.trim_start_matches(BEFORE_BRACE).starts_with('}');
+        let before = if begins_with_brace { "\u{1e}" } else { "" };
+        format!("{}{{{before}{id}}}{rest}", self.key_prefix)
     }
 
     /// The opposite of [`key`](Self::key); `None` for what it does not make.
@@ -305,7 +294,44 @@ impl RedisBackend {
         let key = std::str::from_utf8(on_server).ok()?;
         let key = key.strip_prefix(&*self.key_prefix)?.strip_prefix('{')?;
         let (id, rest) = key.split_at(key.find(SEPARATOR).unwrap_or(key.len()));
-        Some(format!("{}{rest}", id.strip_suffix('}')?))
+        let id = id.strip_suffix('}')?;
+        let id = match id.trim_start_matches(BEFORE_BRACE).starts_with('}') {
+            true => id.strip_prefix(BEFORE_BRACE)?,
+            false => id,
+        };
+        Some(format!("{id}{rest}"))
+    }
+
+    fn ask(&self, commands: Vec<Keyed>) -> Answers {
+        match &self.servers {
+            Servers::Cluster(cluster) => cluster.ask(&commands, self.timeouts),
+            Servers::One(node) => {
+                let count = commands.len();
+                let commands: Vec<_> = commands.into_iter().map(|keyed| keyed.command).collect();
+                let called = node.session(self.timeouts).and_then(|mut session| {
+                    let answers = session.call(&commands)?;
+                    session.give_back();
+                    Ok(answers)
+                });
+                let (values, error) = match called {
+                    Ok(answers) => (answers.into_iter().map(Some).collect(), None),
+                    Err(error) => (vec![None; count], Some(error)),
+                };
+                Answers { values, error }
+            }
+        }
+    }
+
+    /// The error, which is one of a part only where others go on.
+    fn part_of(
+        &self,
+        error: BackendError,
+        carried_out: Vec<Option<Option<Record>>>,
+    ) -> BackendError {
+        match &self.servers {
+            Servers::Cluster(cluster) if cluster.is_alive() => error.in_part(carried_out),
+            _ => error,
+        }
     }
 
     fn encode(&self, key: &str, record: &Record) -> Vec<u8> {
@@ -343,7 +369,7 @@ impl RedisBackend {
     fn read(&self, value: &Value) -> Found {
         let found = found(value);
         if let Found::Malformed = found {
-            self.server.malformed.add();
+            self.malformed.add();
         }
         found
     }
@@ -359,31 +385,244 @@ impl RedisBackend {
 
 impl StorageBackend for RedisBackend {
     fn write(&self, writes: &[Write]) -> Result<Vec<Option<Record>>, BackendError> {
-        let mut winners = Vec::with_capacity(writes.len());
-        if writes.is_empty() {
-            return Ok(winners);
-        }
-        let mut session = self.session()?;
+        let mut answers = Vec::with_capacity(writes.len());
+        let mut failed = None;
         for group in writes.chunks(PIPELINE) {
-            winners.append(&mut session.write(group)?);
+            let mut written = self.write_group(group);
+            answers.append(&mut written.answers);
+            failed = failed.or(written.error);
+            if failed.is_some() && !matches!(self.servers, Servers::Cluster(_)) {
+                break;
+            }
         }
-        session.give_back();
-        Ok(winners)
+        let Some(error) = failed else {
+            return Ok(answers.into_iter().map(Option::flatten).collect());
+        };
+        // What came after it has to be written after it.
+        let mut left = HashSet::new();
+        for (write, answer) in writes.iter().zip(&mut answers) {
+            if answer.is_none() || left.contains(write.key()) {
+                left.insert(write.key());
+                *answer = None;
+            }
+        }
+        Err(self.part_of(error, answers))
     }
 
     fn get(&self, key: &str) -> Result<Option<Record>, BackendError> {
-        let key = self.key(key);
-        let mut session = self.session()?;
-        let answers = session.call(&read_commands(&key))?;
-        session.give_back();
-        Ok(self.read_with_expiry(&answers[0], &answers[1]))
+        let mut answers = self.ask(read_commands(&self.key(key)).into());
+        match (&*answers.values, answers.error.take()) {
+            ([Some(value), Some(expiry)], _) => Ok(self.read_with_expiry(value, expiry)),
+            (_, Some(error)) => Err(self.part_of(error, Vec::new())),
+            _ => Err(self.failure("answers too little", key)),
+        }
     }
 
-    /// Remembers every key that it has shown. What others add or remove meanwhile may be shown or not.
+    /// Remembers every key that it has shown. What others add or remove meanwhile may be shown or not, and what a Cluster
+    /// moves from one server to another.
     fn scan(&self, visit: &mut dyn FnMut(&str, Record)) -> Result<(), BackendError> {
-        let pattern = format!("{}{{*", escaped(&self.key_prefix));
         let mut shown = HashSet::new();
-        let mut session = self.session()?;
+        match &self.servers {
+            Servers::One(node) => self.scan_node(node, &mut shown, visit),
+            Servers::Cluster(cluster) => {
+                for master in cluster.masters(self.timeouts)? {
+                    self.scan_node(&master.node, &mut shown, visit)?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Asks whether the server is there, or any of a Cluster; it has already answered every write.
+    fn flush(&self) -> Result<(), BackendError> {
+        match &self.servers {
+            Servers::Cluster(cluster) => cluster.ping(self.timeouts),
+            Servers::One(node) => {
+                let mut session = node.session(self.timeouts)?;
+                session.call(&[cmd("PING")])?;
+                session.give_back();
+                Ok(())
+            }
+        }
+    }
+
+    fn malformed(&self) -> u64 {
+        self.malformed.get()
+    }
+}
+
+impl fmt::Debug for RedisBackend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RedisBackend")
+            .field("server", &self.servers.name())
+            .field("key_prefix", &self.key_prefix)
+            .field("form", &self.form)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Servers {
+    fn name(&self) -> String {
+        match self {
+            Self::One(node) => node.name(),
+            Self::Cluster(cluster) => {
+                let first = cluster
+                    .seeds()
+                    .first()
+                    .map(|seed| seed.get_connection_info());
+                let address = first.map_or_else(String::new, |info| info.addr().to_string());
+                format!("of the Cluster around {address}")
+            }
+        }
+    }
+}
+
+/// What is under a key.
+enum Found {
+    Nothing,
+    Malformed,
+    Record(Record),
+}
+
+/// What became of a group of writes.
+struct Written {
+    /// To each one; `None` where it was not carried out.
+    answers: Vec<Option<Option<Record>>>,
+    /// Why, the first time.
+    error: Option<BackendError>,
+}
+
+impl RedisBackend {
+    fn write_group(&self, writes: &[Write]) -> Written {
+        let command = |write: &Write| Keyed::new(self.key(write.key()), self.command(write));
+        let Answers { values, mut error } = self.ask(writes.iter().map(command).collect());
+        let (mut answers, mut malformed) = (vec![None; writes.len()], Vec::new());
+        for (at, value) in values.iter().enumerate() {
+            let Some(value) = value else {
+                continue;
+            };
+            answers[at] = Some(None);
+            if let Write::PutIfAbsent(..) = writes[at] {
+                match self.read(value) {
+                    Found::Nothing => {}
+                    Found::Malformed => malformed.push(at),
+                    Found::Record(winner) => answers[at] = Some(Some(winner)),
+                }
+            }
+        }
+        error = error.or(self.read_expiries(writes, &mut answers));
+
+        let mut replaced = HashSet::new();
+        for at in malformed {
+            let Write::PutIfAbsent(key, record) = &writes[at] else {
+                continue;
+            };
+            if !replaced.insert(key) {
+                continue;
+            }
+            match self.replace(key, record) {
+                Ok(winner) => answers[at] = Some(winner),
+                Err(failed) => {
+                    answers[at] = None;
+                    error = error.or(Some(failed));
+                    continue;
+                }
+            }
+            // What came after it has to be written after it.
+            let of_key = |at: &usize| writes[*at].key() == key;
+            let later: Vec<_> = (at + 1..writes.len()).filter(of_key).collect();
+            if !later.is_empty() {
+                let again: Vec<_> = later.iter().map(|&at| writes[at].clone()).collect();
+                let written = self.write_group(&again);
+                error = error.or(written.error);
+                for (at, answer) in later.into_iter().zip(written.answers) {
+                    answers[at] = answer;
+                }
+            }
+        }
+        Written { answers, error }
+    }
+
+    /// The expiry in a value is that of its writing; the server knows better.
+    fn read_expiries(
+        &self,
+        writes: &[Write],
+        answers: &mut [Option<Option<Record>>],
+    ) -> Option<BackendError> {
+        let is_lost = |&at: &usize| matches!(answers[at], Some(Some(_)));
+        let lost: Vec<_> = (0..answers.len()).filter(is_lost).collect();
+        if lost.is_empty() {
+            return None;
+        }
+        let command = |&at: &usize| {
+            let key = self.key(writes[at].key());
+            Keyed::new(&key, on_key("PEXPIRETIME", &key, &[]))
+        };
+        let expiries = self.ask(lost.iter().map(command).collect());
+        for (at, expiry) in lost.into_iter().zip(expiries.values) {
+            answers[at] = match (answers[at].take(), expiry) {
+                (Some(Some(winner)), Some(expiry)) => {
+                    let own = winner.clone();
+                    Some(Some(expiring(winner, &expiry).unwrap_or(own)))
+                }
+                _ => None,
+            };
+        }
+        expiries.error
+    }
+
+    /// Puts a record in place of what cannot be decoded, unless somebody else has been faster: the winner then.
+    fn replace(&self, key: &str, record: &Record) -> Result<Option<Record>, BackendError> {
+        let on_server = self.key(key);
+        match &self.servers {
+            Servers::One(node) => self.replace_on(node, &on_server, key, record),
+            Servers::Cluster(cluster) => {
+                let slot = cluster::slot(on_server.as_bytes());
+                let master = cluster.master(slot, self.timeouts)?;
+                self.replace_on(&master.node, &on_server, key, record)
+            }
+        }
+    }
+
+    fn replace_on(
+        &self,
+        node: &Node,
+        on_server: &str,
+        key: &str,
+        record: &Record,
+    ) -> Result<Option<Record>, BackendError> {
+        let mut session = node.session(self.timeouts)?;
+        for _ in 0..REPLACEMENTS {
+            let mut commands = vec![on_key("WATCH", on_server, &[])];
+            commands.extend(read_commands(on_server).map(|keyed| keyed.command));
+            let answers = session.call(&commands)?;
+            if let Found::Record(winner) = found(&answers[1]) {
+                session.call(&[cmd("UNWATCH")])?;
+                session.give_back();
+                let own = winner.clone();
+                return Ok(Some(expiring(winner, &answers[2]).unwrap_or(own)));
+            }
+            let set = self.set(on_server, key, record);
+            match session.call(&[cmd("MULTI"), set, cmd("EXEC")])?.pop() {
+                Some(Value::Array(_)) => {
+                    session.give_back();
+                    return Ok(None);
+                }
+                Some(Value::Nil) => {}
+                _ => return Err(node.failure("answers what is no answer", "to EXEC")),
+            }
+        }
+        Err(node.failure("changes a value all the time", on_server))
+    }
+
+    fn scan_node(
+        &self,
+        node: &Node,
+        shown: &mut HashSet<Vec<u8>>,
+        visit: &mut dyn FnMut(&str, Record),
+    ) -> Result<(), BackendError> {
+        let pattern = format!("{}{{*", escaped(&self.key_prefix));
+        let mut session = node.session(self.timeouts)?;
         let mut cursor = b"0".to_vec();
         loop {
             let mut scan = cmd("SCAN");
@@ -391,14 +630,19 @@ impl StorageBackend for RedisBackend {
             scan.arg("COUNT").arg(PIPELINE);
             let page = session.call(&[scan])?.pop();
             let Some((next, mut keys)) = page.and_then(scanned) else {
-                return Err(self.failure("answers what is no answer", "to SCAN"));
+                return Err(node.failure("answers what is no answer", "to SCAN"));
             };
             keys.retain(|key| self.key_of(key).is_some() && shown.insert(key.clone()));
             for keys in keys.chunks(PIPELINE) {
-                let commands: Vec<_> = keys.iter().flat_map(read_commands).collect();
-                let answers = session.call(&commands)?;
-                for (key, answers) in keys.iter().zip(answers.chunks_exact(2)) {
-                    let record = self.read_with_expiry(&answers[0], &answers[1]);
+                let answers = self.ask(keys.iter().flat_map(read_commands).collect());
+                if let Some(error) = answers.error {
+                    return Err(error);
+                }
+                for (key, answers) in keys.iter().zip(answers.values.chunks_exact(2)) {
+                    let record = match answers {
+                        [Some(value), Some(expiry)] => self.read_with_expiry(value, expiry),
+                        _ => None,
+                    };
                     if let (Some(key), Some(record)) = (self.key_of(key), record) {
                         visit(&key, record);
                     }
@@ -412,202 +656,13 @@ impl StorageBackend for RedisBackend {
         session.give_back();
         Ok(())
     }
-
-    /// Asks whether the server is there; it has already answered every write.
-    fn flush(&self) -> Result<(), BackendError> {
-        let mut session = self.session()?;
-        session.call(&[cmd("PING")])?;
-        session.give_back();
-        Ok(())
-    }
-
-    fn malformed(&self) -> u64 {
-        self.server.malformed.get()
-    }
 }
 
-impl fmt::Debug for RedisBackend {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("RedisBackend")
-            .field("server", &self.server.name())
-            .field("key_prefix", &self.key_prefix)
-            .field("form", &self.form)
-            .finish_non_exhaustive()
-    }
-}
-
-impl Server {
-    fn new(client: Client, sentinels: Vec<Client>, service: String) -> Self {
+impl Keyed {
+    fn new(key: impl AsRef<[u8]>, command: Cmd) -> Self {
         Self {
-            client,
-            sentinels,
-            service,
-            idle: Mutex::default(),
-            malformed: Counter::default(),
-        }
-    }
-
-    fn name(&self) -> String {
-        match &*self.sentinels {
-            [] => format!("at {}", self.client.get_connection_info().addr()),
-            _ => format!("{:?} of its sentinels", self.service),
-        }
-    }
-
-    fn idle(&self) -> MutexGuard<'_, Vec<Connection>> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// What is under a key.
-enum Found {
-    Nothing,
-    Malformed,
-    Record(Record),
-}
-
-/// One connection, which is closed unless it is given back: after an error nobody knows which answer comes next.
-struct Session<'a> {
-    backend: &'a RedisBackend,
-    connection: Connection,
-    /// It was idle before, and the server may have closed it since.
-    reused: bool,
-}
-
-impl Session<'_> {
-    /// The answer of each command. An error among them fails the call, unless it tells that a value is no string.
-    fn call(&mut self, commands: &[Cmd]) -> Result<Vec<Value>, BackendError> {
-        let mut answers = self.exchange(commands);
-        if self.reused && matches!(&answers, Err(error) if error.is_connection_dropped()) {
-            // The others are as old.
-            self.backend.server.idle().clear();
-            self.connection = self.backend.open()?;
-            answers = self.exchange(commands);
-        }
-        self.reused = false;
-        let answers = answers.map_err(|error| self.backend.failure("does not answer", error))?;
-        for answer in &answers {
-            match answer {
-                Value::ServerError(error) if error.code() != "WRONGTYPE" => {
-                    let error = RedisError::from(error.clone());
-                    return Err(self.backend.failure("refuses", error));
-                }
-                _ => {}
-            }
-        }
-        Ok(answers)
-    }
-
-    /// As a pipeline of the client does it, which however waits for every answer for as long again after the first one
-    /// has failed to come.
-    fn exchange(&mut self, commands: &[Cmd]) -> RedisResult<Vec<Value>> {
-        let deadline = Instant::now() + self.backend.response_timeout;
-        let mut packed = Vec::new();
-        for command in commands {
-            command.write_packed_command(&mut packed);
-        }
-        self.connection.send_packed_command(&packed)?;
-        let mut answers = Vec::with_capacity(commands.len());
-        for _ in commands {
-            if Instant::now() > deadline {
-                return Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into());
-            }
-            answers.push(self.connection.recv_response()?);
-        }
-        Ok(answers)
-    }
-
-    fn write(&mut self, writes: &[Write]) -> Result<Vec<Option<Record>>, BackendError> {
-        let commands: Vec<_> = writes
-            .iter()
-            .map(|write| self.backend.command(write))
-            .collect();
-        let answers = self.call(&commands)?;
-        let (mut winners, mut malformed) = (vec![None; writes.len()], Vec::new());
-        for (at, answer) in answers.iter().enumerate() {
-            if let Write::PutIfAbsent(..) = writes[at] {
-                match self.backend.read(answer) {
-                    Found::Nothing => {}
-                    Found::Malformed => malformed.push(at),
-                    Found::Record(winner) => winners[at] = Some(winner),
-                }
-            }
-        }
-        self.read_expiries(writes, &mut winners)?;
-
-        let mut replaced = HashSet::new();
-        for at in malformed {
-            let Write::PutIfAbsent(key, record) = &writes[at] else {
-                continue;
-            };
-            if !replaced.insert(key) {
-                continue;
-            }
-            winners[at] = self.replace(key, record)?;
-            // What came after it has to be written after it.
-            let of_key = |at: &usize| writes[*at].key() == key;
-            let later: Vec<_> = (at + 1..writes.len()).filter(of_key).collect();
-            if !later.is_empty() {
-                let again: Vec<_> = later.iter().map(|&at| writes[at].clone()).collect();
-                for (at, winner) in later.into_iter().zip(self.write(&again)?) {
-                    winners[at] = winner;
-                }
-            }
-        }
-        Ok(winners)
-    }
-
-    /// The expiry in a value is that of its writing; the server knows better.
-    fn read_expiries(
-        &mut self,
-        writes: &[Write],
-        winners: &mut [Option<Record>],
-    ) -> Result<(), BackendError> {
-        let lost: Vec<_> = (0..winners.len())
-            .filter(|&at| winners[at].is_some())
-            .collect();
-        if lost.is_empty() {
-            return Ok(());
-        }
-        let expiry = |&at: &usize| on_key("PEXPIRETIME", self.backend.key(writes[at].key()), &[]);
-        let commands: Vec<_> = lost.iter().map(expiry).collect();
-        for (at, expiry) in lost.into_iter().zip(self.call(&commands)?) {
-            winners[at] = winners[at].take().map(|winner| {
-                let own = winner.clone();
-                expiring(winner, &expiry).unwrap_or(own)
-            });
-        }
-        Ok(())
-    }
-
-    /// Puts a record in place of what cannot be decoded, unless somebody else has been faster: the winner then.
-    fn replace(&mut self, key: &str, record: &Record) -> Result<Option<Record>, BackendError> {
-        let on_server = self.backend.key(key);
-        for _ in 0..REPLACEMENTS {
-            let mut commands = vec![on_key("WATCH", &on_server, &[])];
-            commands.extend(read_commands(&on_server));
-            let answers = self.call(&commands)?;
-            if let Found::Record(winner) = found(&answers[1]) {
-                self.call(&[cmd("UNWATCH")])?;
-                let own = winner.clone();
-                return Ok(Some(expiring(winner, &answers[2]).unwrap_or(own)));
-            }
-            let set = self.backend.set(&on_server, key, record);
-            match self.call(&[cmd("MULTI"), set, cmd("EXEC")])?.pop() {
-                Some(Value::Array(_)) => return Ok(None),
-                Some(Value::Nil) => {}
-                _ => return Err(self.backend.failure("answers what is no answer", "to EXEC")),
-            }
-        }
-        Err(self
-            .backend
-            .failure("changes a value all the time", on_server))
-    }
-
-    fn give_back(self) {
-        let mut idle = self.backend.server.idle();
-        if idle.len() < IDLE {
-            idle.push(self.connection);
+            slot: cluster::slot(key.as_ref()),
+            command,
         }
     }
 }
@@ -623,34 +678,6 @@ fn found(value: &Value) -> Found {
     record.map_or(Found::Malformed, Found::Record)
 }
 
-/// Connects to nothing yet.
-fn client(url: &str) -> Result<Client, ConnectError> {
-    let invalid = |source: RedisError| ConnectError::InvalidUrl {
-        source: source.into(),
-    };
-    let info = url.into_connection_info().map_err(invalid)?;
-    #[cfg(feature = "redis-tls")]
-    if matches!(info.addr(), ConnectionAddr::TcpTls { .. }) {
-        have_cryptography();
-    }
-    // Each message of a handshake has the whole timeout again: none that is not needed.
-    let redis = info.redis_settings().clone().set_skip_set_lib_name();
-    Client::open(info.set_redis_settings(redis)).map_err(invalid)
-}
-
-fn no_answer(what: &'static str) -> RedisError {
-    std::io::Error::new(std::io::ErrorKind::NotFound, what).into()
-}
-
-/// Without a choice of the process's, and with several to choose from, rustls would panic.
-#[cfg(feature = "redis-tls")]
-fn have_cryptography() {
-    if rustls::crypto::CryptoProvider::get_default().is_none() {
-        // If another thread has been faster, its choice stands.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-    }
-}
-
 fn at_least_a_moment(timeout: Duration) -> Duration {
     timeout.max(Duration::from_millis(1))
 }
@@ -661,8 +688,8 @@ fn on_key(name: &str, key: impl redis::ToRedisArgs, arguments: &[u64]) -> Cmd {
     command
 }
 
-fn read_commands(key: impl redis::ToRedisArgs + Copy) -> [Cmd; 2] {
-    [on_key("GET", key, &[]), on_key("PEXPIRETIME", key, &[])]
+fn read_commands(key: impl redis::ToRedisArgs + AsRef<[u8]> + Copy) -> [Keyed; 2] {
+    ["GET", "PEXPIRETIME"].map(|name| Keyed::new(key, on_key(name, key, &[])))
 }
 
 /// The record with the expiry that the server has for its key; `None` where it is over by all that is known.

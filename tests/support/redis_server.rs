@@ -55,6 +55,39 @@ impl RedisServer {
             .expect("redis-server starts as a replica")
     }
 
+    /// A server of a Cluster, by itself as yet, which keeps in that directory what it knows of the others.
+    pub fn start_in_cluster(directory: &std::path::Path) -> Self {
+        (0..10)
+            .find_map(|_| Self::try_start_in_cluster(free_port(), directory))
+            .expect("redis-server starts as a part of a Cluster")
+    }
+
+    /// Starts a server of a Cluster again, empty, with what it knows of the others.
+    pub fn start_again_in_cluster(&mut self, directory: &std::path::Path) {
+        self.stop();
+        let deadline = Instant::now() + PATIENCE;
+        *self = loop {
+            match Self::try_start_in_cluster(self.port, directory) {
+                Some(server) => break server,
+                None => assert!(Instant::now() < deadline, "redis-server starts again"),
+            }
+        };
+    }
+
+    fn try_start_in_cluster(port: u16, directory: &std::path::Path) -> Option<Self> {
+        let directory = directory.to_str().expect("text");
+        // The usual bus port, 10,000 above, may be none.
+        let bus_port = free_port().to_string();
+        let arguments = [
+            ["--cluster-enabled", "yes"],
+            ["--cluster-node-timeout", "1000"],
+            ["--cluster-require-full-coverage", "no"],
+            ["--cluster-port", &bus_port],
+            ["--dir", directory],
+        ];
+        Self::try_start(port, arguments.as_flattened())
+    }
+
     /// A sentinel that watches over a server, and takes it for dead after half a second.
     pub fn start_sentinel(file: &std::path::Path, service: &str, master: &Self) -> Self {
         let settings = format!(
