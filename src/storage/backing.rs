@@ -24,6 +24,9 @@ use crate::warnings::Warnings;
 /// How many writes go to the backend as one group.
 const GROUP: usize = 1000;
 
+/// How many writes are looked at or held at once while spans that write wait.
+const AT_ONCE: usize = 50;
+
 /// How long writes gather before they go: who writes needs not wake the writer each time.
 const GATHERING: Duration = Duration::from_millis(1);
 
@@ -358,7 +361,7 @@ impl Queuing {
         let Some(backend) = self.backend() else {
             return;
         };
-        let (mut claims, mut emptied) = (Claims::new(), Waiting::default());
+        let (mut claims, mut emptied) = (Claims::default(), Waiting::default());
         let (mut backoff, mut held_backoff) = (BACKOFF.0, BACKOFF.0);
         let mut was_held = false;
         loop {
@@ -503,7 +506,8 @@ impl Queuing {
                 return Ok(());
             }
             let answers = self.write_group(backend, group, in_part)?;
-            let mut claims: Vec<_> = claims.drain(..places.len()).collect();
+            let of_group = || claims.pop_front().flatten();
+            let mut claims: Vec<_> = std::iter::repeat_with(of_group).take(group.len()).collect();
             if answers.iter().any(Option::is_none) {
                 self.hold(group, &answers, &mut claims);
             }
@@ -527,11 +531,17 @@ impl Queuing {
         in_part: &mut Option<BackendError>,
     ) -> Result<Vec<Option<Option<Record>>>, BackendError> {
         // What is held of a key has to be written before.
-        let free: Option<Vec<usize>> = {
-            let queue = self.queue();
-            let is_free = |&at: &usize| queue.held.known(group[at].key()).is_none();
-            (!queue.held.is_empty()).then(|| (0..group.len()).filter(is_free).collect())
-        };
+        let is_any_held = !self.queue().held.is_empty();
+        let free = is_any_held.then(|| {
+            let mut free = Vec::new();
+            for (part, writes) in group.chunks(AT_ONCE).enumerate() {
+                let queue = self.queue();
+                let is_free = |&at: &usize| queue.held.known(writes[at].key()).is_none();
+                let places = (0..writes.len()).filter(is_free);
+                free.extend(places.map(|at| part * AT_ONCE + at));
+            }
+            free
+        });
         let Some(free) = free.filter(|free| free.len() < group.len()) else {
             return carried_out(backend, group, in_part);
         };
@@ -556,17 +566,22 @@ impl Queuing {
         claims: &mut [Option<OnWinner>],
     ) {
         let mut unneeded = Vec::new();
-        let mut queue = self.queue();
-        for ((write, answer), claim) in group.iter().zip(answers).zip(claims) {
-            if answer.is_none() {
-                let (not_needed, is_dropped) = queue.held.add(write.clone(), claim.take());
+        let to_hold = group.iter().zip(answers).zip(claims);
+        let mut to_hold: Vec<_> = to_hold
+            .filter(|((_, answer), _)| answer.is_none())
+            .map(|((write, _), claim)| (write.clone(), claim.take()))
+            .collect();
+        while !to_hold.is_empty() {
+            let some = to_hold.drain(..to_hold.len().min(AT_ONCE));
+            let mut queue = self.queue();
+            for (write, claim) in some {
+                let (not_needed, is_dropped) = queue.held.add(write, claim);
                 unneeded.push(not_needed);
                 if is_dropped {
                     self.dropped_writes.add();
                 }
             }
         }
-        drop(queue);
     }
 
     fn answer(&self, asked: &Receiver<Lookup>) {

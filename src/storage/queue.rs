@@ -1,11 +1,16 @@
 //! What waits to be written: for each key what is left of all its writes, which mostly is one.
+//!
+//! Spans wait for each other here, and for the writer: nothing in it takes longer when much waits.
 
-use std::collections::{HashMap, VecDeque};
+mod blocks;
+
+use std::collections::HashMap;
 use std::hash::{BuildHasher, BuildHasherDefault, Hasher};
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::SystemTime;
 
+use self::blocks::Blocks;
 use super::backend::{Record, Write};
 use super::backing::Queuing;
 
@@ -18,30 +23,34 @@ pub(super) type OnWinner = Box<dyn FnOnce(Record, &Queuing) + Send>;
 /// Writes that wait, and who wants to know what becomes of them.
 #[derive(Default)]
 pub(super) struct Waiting {
-    writes: Writes<VecDeque<Write>>,
+    writes: Writes,
     /// At the places of the writes.
-    claims: VecDeque<Option<OnWinner>>,
+    claims: Claims,
 }
 
 /// What was taken to be written, and how far that has come.
 pub(super) struct InFlight {
-    writes: Writes<Vec<Write>>,
+    writes: Writes,
     done: AtomicUsize,
 }
 
 /// Those who want to know what becomes of what is in flight, and is not done yet.
-pub(super) type Claims = VecDeque<Option<OnWinner>>;
+pub(super) type Claims = Blocks<Option<OnWinner>>;
 
 #[derive(Default)]
-struct Writes<L> {
-    in_order: L,
+struct Writes {
+    in_order: Blocks<Write>,
     /// Where the last write of each key is, by the hash of the key, counted from the first that there ever was. Of two
     /// keys with one hash the second is not found here, and its writes are not merged; they keep their order.
-    places: HashMap<u64, usize, BuildHasherDefault<IsHash>>,
+    places: Places,
     hasher: foldhash::fast::RandomState,
     /// How many have gone from the front.
     gone: usize,
 }
+
+/// Many small maps, of which one at a time grows, and never all that there is.
+#[derive(Default)]
+struct Places(Vec<HashMap<u64, usize, BuildHasherDefault<IsHash>>>);
 
 /// What is known of a key without the backend.
 #[derive(Debug, PartialEq, Eq)]
@@ -80,8 +89,8 @@ impl Waiting {
         }
         let new_place = writes.gone + writes.in_order.len();
         match place {
-            Some(_) => drop(writes.places.insert(hash, new_place)),
-            None => drop(writes.places.entry(hash).or_insert(new_place)),
+            Some(_) => drop(writes.places.of(hash).insert(hash, new_place)),
+            None => drop(writes.places.of(hash).entry(hash).or_insert(new_place)),
         }
         writes.in_order.push_back(write);
         self.claims.push_back(claim);
@@ -98,35 +107,53 @@ impl Waiting {
     /// Takes everything; `emptied` is what gathers from now on.
     pub(super) fn take(&mut self, emptied: Self) -> (InFlight, Claims) {
         let Self { writes, claims } = std::mem::replace(self, emptied);
-        let in_flight = InFlight {
-            writes: Writes {
-                in_order: writes.in_order.into(),
-                places: writes.places,
-                hasher: writes.hasher,
-                gone: writes.gone,
-            },
-            done: AtomicUsize::new(0),
-        };
-        (in_flight, claims)
+        let done = AtomicUsize::new(0);
+        (InFlight { writes, done }, claims)
     }
 }
 
-impl Writes<VecDeque<Write>> {
+impl Writes {
     fn drop_oldest(&mut self) -> Option<Write> {
         let write = self.in_order.pop_front()?;
         let hash = self.hasher.hash_one(write.key());
-        if self.places.get(&hash) == Some(&self.gone) {
-            self.places.remove(&hash);
+        if self.places.get(hash) == Some(self.gone) {
+            self.places.of(hash).remove(&hash);
         }
         self.gone += 1;
         Some(write)
     }
+
+    fn place_of(&self, hash: u64, key: &str) -> Option<usize> {
+        let place = self.places.get(hash)? - self.gone;
+        (self.in_order[place].key() == key).then_some(place)
+    }
 }
 
-impl<L: std::ops::Index<usize, Output = Write>> Writes<L> {
-    fn place_of(&self, hash: u64, key: &str) -> Option<usize> {
-        let place = self.places.get(&hash)? - self.gone;
-        (self.in_order[place].key() == key).then_some(place)
+impl Places {
+    const MAPS: usize = 64;
+
+    fn get(&self, hash: u64) -> Option<usize> {
+        self.0.get(Self::map_of(hash))?.get(&hash).copied()
+    }
+
+    fn of(&mut self, hash: u64) -> &mut HashMap<u64, usize, BuildHasherDefault<IsHash>> {
+        if self.0.is_empty() {
+            self.0.resize_with(Self::MAPS, HashMap::default);
+        }
+        &mut self.0[Self::map_of(hash)]
+    }
+
+    /// By bits that a map itself makes no use of.
+    fn map_of(hash: u64) -> usize {
+        (hash >> 40) as usize % Self::MAPS
+    }
+
+    fn clear(&mut self) {
+        for map in &mut self.0 {
+            map.clear();
+            // What a backlog took is not kept for good.
+            map.shrink_to(2 * KEPT / Self::MAPS);
+        }
     }
 }
 
@@ -134,8 +161,8 @@ impl InFlight {
     /// The next few that are not done.
     pub(super) fn next_group(&self, most: usize) -> (&[Write], Range<usize>) {
         let start = self.done.load(Ordering::Relaxed);
-        let end = self.writes.in_order.len().min(start + most);
-        (&self.writes.in_order[start..end], start..end)
+        let group = self.writes.in_order.slice_from(start, most);
+        (group, start..start + group.len())
     }
 
     /// From now on the backend knows better.
@@ -153,33 +180,17 @@ impl InFlight {
 
     /// What writes can gather in again without asking for memory.
     pub(super) fn into_emptied(self, mut claims: Claims) -> Waiting {
-        let Writes {
-            mut in_order,
-            mut places,
-            hasher,
-            ..
-        } = self.writes;
-        in_order.clear();
-        places.clear();
-        claims.clear();
-        // What a backlog took is not kept for good.
-        in_order.shrink_to(KEPT);
-        places.shrink_to(KEPT);
-        claims.shrink_to(KEPT);
-        Waiting {
-            writes: Writes {
-                in_order: in_order.into(),
-                places,
-                hasher,
-                gone: 0,
-            },
-            claims,
-        }
+        let mut writes = self.writes;
+        writes.in_order.clear(KEPT / blocks::BLOCK);
+        writes.places.clear();
+        writes.gone = 0;
+        claims.clear(KEPT / blocks::BLOCK);
+        Waiting { writes, claims }
     }
 }
 
-/// For how many writes there is room before there is a need.
-const KEPT: usize = 4096;
+/// For how many writes room is kept.
+const KEPT: usize = 4000;
 
 /// What a key has as soon as that is written.
 fn known(write: &Write) -> Known {
