@@ -91,6 +91,10 @@
 //! - **The process restarts, or another machine goes on**: a [backend](WorkflowContextStorageBuilder::backend) still has the
 //!   contexts. Without one, hand them over by [`traceparent`](WorkflowContext::traceparent) and
 //!   [`parse`](WorkflowContext::parse), or [resume](WorkflowContextStorage::create_resumed).
+//! - **The backend does not answer**: a span waits for it no longer than the
+//!   [`lookup_budget`](WorkflowContextStorageBuilder::lookup_budget), which `stats` counts in
+//!   [`lookup_timeouts`](Stats::lookup_timeouts), and is recorded anew; what is to be written waits. Where a part of it is
+//!   away, a server of several, this holds for the instances there, and the others go on.
 //! - **The layer's filter hides a span**: it is neither recorded nor continued, as if it were not there.
 //! - **The sampler drops the first span**: it is recorded as unsampled, and a sampler that heeds parents drops the rest.
 //!
@@ -104,7 +108,8 @@
 //! - `redb`: [`RedbBackend`](https://docs.rs/tracing-workflow-context/latest/tracing_workflow_context/struct.RedbBackend.html),
 //!   contexts in a file that survives restarts. Adds `redb`, which needs Rust 1.90.
 //! - `redis`: [`RedisBackend`](https://docs.rs/tracing-workflow-context/latest/tracing_workflow_context/struct.RedisBackend.html),
-//!   contexts on a Redis or Valkey server that many machines share. Adds `redis` and `serde_json`.
+//!   contexts on a Redis or Valkey server that many machines share: a single one, with sentinels, or a Cluster. Adds
+//!   `redis` and `serde_json`.
 //! - `redis-tls`: the same by TLS. Adds `rustls` and `ring`, which needs a C compiler.
 //!
 //! # Limits

@@ -9,15 +9,18 @@ use std::cell::Cell;
 use std::fmt;
 use std::hash::{BuildHasher as _, RandomState};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{
+    AtomicU32, AtomicUsize,
+    Ordering::{Acquire, Relaxed},
+};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::backend::{Record, StorageBackend, Write};
 use super::core::Counter;
-use super::queue::{Claims, InFlight, Known, OnWinner, Waiting};
+use super::queue::{Claims, InFlight, Known, MOST_KEYS, OnWinner, Unneeded, Waiting};
 use crate::error::BackendError;
 use crate::warnings::Warnings;
 
@@ -26,6 +29,15 @@ const GROUP: usize = 1000;
 
 /// How many writes are looked at or held at once while spans that write wait.
 const AT_ONCE: usize = 50;
+
+/// How often the queue is tried to be locked before the thread lets others run, and how often it then does that.
+const SPINS: u32 = 100;
+
+/// How long it sleeps after that before it tries again.
+const RETRY: Duration = Duration::from_micros(50);
+
+/// How long a write tries to get into the queue itself.
+const HANDOVER: Duration = Duration::from_micros(100);
 
 /// How long writes gather before they go: who writes needs not wake the writer each time.
 const GATHERING: Duration = Duration::from_millis(1);
@@ -67,6 +79,11 @@ pub(super) struct Backing {
 pub(super) struct Queuing {
     backend: Mutex<Option<Arc<dyn StorageBackend>>>,
     queue: Mutex<Queue>,
+    /// Takes what is to be written while whoever has locked the queue has lost its core: no span waits for that. Taken in
+    /// by whoever locks the queue next.
+    inbox: Sender<(Write, Option<OnWinner>)>,
+    /// How much is on its way through it.
+    in_inbox: AtomicUsize,
     /// Something was queued, or is waited for.
     queued: Condvar,
     /// A group was written, or could not be; a thread has ended.
@@ -80,8 +97,10 @@ pub(super) struct Queuing {
     warnings: Arc<Warnings>,
 }
 
-#[derive(Default)]
 struct Queue {
+    inbox: Receiver<(Write, Option<OnWinner>)>,
+    /// Dropped by the writer, where nothing is locked.
+    unneeded: Vec<Unneeded>,
     waiting: Waiting,
     /// What is being written, or could not be, and is tried again before anything else.
     in_flight: Option<Arc<InFlight>>,
@@ -119,9 +138,12 @@ impl Backing {
         budget: Duration,
         warnings: Arc<Warnings>,
     ) -> std::io::Result<Self> {
+        let (inbox, taken_in) = channel();
         let shared = Arc::new(Queuing {
             backend: Mutex::new(Some(backend)),
-            queue: Mutex::default(),
+            queue: Mutex::new(Queue::new(taken_in)),
+            inbox,
+            in_inbox: AtomicUsize::new(0),
             queued: Condvar::new(),
             settled: Condvar::new(),
             reads: Breaker::default(),
@@ -157,7 +179,16 @@ impl Backing {
         if self.budget.is_zero() {
             return None;
         }
-        let until = match self.shared.queue().known(key) {
+        let start = Instant::now();
+        let Some(queue) = self.shared.queue_within(self.left().unwrap_or_default()) else {
+            WAITED.set(WAITED.get() + start.elapsed());
+            self.shared.lookup_timeouts.add();
+            return None;
+        };
+        let known = queue.known(key);
+        drop(queue);
+        WAITED.set(WAITED.get() + start.elapsed());
+        let until = match known {
             Some(Known::Record(record)) => return Some(record),
             Some(Known::Gone) => return None,
             Some(Known::Until(moment)) => Some(moment),
@@ -226,7 +257,9 @@ impl Backing {
             let _ = done.try_send(());
         });
         self.shared.write(write, Some(on_winner));
-        self.shared.queue().is_urgent = true;
+        if let Some(mut queue) = self.shared.queue_within(left) {
+            queue.is_urgent = true;
+        }
         self.shared.queued.notify_one();
         let _ = self.wait(&is_done, left, &self.shared.writes);
     }
@@ -332,7 +365,74 @@ impl Queuing {
     }
 
     fn queue(&self) -> MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+        let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        self.take_in(queue)
+    }
+
+    /// The same, unless that takes longer: nobody holds it for long, but one that does may have lost its core.
+    fn queue_within(&self, most: Duration) -> Option<MutexGuard<'_, Queue>> {
+        let mut deadline = None;
+        for attempt in 0_u32.. {
+            match self.queue.try_lock() {
+                Ok(queue) => return Some(self.take_in(queue)),
+                Err(TryLockError::Poisoned(error)) => {
+                    return Some(self.take_in(error.into_inner()));
+                }
+                Err(TryLockError::WouldBlock) => {}
+            }
+            if attempt < SPINS {
+                std::hint::spin_loop();
+                continue;
+            }
+            let now = Instant::now();
+            let left = deadline
+                .get_or_insert(now + most)
+                .saturating_duration_since(now);
+            if left.is_zero() {
+                return None;
+            }
+            if attempt < 2 * SPINS {
+                thread::yield_now();
+            } else {
+                thread::sleep(left.min(RETRY));
+            }
+        }
+        None
+    }
+
+    /// Queues what came by the inbox, before anything else is queued.
+    fn take_in<'a>(&self, mut queue: MutexGuard<'a, Queue>) -> MutexGuard<'a, Queue> {
+        let mut is_new = false;
+        while self.in_inbox.load(Acquire) > 0 {
+            let Ok((write, on_winner)) = queue.inbox.try_recv() else {
+                // It is about to come.
+                break;
+            };
+            self.in_inbox.fetch_sub(1, Relaxed);
+            let unneeded = self.add(&mut queue, write, on_winner);
+            queue.unneeded.push(unneeded);
+            is_new = true;
+        }
+        if is_new && std::mem::take(&mut queue.is_asleep) {
+            self.queued.notify_one();
+        }
+        queue
+    }
+
+    fn add(&self, queue: &mut Queue, write: Write, on_winner: Option<OnWinner>) -> Unneeded {
+        queue.submitted += 1;
+        let (unneeded, is_dropped) = queue.waiting.add(write, on_winner);
+        if is_dropped {
+            self.dropped_writes.add();
+        }
+        unneeded
+    }
+
+    /// Has the writer see what came by the inbox, if nobody else has taken it in.
+    pub(super) fn look_into_inbox(&self) {
+        if self.in_inbox.load(Relaxed) > 0 {
+            drop(self.queue());
+        }
     }
 
     fn backend(&self) -> Option<Arc<dyn StorageBackend>> {
@@ -344,14 +444,20 @@ impl Queuing {
 
     /// Queues a write. What waits under the same key is replaced where it is no longer needed.
     pub(super) fn write(&self, write: Write, on_winner: Option<OnWinner>) {
-        let mut queue = self.queue();
-        queue.submitted += 1;
-        let (_unneeded, is_dropped) = queue.waiting.add(write, on_winner);
+        let Some(mut queue) = self.queue_within(HANDOVER) else {
+            if self.in_inbox.fetch_add(1, Relaxed) < MOST_KEYS {
+                // It cannot fail: the other end is in the queue.
+                let _ = self.inbox.send((write, on_winner));
+                self.queued.notify_one();
+            } else {
+                self.in_inbox.fetch_sub(1, Relaxed);
+                self.dropped_writes.add();
+            }
+            return;
+        };
+        let _unneeded = self.add(&mut queue, write, on_winner);
         let wakes = std::mem::take(&mut queue.is_asleep);
         drop(queue);
-        if is_dropped {
-            self.dropped_writes.add();
-        }
         if wakes {
             self.queued.notify_one();
         }
@@ -384,7 +490,9 @@ impl Queuing {
                 }
             }
             let in_flight = queue.in_flight.clone();
+            let unneeded = std::mem::take(&mut queue.unneeded);
             drop(queue);
+            drop(unneeded);
 
             let mut in_part = None;
             let written = match &in_flight {
@@ -459,13 +567,14 @@ impl Queuing {
         let mut queue = self.queue();
         let mut idle = 0;
         loop {
+            queue = self.take_in(queue);
             if queue.is_waited_for() || queue.in_flight.is_some() || queue.is_held_due() {
                 return queue;
             }
             if idle < WAKEFUL {
                 let gathers = |queue: &mut Queue| !queue.is_urgent && !queue.is_waited_for();
                 let waited = self.queued.wait_timeout_while(queue, GATHERING, gathers);
-                queue = waited.unwrap_or_else(PoisonError::into_inner).0;
+                queue = self.take_in(waited.unwrap_or_else(PoisonError::into_inner).0);
                 queue.is_urgent = false;
                 if !queue.waiting.is_empty() {
                     return queue;
@@ -473,7 +582,10 @@ impl Queuing {
                 idle += 1;
             } else {
                 queue.is_asleep = true;
-                let sleeps = |queue: &mut Queue| queue.is_asleep && !queue.is_waited_for();
+                let sleeps = |queue: &mut Queue| {
+                    let is_new = self.in_inbox.load(Relaxed) > 0;
+                    queue.is_asleep && !is_new && !queue.is_waited_for()
+                };
                 queue = match queue.held_until {
                     None => {
                         let waited = self.queued.wait_while(queue, sleeps);
@@ -652,6 +764,28 @@ pub(super) fn jittered(pause: Duration) -> Duration {
 }
 
 impl Queue {
+    fn new(inbox: Receiver<(Write, Option<OnWinner>)>) -> Self {
+        Self {
+            inbox,
+            unneeded: Vec::new(),
+            waiting: Waiting::default(),
+            in_flight: None,
+            held: Waiting::default(),
+            held_until: None,
+            submitted: 0,
+            taken: 0,
+            flush_wanted: 0,
+            written: 0,
+            flushed: 0,
+            failures: 0,
+            failure: String::new(),
+            is_urgent: false,
+            is_asleep: false,
+            closing: false,
+            threads: 0,
+        }
+    }
+
     /// What a key has as soon as everything is written.
     fn known(&self, key: &str) -> Option<Known> {
         let in_flight = || self.in_flight.as_ref()?.known(key);
@@ -764,7 +898,57 @@ impl fmt::Debug for Backing {
 
 #[cfg(test)]
 mod tests {
+    use std::time::SystemTime;
+
     use super::*;
+    use crate::context::WorkflowContext;
+    use crate::storage::memory_backend::MemoryBackend;
+
+    /// As it is where a thread that has locked the queue has lost its core.
+    #[test]
+    fn no_span_waits_for_whoever_has_locked_the_queue() {
+        let backend = Arc::new(MemoryBackend::new());
+        let budget = Duration::from_millis(20);
+        let backing = Backing::new(backend.clone(), budget, Warnings::new(false));
+        let backing = backing.expect("there are threads");
+        let record = |span: u64| {
+            let parent = format!("00-0af7651916cd43dd8448eb211c80319c-{span:016x}-01");
+            let context = WorkflowContext::parse(&parent, "").expect("well formed");
+            Record::new(context, SystemTime::now() + Duration::from_secs(60))
+        };
+        let has = |key: &str| backend.get(key).expect("it works");
+        for round in 1..50 {
+            let key = format!("key {round}");
+            // Sometimes the writer is asleep by then, and sometimes not.
+            thread::sleep(Duration::from_millis(round % 3 * 50));
+            let locked = backing.shared.queue();
+            thread::scope(|scope| {
+                let span = scope.spawn(|| {
+                    Backing::begin();
+                    assert_eq!(backing.get("unknown"), None);
+                    backing.write(Write::Put(key.clone(), record(round)));
+                    backing.write(Write::Put(key.clone(), record(round + 1)));
+                    backing.write(Write::Put(key.clone(), record(round + 2)));
+                });
+                span.join().expect("it does not wait for the lock");
+            });
+            assert_eq!(backing.lookup_timeouts(), round);
+            drop(locked);
+            if round % 2 == 0 {
+                Backing::begin();
+                let known = backing.get(&key).expect("it is known").context;
+                assert_eq!(known.span_id(), record(round + 2).context.span_id());
+            }
+            // By itself, without a flush or the clock.
+            let deadline = Instant::now() + FLUSH_PATIENCE;
+            while has(&key).is_none() {
+                assert!(Instant::now() < deadline, "it is written");
+                thread::sleep(Duration::from_millis(1));
+            }
+            let written = has(&key).expect("it is there").context;
+            assert_eq!(written.span_id(), record(round + 2).context.span_id());
+        }
+    }
 
     #[test]
     fn pauses_of_many_are_spread_over_the_second_half() {

@@ -370,6 +370,9 @@ impl Refresher {
 
 impl OnTick for Refresher {
     fn on_tick(&self, now: u32) {
+        if let Some(queuing) = self.queuing.upgrade() {
+            queuing.look_into_inbox();
+        }
         let interval = ticks(self.idle) / Self::PASSES;
         let next = self.next.load(Relaxed);
         let mut walk = self.walk.lock().unwrap_or_else(PoisonError::into_inner);

@@ -2,12 +2,13 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use tracing_workflow_context::{RedisBackend, StorageBackend as _};
 
-use super::{Directory, PARENT, PATIENCE, RedisServer, claim, record};
+use super::{Directory, PARENT, PATIENCE, RedisServer, claim, raw, record};
 
-/// The URL, and whether the server is to be trusted, for a process with certificates of its own.
+/// The URL, what is there, and whether it is to be trusted, for a process with certificates of its own.
 const TLS: &str = "WORKFLOW_CONTEXT_TLS";
 
 #[test]
@@ -15,19 +16,28 @@ fn a_server_is_trusted_by_its_certificate() {
     let directory = Directory::new();
     let authority = [0, 1].map(|n| make_authority(&directory.file(&n.to_string())));
     let file = |name: &str| format!("{}/{name}", authority[0]);
-    let (_server, port) = RedisServer::start_with_tls(&file("server.pem"), &file("server.key"));
-    let url = format!("rediss://127.0.0.1:{port}/");
-    for (authority, trusted) in authority.iter().zip(["trusted", "unknown"]) {
-        let status = Command::new(std::env::current_exe().expect("this program"))
-            .args(["tls::one_process_by_tls", "--exact", "--ignored"])
-            .env(TLS, format!("{url} {trusted}"))
-            .env("SSL_CERT_FILE", format!("{authority}/authority.pem"))
-            .env_remove("SSL_CERT_DIR")
-            .status();
-        assert!(
-            status.expect("this program can be run").success(),
-            "{trusted}"
-        );
+    let (certificate, key) = (file("server.pem"), file("server.key"));
+    let single = RedisServer::start_with_tls(&certificate, &key);
+    let cluster = RedisServer::start_in_cluster_with_tls(&certificate, &key);
+    let mut share = redis::cmd("CLUSTER");
+    share.arg("ADDSLOTSRANGE").arg(0).arg(16_383);
+    let () = share
+        .query(&mut raw(&cluster.0))
+        .expect("it takes all slots");
+    for ((_server, port), kind) in [(&single, "single"), (&cluster, "cluster")] {
+        let url = format!("rediss://127.0.0.1:{port}/");
+        for (authority, trusted) in authority.iter().zip(["trusted", "unknown"]) {
+            let status = Command::new(std::env::current_exe().expect("this program"))
+                .args(["tls::one_process_by_tls", "--exact", "--ignored"])
+                .env(TLS, format!("{url} {kind} {trusted}"))
+                .env("SSL_CERT_FILE", format!("{authority}/authority.pem"))
+                .env_remove("SSL_CERT_DIR")
+                .status();
+            assert!(
+                status.expect("this program can be run").success(),
+                "{kind}, {trusted}"
+            );
+        }
     }
 }
 
@@ -37,12 +47,28 @@ fn one_process_by_tls() {
     let Ok(tls) = std::env::var(TLS) else {
         return;
     };
-    let (url, trusted) = tls.split_once(' ').expect("two words");
-    let backend = RedisBackend::connect(url).expect("a URL");
+    let words: Vec<_> = tls.split(' ').collect();
+    let [url, kind, trusted] = words[..] else {
+        panic!("{words:?}")
+    };
+    let backend = match kind {
+        "cluster" => RedisBackend::connect_cluster([url]),
+        _ => RedisBackend::connect(url),
+    };
     let backend = backend
+        .expect("a URL")
         .with_connect_timeout(PATIENCE)
         .with_response_timeout(PATIENCE);
     if trusted == "trusted" {
+        let deadline = Instant::now() + PATIENCE;
+        // A Cluster takes nothing for a moment after its start.
+        while backend.write(&[claim("first", &record(PARENT))]).is_err() {
+            assert!(
+                Instant::now() < deadline,
+                "it is written to within {PATIENCE:?}"
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
         let writes: Vec<_> = (0..1000)
             .map(|n| claim(&n.to_string(), &record(PARENT)))
             .collect();

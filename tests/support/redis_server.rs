@@ -30,6 +30,21 @@ impl RedisServer {
 
     /// A server that speaks TLS too, on a port of its own, which is answered.
     pub fn start_with_tls(certificate: &str, key: &str) -> (Self, u16) {
+        Self::start_with_tls_and(certificate, key, &[])
+    }
+
+    /// The same, of a Cluster, of which it is the first.
+    pub fn start_in_cluster_with_tls(certificate: &str, key: &str) -> (Self, u16) {
+        let bus_port = free_port().to_string();
+        let arguments = [
+            ["--cluster-enabled", "yes"],
+            ["--cluster-port", &bus_port],
+            ["--tls-cluster", "yes"],
+        ];
+        Self::start_with_tls_and(certificate, key, arguments.as_flattened())
+    }
+
+    fn start_with_tls_and(certificate: &str, key: &str, more: &[&str]) -> (Self, u16) {
         (0..10)
             .find_map(|_| {
                 let port = free_port();
@@ -41,7 +56,8 @@ impl RedisServer {
                     ["--tls-ca-cert-file", certificate],
                     ["--tls-auth-clients", "no"],
                 ];
-                let server = Self::try_start(free_port(), arguments.as_flattened())?;
+                let arguments = [arguments.as_flattened(), more].concat();
+                let server = Self::try_start(free_port(), &arguments)?;
                 Some((server, port))
             })
             .expect("redis-server starts with TLS")
@@ -55,32 +71,38 @@ impl RedisServer {
             .expect("redis-server starts as a replica")
     }
 
-    /// A server of a Cluster, by itself as yet, which keeps in that directory what it knows of the others.
-    pub fn start_in_cluster(directory: &std::path::Path) -> Self {
+    /// A server of a Cluster, by itself as yet, which keeps in that directory what it knows of the others, and takes them
+    /// for dead after that time.
+    pub fn start_in_cluster(directory: &std::path::Path, patience: Duration) -> Self {
         (0..10)
-            .find_map(|_| Self::try_start_in_cluster(free_port(), directory))
+            .find_map(|_| Self::try_start_in_cluster(free_port(), directory, patience))
             .expect("redis-server starts as a part of a Cluster")
     }
 
     /// Starts a server of a Cluster again, empty, with what it knows of the others.
-    pub fn start_again_in_cluster(&mut self, directory: &std::path::Path) {
+    pub fn start_again_in_cluster(&mut self, directory: &std::path::Path, patience: Duration) {
         self.stop();
         let deadline = Instant::now() + PATIENCE;
         *self = loop {
-            match Self::try_start_in_cluster(self.port, directory) {
+            match Self::try_start_in_cluster(self.port, directory, patience) {
                 Some(server) => break server,
                 None => assert!(Instant::now() < deadline, "redis-server starts again"),
             }
         };
     }
 
-    fn try_start_in_cluster(port: u16, directory: &std::path::Path) -> Option<Self> {
+    fn try_start_in_cluster(
+        port: u16,
+        directory: &std::path::Path,
+        patience: Duration,
+    ) -> Option<Self> {
+        let patience = patience.as_millis().to_string();
         let directory = directory.to_str().expect("text");
         // The usual bus port, 10,000 above, may be none.
         let bus_port = free_port().to_string();
         let arguments = [
             ["--cluster-enabled", "yes"],
-            ["--cluster-node-timeout", "1000"],
+            ["--cluster-node-timeout", &patience],
             ["--cluster-require-full-coverage", "no"],
             ["--cluster-port", &bus_port],
             ["--dir", directory],
