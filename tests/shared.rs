@@ -3,8 +3,8 @@
 
 mod support;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -825,6 +825,58 @@ fn a_backend_that_fails_is_left_alone_and_comes_back_by_itself() {
         );
         worker.step("joins", Tags::of("known"));
         assert_eq!(worker.trace_of("joins"), TraceId::from(7));
+    }
+}
+
+/// Whatever befell all of them at one moment.
+#[test]
+fn a_fleet_comes_back_little_by_little() {
+    #[derive(Clone, Debug, Default)]
+    struct Dead(Arc<Mutex<Vec<Instant>>>);
+    impl StorageBackend for Dead {
+        fn write(&self, _: &[Write]) -> Result<Vec<Option<Record>>, BackendError> {
+            self.0.lock().unwrap().push(Instant::now());
+            Err(BackendError::new("dead", None))
+        }
+        fn get(&self, _: &str) -> Result<Option<Record>, BackendError> {
+            Ok(None)
+        }
+        fn scan(&self, _: &mut dyn FnMut(&str, Record)) -> Result<(), BackendError> {
+            Ok(())
+        }
+        fn flush(&self) -> Result<(), BackendError> {
+            Ok(())
+        }
+    }
+    let fleet: Vec<_> = (0..30)
+        .map(|_| {
+            let backend = Dead::default();
+            let storage = storage(backend.clone());
+            storage.store(ID, context(1)).unwrap();
+            (storage, backend)
+        })
+        .collect();
+    let pauses: Vec<_> = fleet
+        .iter()
+        .map(|(_, Dead(tries))| {
+            until("each has tried three times", || {
+                tries.lock().unwrap().len() >= 3
+            });
+            let tries = tries.lock().unwrap();
+            [tries[1] - tries[0], tries[2] - tries[1]]
+        })
+        .collect();
+    for (which, pause) in [100, 200]
+        .map(Duration::from_millis)
+        .into_iter()
+        .enumerate()
+    {
+        let mut pauses: Vec<_> = pauses.iter().map(|pauses| pauses[which]).collect();
+        pauses.sort();
+        println!("{pause:?} at most: {pauses:?}");
+        assert!(pauses[0] >= pause / 2, "{pauses:?}");
+        // By chance all of them lie so near once in many trillions of times.
+        assert!(pauses[29] - pauses[0] >= pause / 8, "{pauses:?}");
     }
 }
 

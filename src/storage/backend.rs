@@ -24,6 +24,9 @@ use crate::error::BackendError;
 /// A record is gone when its `expires_at` is past: `get` and `scan` must not show it any more, and its space is
 /// to be freed.
 ///
+/// Where a backend has parts that fail on their own, such as the servers of a cluster, its errors say
+/// [`in_part`](BackendError::in_part): without that, a part that is away holds up everything.
+///
 /// Methods may block, take their time and fail; they must not panic, and must not call back into the storage that
 /// uses them. `testing::check_backend` (feature `testing`) holds a backend to all of this.
 pub trait StorageBackend: fmt::Debug + Send + Sync + 'static {
