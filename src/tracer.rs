@@ -77,11 +77,8 @@ pub(crate) fn marking<R>(create: impl FnOnce() -> R) -> R {
 
 /// An empty list of links costs nothing and tells `build_with_context` to read the attributes, which for each
 /// ordinary span would cost more than all else that this crate does to it.
-fn mark(mut builder: SpanBuilder) -> SpanBuilder {
+fn mark(builder: &mut SpanBuilder) {
     builder.links.get_or_insert_default();
-    // The parent has started by now: what is opened while the fields are printed is nobody's child yet.
-    deferral::end_adoption();
-    builder
 }
 
 /// Answers `true` also for an ordinary span with several links, which only costs a little. With one,
@@ -123,11 +120,14 @@ where
     where
         N: Into<Cow<'static, str>>,
     {
-        if self.origin == Origin::Layer && MARKED.get() {
-            mark(self.inner.span_builder(name))
-        } else {
-            self.inner.span_builder(name)
+        if self.origin != Origin::Layer || !MARKED.get() {
+            return self.inner.span_builder(name);
         }
+        // The parent has started by now: what is opened while the fields are printed is nobody's child yet.
+        deferral::end_adoption();
+        let mut builder = self.inner.span_builder(name);
+        mark(&mut builder);
+        builder
     }
 
     #[inline]
