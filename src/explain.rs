@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::time::SystemTime;
 
 use opentelemetry::trace::{SpanBuilder, SpanContext};
@@ -13,8 +13,8 @@ use crate::context::WorkflowContext;
 use crate::error::{InvalidInstanceId, MAX_INSTANCE_ID_BYTES};
 use crate::policy::{Continuation, Relation};
 
-/// What happened to the instances, the last steps of all. Those of one instance are in one ring of several, so that
-/// threads seldom want the same lock.
+/// What happened to the instances, the last steps of all. Those of one instance are in one of several rings, but for a
+/// few, so that threads seldom want the same lock.
 #[derive(Debug)]
 pub(crate) struct Trail {
     rings: Box<[Ring]>,
@@ -131,46 +131,70 @@ impl Trail {
 
     #[inline]
     pub(crate) fn add(&self, step: Step) {
-        let Some(ring) = self.ring(step.instance) else {
-            return;
-        };
-        let mut ring = lock(&ring.0);
-        if ring.steps.len() < ring.most {
-            ring.steps.push(step);
+        if self.is_off() {
             return;
         }
-        let oldest = ring.oldest;
-        ring.oldest = if oldest + 1 == ring.most {
+        let own = ((u128::from(step.instance) * self.rings.len() as u128) >> 64) as usize;
+        match try_lock(&self.rings[own]) {
+            Some(mut ring) => ring.add(step),
+            None => self.add_to_another(own, step),
+        }
+    }
+
+    /// Whoever has locked the ring may have lost its core: no span waits for that while another one is free.
+    #[cold]
+    fn add_to_another(&self, own: usize, step: Step) {
+        let free = self.rings.iter().find_map(try_lock);
+        free.unwrap_or_else(|| lock(&self.rings[own])).add(step);
+    }
+
+    /// The steps of one instance, oldest first.
+    pub(crate) fn of(&self, instance: u64) -> Vec<Step> {
+        let of_instance = |ring| lock(ring).of(instance);
+        let mut steps: Vec<_> = self.rings.iter().flat_map(of_instance).collect();
+        steps.sort_by_key(|step| step.tick);
+        steps
+    }
+}
+
+impl Steps {
+    #[inline]
+    fn add(&mut self, step: Step) {
+        if self.steps.len() < self.most {
+            self.steps.push(step);
+            return;
+        }
+        let oldest = self.oldest;
+        self.oldest = if oldest + 1 == self.most {
             0
         } else {
             oldest + 1
         };
         // What is replaced has at most a string of ours to drop.
-        if let Some(place) = ring.steps.get_mut(oldest) {
+        if let Some(place) = self.steps.get_mut(oldest) {
             *place = step;
         }
     }
 
-    /// The steps of one instance, oldest first.
-    pub(crate) fn of(&self, instance: u64) -> Vec<Step> {
-        let Some(ring) = self.ring(instance) else {
-            return Vec::new();
-        };
-        let ring = lock(&ring.0);
-        let (newer, older) = ring.steps.split_at(ring.oldest);
-        let of_instance = older.iter().chain(newer).filter(|s| s.instance == instance);
+    fn of(&self, instance: u64) -> Vec<Step> {
+        let (newer, older) = self.steps.split_at(self.oldest);
+        let steps = older.iter().chain(newer);
+        let of_instance = steps.filter(|step| step.instance == instance);
         of_instance.cloned().collect()
-    }
-
-    #[inline]
-    fn ring(&self, instance: u64) -> Option<&Ring> {
-        let at = (u128::from(instance) * self.rings.len() as u128) >> 64;
-        self.rings.get(at as usize)
     }
 }
 
-fn lock<T>(ring: &Mutex<T>) -> MutexGuard<'_, T> {
-    ring.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock(ring: &Ring) -> MutexGuard<'_, Steps> {
+    ring.0.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[inline]
+fn try_lock(ring: &Ring) -> Option<MutexGuard<'_, Steps>> {
+    match ring.0.try_lock() {
+        Ok(ring) => Some(ring),
+        Err(TryLockError::Poisoned(ring)) => Some(ring.into_inner()),
+        Err(TryLockError::WouldBlock) => None,
+    }
 }
 
 /// The span that recorded a context.

@@ -286,7 +286,7 @@ impl Memory {
         let replaced = self.upsert(hash, id, run, |instance, run| {
             rare = instance.latest.rare.take();
             instance.latest = run;
-            *instance.completed.get_mut() = 0;
+            instance.completed.set(0);
             Ok(())
         });
         debug_assert!(
@@ -461,10 +461,11 @@ impl Memory {
             let Some(instance) = instance.filter(|i| i.is_latest(run_id)) else {
                 return false;
             };
-            let completed = &instance.completed;
-            completed
-                .compare_exchange(0, now.max(1), Relaxed, Relaxed)
-                .is_ok()
+            let is_first = instance.completed.get() == 0;
+            if is_first {
+                instance.completed.set(now.max(1));
+            }
+            is_first
         })
     }
 
@@ -475,8 +476,8 @@ impl Memory {
         cursor: &mut Cursor,
     ) -> Option<Vec<(String, Vec<Box<str>>)>> {
         self.walk(cursor, |_, instance| {
-            let used = instance.used.load(Relaxed) >> 1;
-            let refresh = used >= tick && instance.completed.load(Relaxed) == 0;
+            let used = instance.used.get() >> 1;
+            let refresh = used >= tick && instance.completed.get() == 0;
             refresh.then(|| (instance.id.as_str().to_owned(), instance.run_ids()))
         })
     }

@@ -1,8 +1,8 @@
 //! What is kept of an instance: its runs, and how long it has been idle.
 
+use std::cell::Cell;
 use std::num::NonZeroU16;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::time::SystemTime;
 
 use opentelemetry::SpanId;
@@ -16,14 +16,14 @@ use crate::explain::{Event, Recorded};
 /// How many runs of one instance are kept beside the latest, for their late spans.
 const OLDER_RUNS: usize = 8;
 
-/// The runs of one instance id.
+/// The runs of one instance id. Whoever looks at them has locked the shard: what a look changes is in cells.
 pub(crate) struct Instance {
     pub(super) id: InlineStr,
     pub(super) latest: Run,
     /// Twice the tick of the last use, and one more if it was used since it was stored.
-    pub(super) used: AtomicU32,
+    pub(super) used: Cell<u32>,
     /// The tick of the terminal status; zero while there is none.
-    pub(super) completed: AtomicU32,
+    pub(super) completed: Cell<u32>,
 }
 
 // One is kept for every live instance, so growth here is paid a million times.
@@ -34,14 +34,14 @@ pub(crate) struct Run {
     context: Packed,
     pub(super) rare: Option<Box<Rare>>,
     /// The spans of this generation that were recorded or placed by this process.
-    spans: AtomicU64,
+    spans: Cell<u64>,
     /// Counts the traces of this run from 1; `max_age` and `max_spans` start the next one.
     pub(crate) generation: u32,
     /// `None` where a call stored it.
     pub(super) recorder: Option<NonZeroU16>,
     /// What [`Packed`] leaves no room for.
     flags: u8,
-    marks: AtomicU8,
+    marks: Cell<u8>,
 }
 
 /// A thread is opening the root of the next generation.
@@ -99,8 +99,8 @@ impl Instance {
         Self {
             id: id.into(),
             latest,
-            used: AtomicU32::new(now << 1),
-            completed: AtomicU32::new(0),
+            used: Cell::new(now << 1),
+            completed: Cell::new(0),
         }
     }
 
@@ -108,19 +108,18 @@ impl Instance {
     #[inline]
     pub(super) fn touch(&self, now: u32, limits: &Limits) -> bool {
         let used = now << 1 | 1;
-        if self.used.load(Relaxed) == used && self.completed.load(Relaxed) == 0 {
+        if self.used.get() == used && self.completed.get() == 0 {
             return true;
         }
         let live = self.rank(now, limits) != Rank::Expired;
         if live {
-            self.used.store(used, Relaxed);
+            self.used.set(used);
         }
         live
     }
 
     pub(super) fn rank(&self, now: u32, limits: &Limits) -> Rank {
-        let used = self.used.load(Relaxed);
-        let completed = self.completed.load(Relaxed);
+        let (used, completed) = (self.used.get(), self.completed.get());
         let over = completed != 0 && now.saturating_sub(completed) >= limits.completed_grace;
         if over || now.saturating_sub(used >> 1) > limits.idle_ttl {
             Rank::Expired
@@ -133,7 +132,7 @@ impl Instance {
 
     /// What its time being over is called.
     pub(super) fn end(&self) -> Event {
-        match self.completed.load(Relaxed) {
+        match self.completed.get() {
             0 => Event::Expired,
             _ => Event::GraceOver,
         }
@@ -146,7 +145,7 @@ impl Instance {
             recorder: None,
             generation: self.latest.generation,
             run_id: self.latest.run_id().map(|id| id.as_str().to_owned()),
-            completed: self.completed.load(Relaxed) != 0,
+            completed: self.completed.get() != 0,
             older_runs: self.older().len(),
             now,
         }
@@ -220,7 +219,7 @@ impl Instance {
         }
         older.push(std::mem::replace(&mut self.latest, run));
         self.latest.rare_mut().older = older;
-        *self.completed.get_mut() = 0;
+        self.completed.set(0);
     }
 }
 
@@ -238,11 +237,11 @@ impl Run {
         Self {
             context,
             rare,
-            spans: AtomicU64::new(1),
+            spans: Cell::new(1),
             generation,
             recorder: None,
             flags,
-            marks: AtomicU8::new(0),
+            marks: Cell::new(0),
         }
     }
 
@@ -295,8 +294,10 @@ impl Run {
 
     /// Counts one more span into the trace; `false` when it is full.
     pub(crate) fn admit(&self, max_spans: u64) -> bool {
-        // The load keeps the count from running away where a full trace is continued all the same.
-        self.spans.load(Relaxed) < max_spans && self.spans.fetch_add(1, Relaxed) < max_spans
+        let spans = self.spans.get();
+        let has_room = spans < max_spans;
+        self.spans.set(spans + u64::from(has_room));
+        has_room
     }
 
     /// `true` for the one caller that may open the next generation.
@@ -306,7 +307,7 @@ impl Run {
 
     /// Another one may.
     pub(super) fn give_up_rolling(&self) {
-        self.marks.fetch_and(!ROLLING, Relaxed);
+        self.marks.set(self.marks.get() & !ROLLING);
     }
 
     /// `true` for the first caller.
@@ -315,6 +316,7 @@ impl Run {
     }
 
     fn mark(&self, mark: u8) -> bool {
-        self.marks.load(Relaxed) & mark == 0 && self.marks.fetch_or(mark, Relaxed) & mark == 0
+        let marks = self.marks.replace(self.marks.get() | mark);
+        marks & mark == 0
     }
 }
