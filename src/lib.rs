@@ -74,8 +74,8 @@
 //! - **A span is nested in its instance's trace already**: it stays where it is. Local nesting always wins.
 //! - **A span comes out of another trace**, a poller's or a request's: it continues the instance's trace, with a link to
 //!   where it came from.
-//! - **The id is recorded late**: a span that declares the field as `Empty` is held back until the id is recorded, its first
-//!   child opens, or it is left. After that its parent can no longer change, and it is linked instead.
+//! - **The id is recorded late**: a span that declares the field as `Empty`, or as the text `""`, is held back until the id is
+//!   recorded, its first child opens, or it is left. After that its parent can no longer change, and it is linked instead.
 //! - **The engine opens a span around user code without an id**: a span named in an [`Engine`] preset or by
 //!   [`adopt_spans`](WorkflowContextStorageBuilder::adopt_spans) is held back until its first child, and joins the child's
 //!   instance.
