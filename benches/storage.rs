@@ -406,39 +406,30 @@ impl Map for quick_cache::sync::Cache<String, Expiring> {
     }
 }
 
-impl Map for moka::sync::Cache<String, WorkflowContext> {
-    const NAME: &str = "moka";
-    const IS_BOUNDED: bool = true;
+/// The two of one family, which are used alike.
+macro_rules! moka {
+    ($cache:ty, $name:literal) => {
+        impl Map for $cache {
+            const NAME: &str = $name;
+            const IS_BOUNDED: bool = true;
 
-    fn get(&self, id: &String) -> Option<WorkflowContext> {
-        self.get(id)
-    }
+            fn get(&self, id: &String) -> Option<WorkflowContext> {
+                self.get(id)
+            }
 
-    fn store(&self, id: &str, context: WorkflowContext) {
-        self.insert(id.to_owned(), context);
-    }
+            fn store(&self, id: &str, context: WorkflowContext) {
+                self.insert(id.to_owned(), context);
+            }
 
-    fn remove(&self, id: &String) {
-        self.invalidate(id);
-    }
+            fn remove(&self, id: &String) {
+                self.invalidate(id);
+            }
+        }
+    };
 }
 
-impl Map for mini_moka::sync::Cache<String, WorkflowContext> {
-    const NAME: &str = "mini-moka";
-    const IS_BOUNDED: bool = true;
-
-    fn get(&self, id: &String) -> Option<WorkflowContext> {
-        self.get(id)
-    }
-
-    fn store(&self, id: &str, context: WorkflowContext) {
-        self.insert(id.to_owned(), context);
-    }
-
-    fn remove(&self, id: &String) {
-        self.invalidate(id);
-    }
-}
+moka!(moka::sync::Cache<String, WorkflowContext>, "moka");
+moka!(mini_moka::sync::Cache<String, WorkflowContext>, "mini-moka");
 
 impl Map for papaya::HashMap<String, WorkflowContext> {
     const NAME: &str = "papaya";

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 use std::fmt;
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
+use std::sync::{Mutex, OnceLock};
 use std::time::SystemTime;
 
 use opentelemetry::trace::{SpanBuilder, SpanContext};
@@ -12,6 +12,7 @@ use crate::clock::TICK;
 use crate::context::WorkflowContext;
 use crate::error::{InvalidInstanceId, MAX_INSTANCE_ID_BYTES};
 use crate::policy::{Continuation, Relation};
+use crate::sync::{lock, try_lock};
 
 /// What happened to the instances, the last steps of all. Those of one instance are in one of several rings, but for a
 /// few, so that threads seldom want the same lock.
@@ -135,7 +136,7 @@ impl Trail {
             return;
         }
         let own = ((u128::from(step.instance) * self.rings.len() as u128) >> 64) as usize;
-        match try_lock(&self.rings[own]) {
+        match try_lock(&self.rings[own].0) {
             Some(mut ring) => ring.add(step),
             None => self.add_to_another(own, step),
         }
@@ -144,13 +145,13 @@ impl Trail {
     /// Whoever has locked the ring may have lost its core: no span waits for that while another one is free.
     #[cold]
     fn add_to_another(&self, own: usize, step: Step) {
-        let free = self.rings.iter().find_map(try_lock);
-        free.unwrap_or_else(|| lock(&self.rings[own])).add(step);
+        let free = self.rings.iter().find_map(|ring| try_lock(&ring.0));
+        free.unwrap_or_else(|| lock(&self.rings[own].0)).add(step);
     }
 
     /// The steps of one instance, oldest first.
     pub(crate) fn of(&self, instance: u64) -> Vec<Step> {
-        let of_instance = |ring| lock(ring).of(instance);
+        let of_instance = |ring: &Ring| lock(&ring.0).of(instance);
         let mut steps: Vec<_> = self.rings.iter().flat_map(of_instance).collect();
         steps.sort_by_key(|step| step.tick);
         steps
@@ -181,19 +182,6 @@ impl Steps {
         let steps = older.iter().chain(newer);
         let of_instance = steps.filter(|step| step.instance == instance);
         of_instance.cloned().collect()
-    }
-}
-
-fn lock(ring: &Ring) -> MutexGuard<'_, Steps> {
-    ring.0.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-#[inline]
-fn try_lock(ring: &Ring) -> Option<MutexGuard<'_, Steps>> {
-    match ring.0.try_lock() {
-        Ok(ring) => Some(ring),
-        Err(TryLockError::Poisoned(ring)) => Some(ring.into_inner()),
-        Err(TryLockError::WouldBlock) => None,
     }
 }
 

@@ -336,17 +336,11 @@ impl Fields {
     pub(crate) fn tag_of<'a>(&self, attributes: &'a [KeyValue]) -> Tag<'a> {
         let mut tag = Tag::default();
         for attribute in attributes {
-            if self.may_mean(attribute.key.as_str()) {
-                self.read(attribute, &mut tag);
+            if let Some(meaning) = self.meaning(attribute.key.as_str()) {
+                tag.take(meaning, &attribute.value);
             }
         }
         tag
-    }
-
-    fn read<'a>(&self, attribute: &'a KeyValue, tag: &mut Tag<'a>) {
-        if let Some(meaning) = self.meaning(attribute.key.as_str()) {
-            tag.take(meaning, &attribute.value);
-        }
     }
 
     /// Whether one of the events reports a terminal status.

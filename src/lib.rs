@@ -140,6 +140,7 @@ mod policy;
 mod replay;
 mod scoped;
 mod storage;
+mod sync;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod traceparent;

@@ -232,7 +232,8 @@ impl Verdict {
             run_id,
             ..
         } = arrival.names;
-        core.look(arrival.hash, instance_id, run_id, |instance| {
+        let (memory, hash) = (&core.memory, arrival.hash);
+        memory.look_up(hash, instance_id, run_id, |instance| {
             let Some(instance) = instance else {
                 return Self::First;
             };

@@ -12,6 +12,7 @@ use crate::explain::Outcome;
 use crate::fields::Identity;
 use crate::scoped;
 use crate::storage::core::Core;
+use crate::storage::memory::Instance;
 
 /// Stands for the recorded span of an instance while code is re-executed.
 pub(crate) struct StandIn {
@@ -90,20 +91,22 @@ impl StandIn {
         parent: &Context,
         observes: bool,
     ) -> Self {
-        let recorded = identity.as_ref().and_then(|identity| {
-            core.prepare(&identity.instance_id, identity.run_id.as_deref());
-            let (id, run_id) = (&*identity.instance_id, identity.run_id.as_deref());
-            core.look(core.memory.hash(id), id, run_id, |instance| {
-                Some(instance?.run(run_id)?.context())
-            })
-        });
+        let instance = identity.as_ref().map(|i| core.memory.hash(&i.instance_id));
+        let recorded = identity
+            .as_ref()
+            .zip(instance)
+            .and_then(|(identity, hash)| {
+                let (id, run_id) = (&*identity.instance_id, identity.run_id.as_deref());
+                core.prepare(id, run_id);
+                let look = |found: Option<&Instance>| Some(found?.run(run_id)?.context());
+                core.memory.look_up(hash, id, run_id, look)
+            });
         let context = recorded.map_or_else(
             || parent.span().span_context().clone(),
             |recorded| recorded.to_span_context(),
         );
         core.counters.replayed.add();
-        if let Some(identity) = &identity {
-            let instance = core.memory.hash(&identity.instance_id);
+        if let Some(instance) = instance {
             let natural = parent.span();
             let natural = natural.span_context();
             core.decided(instance, span_name, &context, natural, Outcome::Replayed);

@@ -283,10 +283,7 @@ where
     ) -> WorkflowSpan<T::Span> {
         let core = &self.core;
         let mut more = placement.more.take();
-        let recorder = match &mut more {
-            None => None,
-            Some(more) => self.prepare(&mut builder, more),
-        };
+        let recorder = (more.as_mut()).and_then(|more| self.prepare(&mut builder, more));
         if let Some(id) = memo.as_ref().and_then(|memo| memo.adopted_id()) {
             core.counters.adopted.add();
             let id = KeyValue::new(core.fields.primary_instance_id(), id);
@@ -334,8 +331,9 @@ where
         more: More<'_>,
         recorder: Option<Recorder>,
     ) -> Option<Outcome> {
+        let (recording, recorder) = (more.record?, recorder?);
         let context = WorkflowContext::of_span(span.span_context(), self.core.clock.now())?;
-        match more.record?.finish(context, recorder?) {
+        match recording.finish(context, recorder) {
             Ok(overruled) => {
                 watch.expect(overruled);
                 None
@@ -661,7 +659,9 @@ impl Watch {
         match (terminal, identity, self.instance) {
             (false, ..) | (_, _, None) => {}
             (true, Some(identity), _) => self.core.complete(identity),
-            (true, None, Some(instance)) => self.core.complete_hashed(instance),
+            (true, None, Some(instance)) => {
+                self.core.memory.complete_hashed(instance);
+            }
         }
     }
 
@@ -681,7 +681,7 @@ impl Watch {
         } = names;
         core.counters.late.add();
         core.prepare(id, run_id);
-        let stored = core.look(hash, id, run_id, |instance| {
+        let stored = core.memory.look_up(hash, id, run_id, |instance| {
             instance
                 .and_then(|i| i.run(run_id))
                 .map(|run| run.context())

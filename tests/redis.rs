@@ -55,16 +55,30 @@ fn claim(key: &str, record: &Record) -> Write {
     Write::PutIfAbsent(key.to_owned(), record.clone())
 }
 
+#[track_caller]
+fn until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !is_so() {
+        assert!(Instant::now() < deadline, "{what} within {PATIENCE:?}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Each time beneath another prefix.
+fn keeps_the_contract(form: Form, connect: impl Fn() -> RedisBackend) {
+    let numbers = std::cell::RefCell::new(0..);
+    check_backend(|| {
+        let number: u32 = numbers.borrow_mut().next().expect("endless");
+        let prefix = format!("a[{number}]*?\\:");
+        connect().with_form(form).with_key_prefix(&prefix)
+    });
+}
+
 #[test]
 fn redis_keeps_the_contract() {
     for form in [Form::Binary, Form::Json] {
         let server = RedisServer::start();
-        let numbers = std::cell::RefCell::new(0..);
-        check_backend(|| {
-            let number: u32 = numbers.borrow_mut().next().expect("endless");
-            let prefix = format!("a[{number}]*?\\:");
-            backend(&server).with_form(form).with_key_prefix(&prefix)
-        });
+        keeps_the_contract(form, || backend(&server));
     }
 }
 

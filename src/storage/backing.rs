@@ -14,7 +14,7 @@ use std::sync::atomic::{
     Ordering::{Acquire, Relaxed},
 };
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -22,6 +22,7 @@ use super::backend::{Record, StorageBackend, Write};
 use super::core::Counter;
 use super::queue::{Claims, InFlight, Known, MOST_KEYS, OnWinner, Unneeded, Waiting};
 use crate::error::BackendError;
+use crate::sync::{lock, try_lock};
 use crate::warnings::Warnings;
 
 /// How many writes go to the backend as one group.
@@ -348,12 +349,7 @@ impl Drop for Backing {
             queue = wait(&self.shared.settled, queue, left);
         }
         drop(queue);
-        let backend = self
-            .shared
-            .backend
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        let backend = lock(&self.shared.backend).take();
         drop(backend);
     }
 }
@@ -365,20 +361,15 @@ impl Queuing {
     }
 
     fn queue(&self) -> MutexGuard<'_, Queue> {
-        let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        self.take_in(queue)
+        self.take_in(lock(&self.queue))
     }
 
     /// The same, unless that takes longer: nobody holds it for long, but one that does may have lost its core.
     fn queue_within(&self, most: Duration) -> Option<MutexGuard<'_, Queue>> {
         let mut deadline = None;
         for attempt in 0_u32.. {
-            match self.queue.try_lock() {
-                Ok(queue) => return Some(self.take_in(queue)),
-                Err(TryLockError::Poisoned(error)) => {
-                    return Some(self.take_in(error.into_inner()));
-                }
-                Err(TryLockError::WouldBlock) => {}
+            if let Some(queue) = try_lock(&self.queue) {
+                return Some(self.take_in(queue));
             }
             if attempt < SPINS {
                 std::hint::spin_loop();
@@ -436,10 +427,7 @@ impl Queuing {
     }
 
     fn backend(&self) -> Option<Arc<dyn StorageBackend>> {
-        self.backend
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        lock(&self.backend).clone()
     }
 
     /// Queues a write. What waits under the same key is replaced where it is no longer needed.
@@ -822,7 +810,7 @@ impl Breaker {
             return true;
         }
         let now = Instant::now();
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = lock(&self.state);
         match &mut *state {
             Some(open) if now < open.until => false,
             Some(open) => {
@@ -841,13 +829,13 @@ impl Breaker {
                 until: Instant::now() + jittered(BACKOFF.0),
                 pause: BACKOFF.0,
             };
-            *self.state.lock().unwrap_or_else(PoisonError::into_inner) = Some(open);
+            *lock(&self.state) = Some(open);
         }
     }
 
     fn succeeded(&self) {
         if self.failures.swap(0, Relaxed) >= FAILURES {
-            *self.state.lock().unwrap_or_else(PoisonError::into_inner) = None;
+            *lock(&self.state) = None;
         }
     }
 

@@ -10,7 +10,7 @@ use opentelemetry::trace::{Span as _, SpanBuilder, SpanContext, Tracer};
 use opentelemetry::{Context, KeyValue, SpanId, global};
 
 use super::beyond::{Beyond, Overruled};
-use super::memory::{Conflict, Followed, Instance, Memory, Run};
+use super::memory::{Conflict, Followed, Memory, Run};
 use super::{SCOPE, Stats};
 use crate::clock::Clock;
 use crate::context::WorkflowContext;
@@ -38,18 +38,6 @@ pub(crate) struct Core {
 }
 
 impl Core {
-    /// Looks at an instance under the lock of its shard, and counts a hit or a miss; `run_id` is the one of who asks.
-    #[inline]
-    pub(crate) fn look<R>(
-        &self,
-        hash: u64,
-        id: &str,
-        run_id: Option<&str>,
-        look: impl FnOnce(Option<&Instance>) -> R,
-    ) -> R {
-        self.memory.look_up(hash, id, run_id, look)
-    }
-
     /// The latest context of an instance, asked of the backend where memory has none; not counted.
     pub(crate) fn peek(&self, id: &str) -> Option<WorkflowContext> {
         self.memory.latest(id).or_else(|| {
@@ -117,7 +105,8 @@ impl Core {
         if let Some(beyond) = self.beyond.as_ref().filter(|_| !self.memory.has(id, None)) {
             beyond.fetch(id, None);
         }
-        self.look(self.memory.hash(id), id, None, |instance| {
+        let hash = self.memory.hash(id);
+        self.memory.look_up(hash, id, None, |instance| {
             instance.map(|instance| instance.latest().context())
         })
     }
@@ -166,11 +155,6 @@ impl Core {
 
     pub(crate) fn has_backend(&self) -> bool {
         self.beyond.is_some()
-    }
-
-    /// The same as [`complete`](Self::complete) for the latest run, where there is no backend to be told.
-    pub(crate) fn complete_hashed(&self, instance: u64) {
-        self.memory.complete_hashed(instance);
     }
 
     pub(crate) fn complete(&self, identity: &Identity) {

@@ -8,7 +8,7 @@ use std::fmt;
 use std::hash::{BuildHasher as _, Hasher as _};
 use std::num::NonZeroU16;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::SystemTime;
 
 use super::backend::Record;
@@ -16,6 +16,7 @@ use super::core::{Counter, Recorders};
 use crate::clock::{self, Clock, OnTick, SystemClock, Ticks};
 use crate::context::WorkflowContext;
 use crate::explain::{Event, Explanation, Step, Trail};
+use crate::sync::lock;
 use instance::Rank;
 pub(crate) use instance::{Followed, Instance, Run};
 use slots::Slots;
@@ -190,21 +191,10 @@ impl Memory {
         run_id: Option<&str>,
         look: impl FnOnce(Option<&Instance>) -> R,
     ) -> R {
-        self.look_hashed(self.hash(id), id, run_id, look)
+        self.look_at(self.hash(id), |instance| instance.id == *id, run_id, look)
     }
 
-    #[inline]
-    pub(crate) fn look_hashed<R>(
-        &self,
-        hash: u64,
-        id: &str,
-        run_id: Option<&str>,
-        look: impl FnOnce(Option<&Instance>) -> R,
-    ) -> R {
-        self.look_at(hash, |instance| instance.id == *id, run_id, look)
-    }
-
-    /// The same, counted as a hit or a miss.
+    /// The same where the hash of the id is known, counted as a hit or a miss.
     #[inline]
     pub(crate) fn look_up<R>(
         &self,
@@ -482,7 +472,7 @@ impl Memory {
         })
     }
 
-    /// Updates a live instance under the write lock of its shard, or inserts a new one with that run.
+    /// Updates a live instance under the lock of its shard, or inserts a new one with that run.
     #[inline]
     fn upsert(
         &self,
@@ -718,10 +708,6 @@ fn scattered(seed: u64, nth: usize, limit: usize) -> usize {
     ((u128::from(fraction) * limit as u128) >> 64) as usize
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// A walk through the ids of all instances that takes a lock for some at a time, and none while it is not asked.
 #[derive(Debug)]
 pub(crate) struct Ids<'a> {
@@ -788,8 +774,8 @@ mod tests {
             assert!(!memory.complete_hashed(hash), "nothing is stored yet");
             memory.replace(id, context(1));
             let is_there = |instance: Option<&Instance>| instance.is_some();
-            assert!(memory.look_hashed(hash, id, None, is_there));
-            assert!(!memory.look_hashed(hash, "another id", None, is_there));
+            assert!(memory.look_up(hash, id, None, is_there));
+            assert!(!memory.look_up(hash, "another id", None, is_there));
             assert!(memory.complete_hashed(hash));
             assert!(!memory.complete_hashed(hash), "it is completed");
             assert!(!memory.complete(id, None));

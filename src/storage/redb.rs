@@ -24,6 +24,7 @@ use super::backend::{Record, StorageBackend, Write};
 use super::codec;
 use super::core::Counter;
 use crate::error::BackendError;
+use crate::sync::lock;
 use file::HeldBack;
 
 /// Some keys and their records, as they are in the file.
@@ -719,8 +720,4 @@ fn close<const N: usize>(databases: [Option<Arc<Database>>; N]) {
     });
     // Nobody is left to be told; the next one to open the file brings it in order.
     let _ = closed;
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

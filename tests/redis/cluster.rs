@@ -1,16 +1,17 @@
 //! Several servers that share the slots: an instance lies on one of them, and needs no other.
 
 use std::collections::BTreeSet;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use redis::Value;
-use tracing_workflow_context::testing::check_backend;
 use tracing_workflow_context::{
     ConnectError, Form, RedisBackend, StorageBackend as _, WorkflowContextStorage, Write,
 };
 
-use super::{Directory, PARENT, PATIENCE, RedisServer, Worker, at_once, claim, raw, record};
+use super::{
+    Directory, PARENT, PATIENCE, RedisServer, Worker, at_once, claim, keeps_the_contract, raw,
+    record, until,
+};
 
 const SLOTS: usize = 16_384;
 
@@ -159,25 +160,11 @@ fn text(value: Value) -> String {
     }
 }
 
-#[track_caller]
-fn until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !is_so() {
-        assert!(Instant::now() < deadline, "{what} within {PATIENCE:?}");
-        thread::sleep(Duration::from_millis(5));
-    }
-}
-
 #[test]
 fn a_cluster_keeps_the_contract() {
     for form in [Form::Binary, Form::Json] {
         let cluster = Cluster::start();
-        let numbers = std::cell::RefCell::new(0..);
-        check_backend(|| {
-            let number: u32 = numbers.borrow_mut().next().expect("endless");
-            let prefix = format!("a[{number}]*?\\:");
-            cluster.backend().with_form(form).with_key_prefix(&prefix)
-        });
+        keeps_the_contract(form, || cluster.backend());
         for number in 0..3 {
             assert!(!cluster.keys(number).is_empty(), "nothing is on {number}");
         }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use tracing_workflow_context::{RedisBackend, WorkflowContextStorage};
 
-use super::{PATIENCE, Proxy, RedisServer, Says, Worker, backend};
+use super::{PATIENCE, Proxy, RedisServer, Says, Worker, backend, until};
 
 const BUDGET: Duration = Duration::from_millis(5);
 
@@ -174,15 +174,6 @@ impl Load {
 
     fn errors(&self) -> u64 {
         self.worker.storage.stats().backend_errors
-    }
-}
-
-#[track_caller]
-fn until(what: &str, mut is_so: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
-    while !is_so() {
-        assert!(Instant::now() < deadline, "{what} within {PATIENCE:?}");
-        thread::sleep(Duration::from_millis(2));
     }
 }
 
