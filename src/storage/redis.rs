@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime};
 
 use redis::{Cmd, Value, cmd};
 
-use self::cluster::{Answers, Cluster, Keyed};
+use self::cluster::{Answers, Cluster};
 use self::node::{Node, Timeouts, client};
 use super::backend::{Record, StorageBackend, Write};
 use super::codec;
@@ -302,20 +302,19 @@ impl RedisBackend {
         Some(format!("{id}{rest}"))
     }
 
-    fn ask(&self, commands: Vec<Keyed>) -> Answers {
+    /// Each command is on the key that is its first argument.
+    fn ask(&self, commands: &[Cmd]) -> Answers {
         match &self.servers {
-            Servers::Cluster(cluster) => cluster.ask(&commands, self.timeouts),
+            Servers::Cluster(cluster) => cluster.ask(commands, self.timeouts),
             Servers::One(node) => {
-                let count = commands.len();
-                let commands: Vec<_> = commands.into_iter().map(|keyed| keyed.command).collect();
                 let called = node.session(self.timeouts).and_then(|mut session| {
-                    let answers = session.call(&commands)?;
+                    let answers = session.call(commands)?;
                     session.give_back();
                     Ok(answers)
                 });
                 let (values, error) = match called {
                     Ok(answers) => (answers.into_iter().map(Some).collect(), None),
-                    Err(error) => (vec![None; count], Some(error)),
+                    Err(error) => (vec![None; commands.len()], Some(error)),
                 };
                 Answers { values, error }
             }
@@ -410,7 +409,7 @@ impl StorageBackend for RedisBackend {
     }
 
     fn get(&self, key: &str) -> Result<Option<Record>, BackendError> {
-        let mut answers = self.ask(read_commands(&self.key(key)).into());
+        let mut answers = self.ask(&read_commands(&self.key(key)));
         match (&*answers.values, answers.error.take()) {
             ([Some(value), Some(expiry)], _) => Ok(self.read_with_expiry(value, expiry)),
             (_, Some(error)) => Err(self.part_of(error, Vec::new())),
@@ -437,12 +436,7 @@ impl StorageBackend for RedisBackend {
     fn flush(&self) -> Result<(), BackendError> {
         match &self.servers {
             Servers::Cluster(cluster) => cluster.ping(self.timeouts),
-            Servers::One(node) => {
-                let mut session = node.session(self.timeouts)?;
-                session.call(&[cmd("PING")])?;
-                session.give_back();
-                Ok(())
-            }
+            Servers::One(node) => node.session(self.timeouts)?.ping(),
         }
     }
 
@@ -494,8 +488,8 @@ struct Written {
 
 impl RedisBackend {
     fn write_group(&self, writes: &[Write]) -> Written {
-        let command = |write: &Write| Keyed::new(self.key(write.key()), self.command(write));
-        let Answers { values, mut error } = self.ask(writes.iter().map(command).collect());
+        let commands: Vec<_> = writes.iter().map(|write| self.command(write)).collect();
+        let Answers { values, mut error } = self.ask(&commands);
         let (mut answers, mut malformed) = (vec![None; writes.len()], Vec::new());
         for (at, value) in values.iter().enumerate() {
             let Some(value) = value else {
@@ -554,11 +548,9 @@ impl RedisBackend {
         if lost.is_empty() {
             return None;
         }
-        let command = |&at: &usize| {
-            let key = self.key(writes[at].key());
-            Keyed::new(&key, on_key("PEXPIRETIME", &key, &[]))
-        };
-        let expiries = self.ask(lost.iter().map(command).collect());
+        let command = |&at: &usize| on_key("PEXPIRETIME", self.key(writes[at].key()), &[]);
+        let commands: Vec<_> = lost.iter().map(command).collect();
+        let expiries = self.ask(&commands);
         for (at, expiry) in lost.into_iter().zip(expiries.values) {
             answers[at] = match (answers[at].take(), expiry) {
                 (Some(Some(winner)), Some(expiry)) => {
@@ -594,7 +586,7 @@ impl RedisBackend {
         let mut session = node.session(self.timeouts)?;
         for _ in 0..REPLACEMENTS {
             let mut commands = vec![on_key("WATCH", on_server, &[])];
-            commands.extend(read_commands(on_server).map(|keyed| keyed.command));
+            commands.extend(read_commands(on_server));
             let answers = session.call(&commands)?;
             if let Found::Record(winner) = found(&answers[1]) {
                 session.call(&[cmd("UNWATCH")])?;
@@ -634,7 +626,8 @@ impl RedisBackend {
             };
             keys.retain(|key| self.key_of(key).is_some() && shown.insert(key.clone()));
             for keys in keys.chunks(PIPELINE) {
-                let answers = self.ask(keys.iter().flat_map(read_commands).collect());
+                let commands: Vec<_> = keys.iter().flat_map(read_commands).collect();
+                let answers = self.ask(&commands);
                 if let Some(error) = answers.error {
                     return Err(error);
                 }
@@ -655,15 +648,6 @@ impl RedisBackend {
         }
         session.give_back();
         Ok(())
-    }
-}
-
-impl Keyed {
-    fn new(key: impl AsRef<[u8]>, command: Cmd) -> Self {
-        Self {
-            slot: cluster::slot(key.as_ref()),
-            command,
-        }
     }
 }
 
@@ -688,8 +672,8 @@ fn on_key(name: &str, key: impl redis::ToRedisArgs, arguments: &[u64]) -> Cmd {
     command
 }
 
-fn read_commands(key: impl redis::ToRedisArgs + AsRef<[u8]> + Copy) -> [Keyed; 2] {
-    ["GET", "PEXPIRETIME"].map(|name| Keyed::new(key, on_key(name, key, &[])))
+fn read_commands(key: impl redis::ToRedisArgs + Copy) -> [Cmd; 2] {
+    ["GET", "PEXPIRETIME"].map(|name| on_key(name, key, &[]))
 }
 
 /// The record with the expiry that the server has for its key; `None` where it is over by all that is known.

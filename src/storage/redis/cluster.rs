@@ -10,11 +10,12 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use redis::{Client, Cmd, ConnectionAddr, Value, cmd};
+use redis::{Arg, Client, Cmd, ConnectionAddr, Value, cmd};
 
 use super::node::{self, Node, Session, Timeouts};
 use crate::error::BackendError;
 use crate::storage::backing::{BACKOFF, jittered};
+use crate::sync::lock;
 
 const SLOTS: u16 = 16 * 1024;
 
@@ -23,12 +24,6 @@ const REDIRECTIONS: usize = 5;
 
 /// Redis itself recommends no more than 1,000.
 const MOST_MEMBERS: usize = 4096;
-
-/// A command, and the hash slot of its key.
-pub(super) struct Keyed {
-    pub(super) slot: u16,
-    pub(super) command: Cmd,
-}
 
 /// What came back.
 pub(super) struct Answers {
@@ -101,8 +96,9 @@ impl Cluster {
         state.members.values().any(|member| !member.is_away())
     }
 
-    /// Of those on one slot none is carried out before one that stands before it.
-    pub(super) fn ask(&self, commands: &[Keyed], timeouts: Timeouts) -> Answers {
+    /// Each command is on the key that is its first argument. Of those on one slot none is carried out before one that
+    /// stands before it.
+    pub(super) fn ask(&self, commands: &[Cmd], timeouts: Timeouts) -> Answers {
         let mut answers = Answers {
             values: vec![None; commands.len()],
             error: None,
@@ -111,17 +107,14 @@ impl Cluster {
             answers.error = Some(error);
             return answers;
         }
+        let slots: Vec<_> = commands.iter().map(slot_of).collect();
         let mut pending: Vec<_> = (0..commands.len()).map(|at| (at, Way::Master)).collect();
         for _ in 0..=REDIRECTIONS {
             if pending.is_empty() {
                 return answers;
             }
-            let parts = self.parts(
-                commands,
-                std::mem::take(&mut pending),
-                timeouts,
-                &mut answers,
-            );
+            let pending_now = std::mem::take(&mut pending);
+            let parts = self.parts(&slots, pending_now, timeouts, &mut answers);
             let mut sent = Vec::with_capacity(parts.len());
             for part in &parts {
                 let session = part.member.node.session(timeouts);
@@ -201,7 +194,7 @@ impl Cluster {
             None,
         ));
         for member in members.iter().filter(|member| !member.is_away()) {
-            result = member.node.session(timeouts).and_then(ping);
+            result = member.node.session(timeouts).and_then(Session::ping);
             if result.is_ok() {
                 break;
             }
@@ -244,7 +237,7 @@ impl Cluster {
     /// Who is asked what; what cannot be asked is an error in `answers`.
     fn parts(
         &self,
-        commands: &[Keyed],
+        slots: &[u16],
         pending: Vec<(usize, Way)>,
         timeouts: Timeouts,
         answers: &mut Answers,
@@ -253,7 +246,7 @@ impl Cluster {
         let mut uncovered = None;
         let state = self.0.state();
         for (at, way) in pending {
-            let slot = commands[at].slot;
+            let slot = slots[at];
             let (member, asking) = match way {
                 Way::Asking(member) => (member, true),
                 Way::Master => match state.masters.get(usize::from(slot)).cloned().flatten() {
@@ -377,7 +370,7 @@ impl Drop for Cluster {
 
 impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// Tries to mend what is amiss, after pauses that grow, until nothing is.
@@ -397,7 +390,7 @@ impl Shared {
             let is_known = self.refresh(timeouts).is_ok();
             let members: Vec<_> = self.state().members.values().cloned().collect();
             for member in members.iter().filter(|member| member.is_away()) {
-                let answers = member.node.new_session(timeouts).and_then(ping);
+                let answers = member.node.new_session(timeouts).and_then(Session::ping);
                 if answers.is_ok() {
                     member.is_away.store(false, Relaxed);
                 }
@@ -528,20 +521,14 @@ impl Member {
 }
 
 impl Part {
-    fn send(&self, session: &mut Session<'_>, commands: &[Keyed]) -> node::Sent {
-        let commands = self.places.iter().map(|&at| &commands[at].command);
+    fn send(&self, session: &mut Session<'_>, commands: &[Cmd]) -> node::Sent {
+        let commands = self.places.iter().map(|&at| &commands[at]);
         if !self.asking {
             return session.send(commands);
         }
         let asking = cmd("ASKING");
         session.send(commands.flat_map(|command| [&asking, command]))
     }
-}
-
-fn ping(mut session: Session<'_>) -> Result<(), BackendError> {
-    session.call(&[cmd("PING")])?;
-    session.give_back();
-    Ok(())
 }
 
 /// Slots and their master.
@@ -599,6 +586,14 @@ fn ranges(answer: Value, asked: &str) -> Option<Vec<Range>> {
         })
         .collect::<Option<_>>()?;
     (!ranges.is_empty()).then_some(ranges)
+}
+
+/// That of the key which is its first argument.
+fn slot_of(command: &Cmd) -> u16 {
+    match command.args_iter().nth(1) {
+        Some(Arg::Simple(key)) => slot(key),
+        _ => 0,
+    }
 }
 
 /// The hash slot of a key: that of what stands between its first brace and the next closing one, if that is anything.

@@ -1,6 +1,6 @@
 //! One server, and connections to it.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use redis::{
@@ -10,6 +10,7 @@ use redis::{
 
 use super::ConnectError;
 use crate::error::BackendError;
+use crate::sync::lock;
 
 /// How many connections to a server are kept for later use. A storage uses two.
 const IDLE: usize = 8;
@@ -122,7 +123,7 @@ impl Node {
     }
 
     fn idle(&self) -> MutexGuard<'_, Vec<Connection>> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.idle)
     }
 }
 
@@ -154,6 +155,12 @@ impl Session<'_> {
             }
         }
         Ok(answers)
+    }
+
+    pub(super) fn ping(mut self) -> Result<(), BackendError> {
+        self.call(&[cmd("PING")])?;
+        self.give_back();
+        Ok(())
     }
 
     pub(super) fn send<'c>(&mut self, commands: impl IntoIterator<Item = &'c Cmd>) -> Sent {
