@@ -18,9 +18,9 @@ use redb::{Database, ReadableDatabase as _, ReadableTable as _, TableDefinition}
 use report::{Bench, Case, Subject, by_turns};
 use tracing::{Dispatch, dispatcher, info_span};
 use tracing_subscriber::prelude::*;
+use tracing_workflow_context::backend::{Record, StorageBackend, Write};
 use tracing_workflow_context::{
-    MemoryBackend, Record, RedbBackend, RedbSync, StorageBackend, WorkflowContext,
-    WorkflowContextStorage, Write,
+    MemoryBackend, RedbBackend, RedbSync, WorkflowContext, WorkflowContextStorage,
 };
 
 /// How many instances are recorded between two flushes: less than what waits for the writer at most.

@@ -10,7 +10,7 @@ use opentelemetry::propagation::{Extractor, Injector};
 use opentelemetry::trace::{SpanContext, SpanId, TraceContextExt, TraceFlags, TraceId, TraceState};
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
-use crate::traceparent::{self, TRACEPARENT, TRACESTATE, Traceparent};
+use crate::traceparent::{self, ParseContextError, TRACEPARENT, TRACESTATE, Traceparent};
 
 /// A place in a trace at which a workflow instance goes on: the ids of a span, its flags and its tracestate.
 ///
@@ -431,36 +431,6 @@ impl fmt::Debug for WorkflowContext {
             .field("resumed", &self.resumed)
             .finish()
     }
-}
-
-/// Why a context could not be read. None of it repeats the input, which may be long and somebody else's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum ParseContextError {
-    /// The carrier has no `traceparent`.
-    #[error("no traceparent in the carrier")]
-    Missing,
-    /// The carrier has two `traceparent`s or more, even if all are alike.
-    #[error("more than one traceparent in the carrier")]
-    Duplicate,
-    /// The `traceparent` is shorter than 55 bytes, or longer though its version is 00.
-    #[error("traceparent is not 55 bytes long")]
-    Length,
-    /// A dash is not where it must be: at byte 2, 35 and 52, and at byte 55 of a later version that is longer.
-    #[error("traceparent has no dash where one must be")]
-    Delimiter,
-    /// Something other than a lower-case hex digit stands in the version, an id, or the flags.
-    #[error("traceparent has a character that is no lower-case hex digit")]
-    Digit,
-    /// The version is `ff`, which no `traceparent` may have.
-    #[error("traceparent has the forbidden version ff")]
-    Version,
-    /// The trace id is all zeros.
-    #[error("the trace id is zero")]
-    ZeroTraceId,
-    /// The span id, which a `traceparent` calls parent id, is all zeros.
-    #[error("the span id is zero")]
-    ZeroSpanId,
 }
 
 /// A copy of a tracestate, unless there is nothing in it or it breaks a rule.

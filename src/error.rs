@@ -1,6 +1,6 @@
-//! What can go wrong, one small enum per operation.
+//! The error enums of the explicit API, one per operation.
 
-use crate::storage::backend::Record;
+use crate::backend::BackendError;
 
 /// The longest instance id that is stored, in bytes: 1 KiB.
 ///
@@ -45,50 +45,6 @@ pub enum StorageError {
     /// The backend refused or could not be reached.
     #[error("the storage backend failed")]
     Backend(#[from] BackendError),
-}
-
-/// What a [`StorageBackend`](crate::StorageBackend) answers when it cannot do what it was asked.
-#[derive(Debug, thiserror::Error)]
-#[error("{message}")]
-pub struct BackendError {
-    message: String,
-    source: Option<Box<dyn std::error::Error + Send + Sync>>,
-    /// `None` where all of the backend failed.
-    carried_out: Option<Vec<Option<Option<Record>>>>,
-}
-
-impl BackendError {
-    /// An error of the backend's own, with the error that caused it.
-    pub fn new(
-        message: impl Into<String>,
-        source: Option<Box<dyn std::error::Error + Send + Sync>>,
-    ) -> Self {
-        Self {
-            message: message.into(),
-            source,
-            carried_out: None,
-        }
-    }
-
-    /// Says that a part of the backend failed, such as one node of several, and the rest did not: the storage goes on
-    /// asking for other keys, and writes what this part has not taken later on.
-    ///
-    /// Of a failed [`write`](crate::StorageBackend::write), `carried_out` has, at the place of each write, what `write`
-    /// would have answered for it, and `None` where it was not carried out. After such a one, no other on the same
-    /// key counts as carried out. Of any other call it is empty.
-    #[must_use]
-    pub fn in_part(mut self, carried_out: Vec<Option<Option<Record>>>) -> Self {
-        self.carried_out = Some(carried_out);
-        self
-    }
-
-    pub(crate) fn is_in_part(&self) -> bool {
-        self.carried_out.is_some()
-    }
-
-    pub(crate) fn take_carried_out(&mut self) -> Option<Vec<Option<Option<Record>>>> {
-        self.carried_out.as_mut().map(std::mem::take)
-    }
 }
 
 /// Why no resumed context was created. Nothing was stored.

@@ -1,214 +1,17 @@
-//! Why the spans of an instance went where they did: a bounded trail of decisions, and its reading.
+//! `explain`: what is recorded for an instance, and why its last spans went where they did, as text.
 
-use std::borrow::Cow;
+pub(crate) mod author;
+pub(crate) mod trail;
+
 use std::fmt;
-use std::sync::{Mutex, OnceLock};
+use std::sync::OnceLock;
 use std::time::SystemTime;
 
-use opentelemetry::trace::{SpanBuilder, SpanContext};
-use opentelemetry::{SpanId, TraceId};
-
+use self::author::Author;
+use self::trail::{Event, Step};
 use crate::clock::TICK;
 use crate::context::WorkflowContext;
 use crate::error::{InvalidInstanceId, MAX_INSTANCE_ID_BYTES};
-use crate::policy::{Continuation, Relation};
-use crate::sync::{lock, try_lock};
-
-/// What happened to the instances, the last steps of all. Those of one instance are in one of several rings, but for a
-/// few, so that threads seldom want the same lock.
-#[derive(Debug)]
-pub(crate) struct Trail {
-    rings: Box<[Ring]>,
-}
-
-/// With cache lines of its own.
-#[derive(Debug)]
-#[repr(align(128))]
-struct Ring(Mutex<Steps>);
-
-#[derive(Debug)]
-struct Steps {
-    steps: Vec<Step>,
-    /// Grows to that many, and then begins anew at its oldest.
-    most: usize,
-    oldest: usize,
-}
-
-#[derive(Clone, Debug)]
-pub(crate) struct Step {
-    /// The hash of the id stands for it: the ring holds no strings of the caller's.
-    pub(crate) instance: u64,
-    pub(crate) tick: u32,
-    pub(crate) event: Event,
-}
-
-#[derive(Clone, Debug)]
-pub(crate) enum Event {
-    Started(Decision),
-    Stored,
-    Completed,
-    CleanedUp,
-    /// Idle for too long.
-    Expired,
-    /// Completed for long enough.
-    GraceOver,
-    Evicted,
-}
-
-/// What was decided for one span of an instance.
-#[derive(Clone, Debug)]
-pub(crate) struct Decision {
-    pub(crate) span_name: Cow<'static, str>,
-    pub(crate) span: Ids,
-    /// Zeros where there is none.
-    pub(crate) natural: Ids,
-    pub(crate) outcome: Outcome,
-}
-
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Outcome {
-    /// The first of its instance.
-    Recorded,
-    /// It would have been the first, but another span was recorded meanwhile.
-    LostRace,
-    Related(Relation, Continuation),
-    Replayed,
-}
-
-/// A span, where its flags and its state do not matter.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Ids {
-    trace: [u8; 16],
-    span: [u8; 8],
-}
-
-impl Ids {
-    fn are_valid(&self) -> bool {
-        self.trace != [0; 16] && self.span != [0; 8]
-    }
-}
-
-impl From<&SpanContext> for Ids {
-    fn from(span: &SpanContext) -> Self {
-        Self {
-            trace: span.trace_id().to_bytes(),
-            span: span.span_id().to_bytes(),
-        }
-    }
-}
-
-impl fmt::Display for Ids {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{}/{}",
-            TraceId::from_bytes(self.trace),
-            SpanId::from_bytes(self.span)
-        )
-    }
-}
-
-impl Trail {
-    /// How many steps are in one ring at least, where there is more than one ring.
-    const PER_RING: usize = 128;
-
-    pub(crate) fn new(steps: usize) -> Self {
-        let rings = (steps / Self::PER_RING).clamp(1, 64).min(steps);
-        let ring = |n| {
-            Ring(Mutex::new(Steps {
-                steps: Vec::new(),
-                most: (steps + n) / rings,
-                oldest: 0,
-            }))
-        };
-        Self {
-            rings: (0..rings).map(ring).collect(),
-        }
-    }
-
-    pub(crate) fn is_off(&self) -> bool {
-        self.rings.is_empty()
-    }
-
-    #[inline]
-    pub(crate) fn add(&self, step: Step) {
-        if self.is_off() {
-            return;
-        }
-        let own = ((u128::from(step.instance) * self.rings.len() as u128) >> 64) as usize;
-        match try_lock(&self.rings[own].0) {
-            Some(mut ring) => ring.add(step),
-            None => self.add_to_another(own, step),
-        }
-    }
-
-    /// Whoever has locked the ring may have lost its core: no span waits for that while another one is free.
-    #[cold]
-    fn add_to_another(&self, own: usize, step: Step) {
-        let free = self.rings.iter().find_map(|ring| try_lock(&ring.0));
-        free.unwrap_or_else(|| lock(&self.rings[own].0)).add(step);
-    }
-
-    /// The steps of one instance, oldest first.
-    pub(crate) fn of(&self, instance: u64) -> Vec<Step> {
-        let of_instance = |ring: &Ring| lock(&ring.0).of(instance);
-        let mut steps: Vec<_> = self.rings.iter().flat_map(of_instance).collect();
-        steps.sort_by_key(|step| step.tick);
-        steps
-    }
-}
-
-impl Steps {
-    #[inline]
-    fn add(&mut self, step: Step) {
-        if self.steps.len() < self.most {
-            self.steps.push(step);
-            return;
-        }
-        let oldest = self.oldest;
-        self.oldest = if oldest + 1 == self.most {
-            0
-        } else {
-            oldest + 1
-        };
-        // What is replaced has at most a string of ours to drop.
-        if let Some(place) = self.steps.get_mut(oldest) {
-            *place = step;
-        }
-    }
-
-    fn of(&self, instance: u64) -> Vec<Step> {
-        let (newer, older) = self.steps.split_at(self.oldest);
-        let steps = older.iter().chain(newer);
-        let of_instance = steps.filter(|step| step.instance == instance);
-        of_instance.cloned().collect()
-    }
-}
-
-/// The span that recorded a context.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
-pub(crate) struct Recorder {
-    pub(crate) span_name: Cow<'static, str>,
-    /// Empty where the span does not tell.
-    target: Cow<'static, str>,
-}
-
-impl Recorder {
-    pub(crate) fn of(span: &SpanBuilder) -> Self {
-        let attributes = span.attributes.as_deref().unwrap_or_default();
-        // tracing-opentelemetry tells the target of a span under this name.
-        let target = attributes
-            .iter()
-            .find(|attribute| attribute.key.as_str() == "target");
-        let target = target
-            .map(|attribute| attribute.value.to_string())
-            .unwrap_or_default();
-        Self {
-            span_name: span.name.clone(),
-            target: target.into(),
-        }
-    }
-}
 
 /// What is recorded for an instance, by whom, and why its last spans went where they did.
 ///
@@ -218,7 +21,7 @@ impl Recorder {
 pub struct Explanation {
     instance_id: String,
     invalid: Option<InvalidInstanceId>,
-    recorded: Option<Recorded>,
+    recorded: Option<Summary>,
     steps: Vec<Step>,
     tick: u32,
     trail_is_off: bool,
@@ -226,9 +29,9 @@ pub struct Explanation {
 }
 
 #[derive(Clone, Debug)]
-pub(crate) struct Recorded {
+pub(crate) struct Summary {
     pub(crate) context: WorkflowContext,
-    pub(crate) recorder: Option<Recorder>,
+    pub(crate) author: Option<Author>,
     pub(crate) generation: u32,
     pub(crate) run_id: Option<String>,
     pub(crate) completed: bool,
@@ -239,7 +42,7 @@ pub(crate) struct Recorded {
 impl Explanation {
     pub(crate) fn new(
         id: &str,
-        recorded: Option<Recorded>,
+        recorded: Option<Summary>,
         steps: Vec<Step>,
         tick: u32,
         trail_is_off: bool,
@@ -305,7 +108,7 @@ pub enum Absence {
     NeverSeen,
     /// It was idle for longer than `idle_ttl`.
     Expired,
-    /// Memory held more than `max_instances`.
+    /// Cache held more than `max_instances`.
     Evicted,
     /// Its grace after a terminal `workflow.status` is over.
     Completed,
@@ -358,7 +161,7 @@ impl fmt::Display for Explanation {
     }
 }
 
-impl fmt::Display for Recorded {
+impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let age = self
             .now
@@ -376,7 +179,7 @@ impl fmt::Display for Recorded {
             self.context.span_id()
         )?;
         write!(f, "\n  recorded {:.1}s ago ", age.as_secs_f64())?;
-        match &self.recorder {
+        match &self.author {
             _ if self.context.is_remote() => f.write_str("by another process")?,
             Some(by) if by.target.is_empty() => write!(f, "by span {:?}", by.span_name)?,
             Some(by) => write!(
@@ -404,47 +207,6 @@ impl fmt::Display for Recorded {
             f.write_str(", completed")?;
         }
         Ok(())
-    }
-}
-
-impl fmt::Display for Event {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Started(decision) => write!(f, "{decision}"),
-            Self::Stored => f.write_str("stored by a call"),
-            Self::Completed => f.write_str("terminal workflow.status"),
-            Self::CleanedUp => f.write_str("cleaned up by a call"),
-            Self::Expired => f.write_str("expired"),
-            Self::GraceOver => f.write_str("its grace was over"),
-            Self::Evicted => f.write_str("evicted"),
-        }
-    }
-}
-
-impl fmt::Display for Decision {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            span_name,
-            span,
-            natural,
-            outcome,
-        } = self;
-        write!(f, "span {span_name:?} {span}: ")?;
-        match outcome {
-            Outcome::Recorded if !span.are_valid() => {
-                f.write_str("not recorded, it has no valid span context")?;
-            }
-            Outcome::Recorded => f.write_str("recorded, the first of its instance or run")?,
-            Outcome::LostRace => f.write_str("another span was recorded first, linked to it")?,
-            Outcome::Replayed => f.write_str("a replay, not exported")?,
-            Outcome::Related(relation, continuation) => {
-                write!(f, "{}: {}", relation.as_str(), continuation.describe())?;
-            }
-        }
-        match natural.are_valid() {
-            true => write!(f, " (natural parent {natural})"),
-            false => f.write_str(" (no natural parent)"),
-        }
     }
 }
 

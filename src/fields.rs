@@ -1,15 +1,26 @@
-//! The reserved field names, the engine presets, and the reading of them from spans, records and events.
+//! The reserved field names, and the reading of them from spans, records and events.
+
+pub(crate) mod callsite;
+pub(crate) mod engine;
+pub(crate) mod identity;
+mod meaning;
+mod value;
+mod visit;
 
 use std::borrow::Cow;
-use std::fmt::{self, Write as _};
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use opentelemetry::trace::Event;
 use opentelemetry::{KeyValue, Value};
-use tracing::field::{Field, Visit};
+use tracing::field::Visit;
 use tracing::{Metadata, span};
 
-use crate::error::{InvalidInstanceId, MAX_INSTANCE_ID_BYTES};
+use self::callsite::{Callsite, Role};
+use self::engine::Engine;
+use self::identity::{Identity, Names};
+use self::meaning::{IdFields, Meaning, Meanings};
+use self::value::{is_terminal, printed, truth};
+use self::visit::{HasValue, IdentityVisitor, IsThere};
+use crate::error::InvalidInstanceId;
 
 // Read from spans.
 pub(crate) const INSTANCE_ID: &str = "workflow.instance_id";
@@ -22,107 +33,11 @@ pub(crate) const RESUMED: &str = "workflow.resumed";
 pub(crate) const RELATION: &str = "workflow.relation";
 pub(crate) const AGENT_NAME: &str = "agent.name";
 
-/// The values of `workflow.status` after which an instance does no more work, in any letter case.
-const TERMINAL: [&str; 6] = [
-    "completed",
-    "failed",
-    "terminated",
-    "canceled",
-    "cancelled",
-    "timed_out",
-];
-
-/// A durable-workflow engine whose own fields and spans are known.
-///
-/// | engine | instance id | run id | status | engine spans that are held back |
-/// |---|---|---|---|---|
-/// | `Dapr` | `durabletask.task.instance_id` | | `durabletask.runtime_status` | |
-/// | `Duroxide` | `instance_id` | | | |
-/// | `Restate` | | | | `restate_sdk_endpoint_handle` |
-/// | `Temporal` | `temporalWorkflowID` | `temporalRunID` | | `RunWorkflow` |
-///
-/// None has a replay field: where an engine tells of a replay at all, new work follows in the same span.
-/// The reserved fields of this crate keep their meaning beside them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Engine {
-    /// Dapr Workflow through `dapr-durabletask`.
-    Dapr,
-    /// `duroxide`.
-    Duroxide,
-    /// Restate through `restate-sdk`.
-    Restate,
-    /// Temporal through `temporalio-sdk`.
-    Temporal,
-}
-
-/// What is known of an engine, each value with the upstream source that it was read from.
-struct Preset {
-    instance_id: Option<&'static str>,
-    run_id: Option<&'static str>,
-    status: Option<&'static str>,
-    /// Name and target of a span that the engine opens around user code without an instance id.
-    span: Option<(&'static str, &'static str)>,
-}
-
-impl Engine {
-    fn preset(self) -> Preset {
-        match self {
-            // dapr-durabletask 0.0.4, src/internal/otel.rs:130-186: the raw OpenTelemetry spans of its feature
-            // `opentelemetry` carry the id from their start, and have good parents where the sidecar hands the
-            // context on. They tell the status of the workflow on its last turn.
-            Self::Dapr => Preset {
-                instance_id: Some("durabletask.task.instance_id"),
-                run_id: None,
-                status: Some("durabletask.runtime_status"),
-                span: None,
-            },
-            // duroxide 0.1.32 opens no spans; its events, and by its documentation its users, say `instance_id`.
-            Self::Duroxide => Preset {
-                instance_id: Some("instance_id"),
-                run_id: None,
-                status: None,
-                span: None,
-            },
-            // restate-sdk 0.13.0, src/endpoint/mod.rs:595: one span around each attempt. Its
-            // `restate.sdk.is_replaying` is no replay field: the attempt that begins with a replay goes on to
-            // do new work, and src/endpoint/context.rs:69 records the flag on whatever span is current.
-            Self::Restate => Preset {
-                instance_id: None,
-                run_id: None,
-                status: None,
-                span: Some(("restate_sdk_endpoint_handle", "restate_sdk::endpoint")),
-            },
-            // temporalio-sdk 1.1.1: `RunActivity` (src/lib.rs:1506) records both ids within its first poll;
-            // `RunWorkflow` (src/workflow_future.rs:75), entered around each poll of user code, has none. No
-            // field tells of a replay, and a poll that begins with one goes on to do new work.
-            Self::Temporal => Preset {
-                instance_id: Some("temporalWorkflowID"),
-                run_id: Some("temporalRunID"),
-                status: None,
-                span: Some(("RunWorkflow", "temporalio_sdk::workflow_future")),
-            },
-        }
-    }
-}
-
 /// Which field has which meaning in one storage.
 #[derive(Clone, Debug)]
 pub(crate) struct Fields {
-    named: Vec<(Cow<'static, str>, Meaning)>,
-    /// Bit n is set when some field name has n bytes (63: or more): most attributes end here.
-    lengths: u64,
+    meanings: Meanings,
     engine_spans: Vec<EngineSpan>,
-}
-
-/// Ranks are positions in the builder's order: of several ids on one span the lowest rank counts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Meaning {
-    InstanceId { rank: u16 },
-    RunId,
-    ParentInstanceId,
-    Replaying,
-    Status,
 }
 
 #[derive(Clone, Debug)]
@@ -131,128 +46,37 @@ struct EngineSpan {
     target: Option<&'static str>,
 }
 
-/// What the layer needs to know of a span before it starts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Role {
-    /// Nothing that concerns this crate.
-    Ordinary,
-    /// Declares a reserved field.
-    Tagged,
-    /// An engine's own span around user code, which waits for the instance of its first child.
-    Engine,
-}
-
-/// What all spans of one callsite have in common.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Callsite {
-    pub(crate) role: Role,
-    pub(crate) declares: Ids,
-}
-
-/// The callsites that were looked at before, each in the slot to which its address hashes. One whose slot is taken is
-/// looked at each time.
-#[derive(Debug)]
-pub(crate) struct Callsites {
-    /// The address and, below it, a [`Callsite`] in four bits: no machine has addresses of more than 60.
-    slots: Box<[AtomicU64; Self::SLOTS]>,
-}
-
-impl Callsites {
-    const SLOTS: usize = 1024;
-
-    pub(crate) fn new() -> Self {
-        Self {
-            slots: Box::new([const { AtomicU64::new(0) }; Self::SLOTS]),
-        }
-    }
-
-    /// Whether spans of the callsite are certainly none of this crate's business.
-    #[inline]
-    pub(crate) fn are_ordinary(&self, metadata: &'static Metadata<'static>) -> bool {
-        let (slot, address) = self.slot(metadata);
-        slot.load(Relaxed) == address
-    }
-
-    #[inline]
-    pub(crate) fn get(&self, metadata: &'static Metadata<'static>, fields: &Fields) -> Callsite {
-        let (slot, address) = self.slot(metadata);
-        match slot.load(Relaxed) ^ address {
-            bits @ 0..16 => Callsite::from_bits(bits),
-            _ => Self::add(slot, address, fields.callsite(metadata)),
-        }
-    }
-
-    #[inline]
-    fn slot(&self, metadata: &'static Metadata<'static>) -> (&AtomicU64, u64) {
-        let address = (std::ptr::from_ref(metadata).addr() as u64) << 4;
-        let hash = address.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        (&self.slots[(hash >> 54) as usize % Self::SLOTS], address)
-    }
-
-    #[cold]
-    fn add(slot: &AtomicU64, address: u64, callsite: Callsite) -> Callsite {
-        let known = address | callsite.to_bits();
-        // If it is taken the loser is looked at again.
-        let _ = slot.compare_exchange(0, known, Relaxed, Relaxed);
-        callsite
-    }
-}
-
-impl Callsite {
-    #[inline]
-    fn from_bits(bits: u64) -> Self {
-        Self {
-            role: match bits & 3 {
-                0 => Role::Ordinary,
-                1 => Role::Tagged,
-                _ => Role::Engine,
-            },
-            declares: Ids {
-                id: bits & 4 != 0,
-                run: bits & 8 != 0,
-            },
-        }
-    }
-
-    fn to_bits(self) -> u64 {
-        self.role as u64 | u64::from(self.declares.id) << 2 | u64::from(self.declares.run) << 3
-    }
-}
-
 impl Fields {
     pub(crate) fn new(instance_ids: Vec<Cow<'static, str>>) -> Self {
-        let mut fields = Self {
-            named: Vec::new(),
-            lengths: 0,
-            engine_spans: Vec::new(),
-        };
+        let mut meanings = Meanings::default();
         for name in instance_ids {
-            fields.add_instance_id(name);
+            meanings.add_instance_id(name);
         }
-        fields.add(RUN_ID.into(), Meaning::RunId);
-        fields.add(PARENT_INSTANCE_ID.into(), Meaning::ParentInstanceId);
-        fields.add(REPLAYING.into(), Meaning::Replaying);
-        fields.add(STATUS.into(), Meaning::Status);
-        fields
+        meanings.add(RUN_ID.into(), Meaning::RunId);
+        meanings.add(PARENT_INSTANCE_ID.into(), Meaning::ParentInstanceId);
+        meanings.add(REPLAYING.into(), Meaning::Replaying);
+        meanings.add(STATUS.into(), Meaning::Status);
+        Self {
+            meanings,
+            engine_spans: Vec::new(),
+        }
     }
 
     /// The name under which an adopted span is told its instance.
     pub(crate) fn primary_instance_id(&self) -> Cow<'static, str> {
-        self.named
-            .first()
-            .map_or(INSTANCE_ID.into(), |(name, _)| name.clone())
+        self.meanings.first_name().unwrap_or(INSTANCE_ID.into())
     }
 
     pub(crate) fn add_engine(&mut self, engine: Engine) {
         let preset = engine.preset();
         if let Some(name) = preset.instance_id {
-            self.add_instance_id(name.into());
+            self.meanings.add_instance_id(name.into());
         }
         if let Some(name) = preset.run_id {
-            self.add(name.into(), Meaning::RunId);
+            self.meanings.add(name.into(), Meaning::RunId);
         }
         if let Some(name) = preset.status {
-            self.add(name.into(), Meaning::Status);
+            self.meanings.add(name.into(), Meaning::Status);
         }
         if let Some((name, target)) = preset.span {
             self.engine_spans.push(EngineSpan {
@@ -267,38 +91,18 @@ impl Fields {
     }
 
     pub(crate) fn add_replaying(&mut self, name: Cow<'static, str>) {
-        self.add(name, Meaning::Replaying);
+        self.meanings.add(name, Meaning::Replaying);
     }
 
-    fn add_instance_id(&mut self, name: Cow<'static, str>) {
-        let rank = u16::try_from(self.named.len()).unwrap_or(u16::MAX);
-        self.add(name, Meaning::InstanceId { rank });
-    }
-
-    fn add(&mut self, name: Cow<'static, str>, meaning: Meaning) {
-        if self.meaning(&name).is_none() {
-            self.lengths |= length_bit(&name);
-            self.named.push((name, meaning));
-        }
-    }
-
-    #[inline]
-    fn meaning(&self, name: &str) -> Option<Meaning> {
-        if !self.may_mean(name) {
-            return None;
-        }
-        let found = self.named.iter().find(|(known, _)| known == name);
-        found.map(|(_, meaning)| *meaning)
-    }
-
-    fn callsite(&self, metadata: &Metadata<'_>) -> Callsite {
+    /// Reads what the spans of a callsite have in common.
+    pub(crate) fn callsite(&self, metadata: &Metadata<'_>) -> Callsite {
         let named = |span: &EngineSpan| {
             span.name == metadata.name() && span.target.is_none_or(|t| t == metadata.target())
         };
-        let mut declares = Ids::default();
+        let mut declares = IdFields::default();
         let mut is_tagged = false;
         for field in metadata.fields() {
-            let meaning = self.meaning(field.name());
+            let meaning = self.meanings.get(field.name());
             is_tagged |= meaning.is_some();
             declares.add(meaning);
         }
@@ -315,7 +119,7 @@ impl Fields {
     /// Whether that may be the name of a field with a meaning. Nearly always it is not, and this costs next to nothing.
     #[inline]
     pub(crate) fn may_mean(&self, name: &str) -> bool {
-        self.lengths & length_bit(name) != 0
+        self.meanings.may_have(name)
     }
 
     /// The instance id, where the attributes say just that and nothing else.
@@ -325,7 +129,7 @@ impl Fields {
         let (first, None) = (may_mean.next()?, may_mean.next()) else {
             return None;
         };
-        match self.meaning(first.key.as_str()) {
+        match self.meanings.get(first.key.as_str()) {
             Some(Meaning::InstanceId { .. }) => Some(printed(&first.value)),
             _ => None,
         }
@@ -336,7 +140,7 @@ impl Fields {
     pub(crate) fn tag_of<'a>(&self, attributes: &'a [KeyValue]) -> Tag<'a> {
         let mut tag = Tag::default();
         for attribute in attributes {
-            if let Some(meaning) = self.meaning(attribute.key.as_str()) {
+            if let Some(meaning) = self.meanings.get(attribute.key.as_str()) {
                 tag.take(meaning, &attribute.value);
             }
         }
@@ -353,7 +157,7 @@ impl Fields {
     /// Reads the ids from a span that is being created, or from what is recorded on one.
     pub(crate) fn identify(&self, record: impl FnOnce(&mut dyn Visit)) -> Option<Identity> {
         let mut visitor = IdentityVisitor {
-            fields: self,
+            meanings: &self.meanings,
             rank: u16::MAX,
             instance_id: None,
             run_id: None,
@@ -369,85 +173,26 @@ impl Fields {
 
     /// Which of the declared ids have no value yet. To print each only to see whether it prints nothing would cost every
     /// span more than it is worth: just a plain text tells that it is empty.
-    pub(crate) fn awaits(&self, declared: Ids, attributes: &span::Attributes<'_>) -> Ids {
+    pub(crate) fn awaits(&self, declared: IdFields, attributes: &span::Attributes<'_>) -> IdFields {
         let mut visitor = IsThere {
-            fields: self,
-            found: Ids::default(),
+            meanings: &self.meanings,
+            found: IdFields::default(),
         };
         attributes.record(&mut visitor);
-        Ids {
+        IdFields {
             id: declared.id && !visitor.found.id,
             run: declared.run && !visitor.found.run,
         }
     }
 
     /// Which ids a record gives a value to.
-    pub(crate) fn recorded(&self, values: &span::Record<'_>) -> Ids {
+    pub(crate) fn recorded(&self, values: &span::Record<'_>) -> IdFields {
         let mut visitor = HasValue {
-            fields: self,
-            found: Ids::default(),
+            meanings: &self.meanings,
+            found: IdFields::default(),
         };
         values.record(&mut visitor);
         visitor.found
-    }
-}
-
-/// Which kinds of id a span has, or waits for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Ids {
-    pub(crate) id: bool,
-    pub(crate) run: bool,
-}
-
-impl Ids {
-    #[inline]
-    fn add(&mut self, meaning: Option<Meaning>) {
-        self.id |= matches!(meaning, Some(Meaning::InstanceId { .. }));
-        self.run |= meaning == Some(Meaning::RunId);
-    }
-}
-
-/// An instance, with its run and its parent where those are known.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Identity {
-    pub(crate) instance_id: Box<str>,
-    pub(crate) run_id: Option<Box<str>>,
-    pub(crate) parent_instance_id: Option<Box<str>>,
-}
-
-/// The same, of somebody else's strings.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Names<'a> {
-    pub(crate) instance_id: &'a str,
-    pub(crate) run_id: Option<&'a str>,
-    pub(crate) parent_instance_id: Option<&'a str>,
-}
-
-impl<'a> Names<'a> {
-    pub(crate) fn of(instance_id: &'a str) -> Self {
-        Self {
-            instance_id,
-            run_id: None,
-            parent_instance_id: None,
-        }
-    }
-
-    pub(crate) fn to_identity(self) -> Identity {
-        Identity {
-            instance_id: self.instance_id.into(),
-            run_id: self.run_id.map(Box::from),
-            parent_instance_id: self.parent_instance_id.map(Box::from),
-        }
-    }
-}
-
-impl Identity {
-    pub(crate) fn names(&self) -> Names<'_> {
-        Names {
-            instance_id: &self.instance_id,
-            run_id: self.run_id.as_deref(),
-            parent_instance_id: self.parent_instance_id.as_deref(),
-        }
     }
 }
 
@@ -506,240 +251,9 @@ impl<'a> Tag<'a> {
     }
 }
 
-/// What a value prints, a debug-printed string without its quotes.
-fn printed(value: &Value) -> Cow<'_, str> {
-    match value {
-        Value::String(text) => unquoted(text.as_str()),
-        other => Cow::Owned(other.to_string()),
-    }
-}
-
-/// Undoes `{:?}` of a string; whatever is not the `Debug` form of a string stays as it is.
-///
-/// An attribute no longer tells `%` from `?`, and both must name the same instance.
-#[inline]
-fn unquoted(text: &str) -> Cow<'_, str> {
-    if !text.starts_with('"') {
-        return Cow::Borrowed(text);
-    }
-    // The longest escape of one byte is six characters, `\u{7f}`: a longer text is oversized in any case.
-    const LONGEST: usize = 6 * MAX_INSTANCE_ID_BYTES + 2;
-    let inner = text.strip_prefix('"').and_then(|t| t.strip_suffix('"'));
-    let Some(inner) = inner.filter(|_| text.len() <= LONGEST) else {
-        return Cow::Borrowed(text);
-    };
-    if !inner.contains(['"', '\\']) {
-        return Cow::Borrowed(inner);
-    }
-    unescaped(inner).map_or(Cow::Borrowed(text), Cow::Owned)
-}
-
-/// `None` where the text has a quote or a backslash that `str::escape_debug` would not have written.
-fn unescaped(text: &str) -> Option<String> {
-    let mut out = String::with_capacity(text.len());
-    let mut chars = text.chars();
-    while let Some(c) = chars.next() {
-        out.push(match c {
-            '"' => return None,
-            '\\' => match chars.next()? {
-                'n' => '\n',
-                'r' => '\r',
-                't' => '\t',
-                '0' => '\0',
-                c @ ('\\' | '"' | '\'') => c,
-                'u' => {
-                    let (code, rest) = chars.as_str().strip_prefix('{')?.split_once('}')?;
-                    chars = rest.chars();
-                    char::from_u32(u32::from_str_radix(code, 16).ok()?)?
-                }
-                _ => return None,
-            },
-            c => c,
-        });
-    }
-    Some(out)
-}
-
-fn truth(value: &Value) -> Option<bool> {
-    match value {
-        Value::Bool(truth) => Some(*truth),
-        Value::String(text) => match unquoted(text.as_str()) {
-            text if text.eq_ignore_ascii_case("true") => Some(true),
-            text if text.eq_ignore_ascii_case("false") => Some(false),
-            _ => None,
-        },
-        _ => None,
-    }
-}
-
-fn is_terminal(value: &Value) -> bool {
-    let Value::String(text) = value else {
-        return false;
-    };
-    let status = unquoted(text.as_str());
-    TERMINAL.iter().any(|t| status.eq_ignore_ascii_case(t))
-}
-
-#[inline]
-fn length_bit(name: &str) -> u64 {
-    1 << name.len().min(63)
-}
-
-struct IdentityVisitor<'a> {
-    fields: &'a Fields,
-    rank: u16,
-    instance_id: Option<Box<str>>,
-    run_id: Option<Box<str>>,
-    parent_instance_id: Option<Box<str>>,
-}
-
-impl IdentityVisitor<'_> {
-    fn take(&mut self, field: &Field, value: fmt::Arguments<'_>) {
-        let slot = match self.fields.meaning(field.name()) {
-            Some(Meaning::InstanceId { rank })
-                if self.instance_id.is_none() || rank <= self.rank =>
-            {
-                &mut self.instance_id
-            }
-            Some(Meaning::RunId) => &mut self.run_id,
-            Some(Meaning::ParentInstanceId) => &mut self.parent_instance_id,
-            _ => return,
-        };
-        let mut text = Bounded(String::new());
-        if text.write_fmt(value).is_err() {
-            return;
-        }
-        let id = unquoted(&text.0);
-        if InvalidInstanceId::check(&id).is_ok() {
-            *slot = Some(id.into());
-            if let Some(Meaning::InstanceId { rank }) = self.fields.meaning(field.name()) {
-                self.rank = rank;
-            }
-        }
-    }
-}
-
-/// Prints as the attribute of the span will, so that both are read alike.
-impl Visit for IdentityVisitor<'_> {
-    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        self.take(field, format_args!("{value:?}"));
-    }
-
-    fn record_str(&mut self, field: &Field, value: &str) {
-        self.take(field, format_args!("{value}"));
-    }
-
-    fn record_f64(&mut self, field: &Field, value: f64) {
-        self.take(field, format_args!("{value}"));
-    }
-}
-
-/// A text that refuses to grow past what an id can be, however much a `Display` writes.
-struct Bounded(String);
-
-impl fmt::Write for Bounded {
-    fn write_str(&mut self, text: &str) -> fmt::Result {
-        if self.0.len() + text.len() > 6 * MAX_INSTANCE_ID_BYTES + 2 {
-            return Err(fmt::Error);
-        }
-        self.0.push_str(text);
-        Ok(())
-    }
-}
-
-/// Looks which ids are given any value but an empty text.
-struct IsThere<'a> {
-    fields: &'a Fields,
-    found: Ids,
-}
-
-impl Visit for IsThere<'_> {
-    fn record_debug(&mut self, field: &Field, _: &dyn fmt::Debug) {
-        self.found.add(self.fields.meaning(field.name()));
-    }
-
-    fn record_str(&mut self, field: &Field, value: &str) {
-        if !value.is_empty() {
-            self.found.add(self.fields.meaning(field.name()));
-        }
-    }
-}
-
-/// Looks which ids have a value, printing no more of it than tells whether it is empty.
-struct HasValue<'a> {
-    fields: &'a Fields,
-    found: Ids,
-}
-
-impl Visit for HasValue<'_> {
-    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        let meaning = self.fields.meaning(field.name());
-        if let Some(Meaning::InstanceId { .. } | Meaning::RunId) = meaning {
-            let mut beginning = Beginning::default();
-            // It stops printing as soon as it knows.
-            let _ = write!(beginning, "{value:?}");
-            if !beginning.is_empty() {
-                self.found.add(meaning);
-            }
-        }
-    }
-}
-
-/// The first bytes of a text: enough to tell an empty one, in quotes or without.
-#[derive(Default)]
-struct Beginning {
-    bytes: [u8; 3],
-    len: usize,
-}
-
-impl Beginning {
-    fn is_empty(&self) -> bool {
-        matches!(&self.bytes[..self.len], b"" | b"\"\"")
-    }
-}
-
-impl fmt::Write for Beginning {
-    fn write_str(&mut self, text: &str) -> fmt::Result {
-        let free = &mut self.bytes[self.len..];
-        let taken = text.len().min(free.len());
-        free[..taken].copy_from_slice(&text.as_bytes()[..taken]);
-        self.len += taken;
-        if taken < text.len() {
-            Err(fmt::Error)
-        } else {
-            Ok(())
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn only_the_debug_form_of_a_string_is_unquoted() {
-        for text in [
-            "",
-            "a",
-            "ü\n\t\"quoted\"\\",
-            "\0\u{7f}\u{200b}",
-            "'",
-            "\u{10ffff}",
-        ] {
-            assert_eq!(unquoted(&format!("{text:?}")), text);
-        }
-        for text in [
-            "\"",
-            "\"a",
-            "a\"",
-            "\"a\"b\"",
-            "\"\\x\"",
-            "\"\\\"",
-            "\"\\u{110000}\"",
-        ] {
-            assert_eq!(unquoted(text), text);
-        }
-    }
 
     #[test]
     fn of_several_ids_the_first_in_order_with_a_value_counts() {

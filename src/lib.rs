@@ -123,52 +123,49 @@
 // Not in Cargo.toml: examples and benches print.
 #![warn(clippy::print_stdout)]
 
-#[cfg(feature = "testing")]
-mod backend_check;
+pub mod backend;
+mod cache;
 mod clock;
 mod context;
-mod deferral;
+mod decision;
 mod error;
 mod explain;
 mod fields;
-mod global;
 mod layer;
+mod lock;
 #[cfg(feature = "metrics")]
 mod metrics;
-mod placement;
-mod policy;
-mod replay;
 mod scoped;
+mod stats;
 mod storage;
-mod sync;
 #[cfg(feature = "testing")]
 pub mod testing;
 mod traceparent;
 mod tracer;
 mod warnings;
 
+pub use backend::memory::MemoryBackend;
+#[cfg(feature = "redb")]
+pub use backend::redb::{OpenError, RedbBackend, RedbSync};
+#[cfg(feature = "redis")]
+pub use backend::redis::{ConnectError, Form, RedisBackend};
 pub use clock::Clock;
-pub use context::{ParseContextError, WorkflowContext};
+pub use context::WorkflowContext;
+pub use decision::relation::{Continuation, Relation};
 pub use error::{
-    BackendError, BuildError, CreateResumedError, InvalidInstanceId, MAX_INSTANCE_ID_BYTES,
-    StorageError,
+    BuildError, CreateResumedError, InvalidInstanceId, MAX_INSTANCE_ID_BYTES, StorageError,
 };
 pub use explain::{Absence, Explanation};
-pub use fields::Engine;
-pub use global::{
+pub use fields::engine::Engine;
+pub use layer::WorkflowContextLayer;
+pub use stats::Stats;
+pub use storage::WorkflowContextStorage;
+pub use storage::builder::WorkflowContextStorageBuilder;
+pub use storage::global::{
     cleanup_workflow_context, get_context_storage_stats, get_workflow_context,
     store_workflow_context,
 };
-pub use layer::WorkflowContextLayer;
-pub use policy::{Continuation, Relation};
-pub use storage::backend::{Record, StorageBackend, Write};
-pub use storage::builder::WorkflowContextStorageBuilder;
-pub use storage::memory_backend::MemoryBackend;
-#[cfg(feature = "redb")]
-pub use storage::redb::{OpenError, RedbBackend, RedbSync};
-#[cfg(feature = "redis")]
-pub use storage::redis::{ConnectError, Form, RedisBackend};
-pub use storage::{Stats, WorkflowContextStorage};
+pub use traceparent::ParseContextError;
 pub use tracer::{WorkflowSpan, WorkflowTracer};
 
 #[cfg(doctest)]

@@ -1,12 +1,12 @@
-//! The counters of a storage as OpenTelemetry metrics.
+//! `register_metrics`: the counters of a storage as OpenTelemetry metrics.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use opentelemetry::KeyValue;
 use opentelemetry::metrics::{AsyncInstrument, Meter};
 
-use crate::storage::{Stats, WorkflowContextStorage};
+use crate::stats::Stats;
+use crate::storage::WorkflowContextStorage;
 
 impl WorkflowContextStorage {
     /// Reports the counters of [`stats`](Self::stats) to a meter, whenever its reader collects.
@@ -42,15 +42,15 @@ impl WorkflowContextStorage {
     /// storage.register_metrics(&global::meter("my-worker"));
     /// ```
     pub fn register_metrics(&self, meter: &Meter) {
-        let registration = self.core.registrations.begin();
+        let registration = self.shared.registrations.begin();
         let observe = |points: &'static [Point]| {
-            let core = Arc::downgrade(&self.core);
+            let shared = Arc::downgrade(&self.shared);
             move |report: &dyn Fn(u64, &[KeyValue])| {
-                if let Some(core) = core
+                if let Some(shared) = shared
                     .upgrade()
-                    .filter(|core| core.registrations.is_last(registration))
+                    .filter(|shared| shared.registrations.is_last(registration))
                 {
-                    let stats = core.stats();
+                    let stats = shared.stats();
                     points.iter().for_each(|point| point.report(&stats, report));
                 }
             }
@@ -89,20 +89,6 @@ impl WorkflowContextStorage {
                 }
             }
         }
-    }
-}
-
-/// Tells the last registration of a storage from those before: a meter forgets no callback.
-#[derive(Debug, Default)]
-pub(crate) struct Registrations(AtomicU64);
-
-impl Registrations {
-    fn begin(&self) -> u64 {
-        self.0.fetch_add(1, Relaxed) + 1
-    }
-
-    fn is_last(&self, registration: u64) -> bool {
-        self.0.load(Relaxed) == registration
     }
 }
 

@@ -1,48 +1,30 @@
-//! The storage handle.
+//! The storage handle: the explicit API, and the constructors of the layer and the tracer.
 
-pub(crate) mod backend;
-mod backing;
-pub(crate) mod beyond;
+mod agent;
 pub(crate) mod builder;
-#[cfg(any(test, feature = "redb", feature = "redis"))]
-#[cfg_attr(
-    not(feature = "redb"),
-    allow(dead_code, reason = "the look at the expiry alone is for redb")
-)]
-mod codec;
-pub(crate) mod core;
-pub(crate) mod memory;
-pub(crate) mod memory_backend;
-mod queue;
-#[cfg(feature = "redb")]
-pub(crate) mod redb;
-#[cfg(feature = "redis")]
-pub(crate) mod redis;
+pub(crate) mod global;
+mod refresh;
+pub(crate) mod remote;
+pub(crate) mod shared;
+pub(crate) mod tier;
 
 use std::fmt;
 use std::sync::Arc;
 
-use opentelemetry::trace::{SpanBuilder, Tracer};
-use opentelemetry::{Context, KeyValue};
+use opentelemetry::Context;
+use opentelemetry::trace::Tracer;
 use tracing::Subscriber;
 use tracing_opentelemetry::OpenTelemetryLayer;
 use tracing_subscriber::registry::LookupSpan;
 
 use crate::context::WorkflowContext;
 use crate::error::{CreateResumedError, StorageError};
-
 use crate::explain::Explanation;
-use crate::fields;
 use crate::layer::WorkflowContextLayer;
+use crate::stats::Stats;
 use crate::tracer::WorkflowTracer;
-use builder::WorkflowContextStorageBuilder;
-use core::Core;
-
-/// The name of the instrumentation scope of spans that this crate opens itself.
-const SCOPE: &str = env!("CARGO_PKG_NAME");
-
-/// The span name of a resumed agent without a name, and its `agent.name`: dapr-agents' word.
-const DEFAULT_AGENT: &str = "DurableAgent";
+use crate::warnings::LOG_TARGET;
+use shared::Shared;
 
 /// One trace context per workflow instance, and what is needed to use it: the layer and the tracer.
 ///
@@ -63,68 +45,10 @@ const DEFAULT_AGENT: &str = "DurableAgent";
 /// ```
 #[derive(Clone)]
 pub struct WorkflowContextStorage {
-    pub(crate) core: Arc<Core>,
-}
-
-/// How a storage has fared since it was made. All counters only grow, but `stored_instances`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Stats {
-    /// Instances that are in memory now.
-    pub stored_instances: u64,
-    /// Lookups, by spans and by `get`, that found a context.
-    pub hits: u64,
-    /// Lookups that found none. The first span of every instance is one.
-    pub misses: u64,
-    /// Ids that were recorded on a span after it had started, when only a link was left.
-    pub late: u64,
-    /// Instances that memory dropped because they were idle or completed for too long.
-    pub expired: u64,
-    /// Instances that memory dropped because there were more than `max_instances`.
-    pub evicted: u64,
-    /// Values of the backend that could not be decoded, and were treated as missing.
-    pub malformed: u64,
-    /// Writes that were dropped because too many waited for the backend.
-    pub dropped_writes: u64,
-    /// Calls of the backend that failed.
-    pub backend_errors: u64,
-    /// Lookups, by spans and by calls, that the backend did not answer within the `lookup_budget`, and that were counted
-    /// as misses where nothing else was found. What is not asked at all, since the backend is left alone, is in none.
-    pub lookup_timeouts: u64,
-    /// Ids that were refused because they are longer than [`MAX_INSTANCE_ID_BYTES`](crate::MAX_INSTANCE_ID_BYTES).
-    pub oversized: u64,
-    /// Spans that lost the race for being the recorded one, and were linked to the winner.
-    pub conflicts: u64,
-    /// Spans that were not exported because they are replays.
-    pub replayed: u64,
-    /// Events that were dropped with a replayed span.
-    pub replayed_events: u64,
-    /// Spans whose start was held back until their instance was known.
-    pub deferred: u64,
-    /// Spans without an id of their own that joined the instance of their first child.
-    pub adopted: u64,
-}
-
-impl Default for WorkflowContextStorage {
-    fn default() -> Self {
-        Self::new()
-    }
+    pub(crate) shared: Arc<Shared>,
 }
 
 impl WorkflowContextStorage {
-    /// A storage in memory, with every setting at its default.
-    #[must_use]
-    pub fn new() -> Self {
-        let storage = WorkflowContextStorageBuilder::default().finish();
-        storage.expect("only a backend can fail, and the default has none")
-    }
-
-    /// Settings other than the defaults, tabulated at [`WorkflowContextStorageBuilder`].
-    #[must_use = "a builder does nothing until build() is called"]
-    pub fn builder() -> WorkflowContextStorageBuilder {
-        WorkflowContextStorageBuilder::default()
-    }
-
     /// The layer that stands where `tracing_opentelemetry::layer().with_tracer(tracer)` stood.
     ///
     /// `tracer` is also what [`create_resumed`](Self::create_resumed) uses from now on.
@@ -157,9 +81,10 @@ impl WorkflowContextStorage {
             OpenTelemetryLayer<S, WorkflowTracer<T>>,
         ) -> OpenTelemetryLayer<S, WorkflowTracer<T>>,
     {
-        let tracer = WorkflowTracer::for_layer(self.core.use_for_agents(tracer), self.core.clone());
+        let tracer =
+            WorkflowTracer::for_layer(self.shared.agent_tracer.set(tracer), self.shared.clone());
         let otel = settings(OpenTelemetryLayer::new(tracer));
-        WorkflowContextLayer::new(otel, self.core.clone())
+        WorkflowContextLayer::new(otel, self.shared.clone())
     }
 
     /// A tracer for spans that are made through the OpenTelemetry API alone.
@@ -171,7 +96,7 @@ impl WorkflowContextStorage {
         T: Tracer + Send + Sync + 'static,
         T::Span: Send + Sync + 'static,
     {
-        WorkflowTracer::for_api(self.core.use_for_agents(tracer), self.core.clone())
+        WorkflowTracer::for_api(self.shared.agent_tracer.set(tracer), self.shared.clone())
     }
 
     /// Stores the context of an instance; the last write wins, over what a span recorded too.
@@ -182,8 +107,8 @@ impl WorkflowContextStorage {
     ///
     /// [`StorageError::InvalidInstanceId`] where the id is empty or too long.
     pub fn store(&self, instance_id: &str, context: WorkflowContext) -> Result<(), StorageError> {
-        self.core.check(instance_id)?;
-        self.core.store(instance_id, context);
+        self.shared.check(instance_id)?;
+        self.shared.tier.store(instance_id, context);
         Ok(())
     }
 
@@ -195,10 +120,10 @@ impl WorkflowContextStorage {
     ///
     /// [`StorageError::InvalidInstanceId`] where the id is empty or too long.
     pub fn get(&self, instance_id: &str) -> Result<Option<WorkflowContext>, StorageError> {
-        self.core.check(instance_id)?;
-        let found = self.core.get(instance_id);
+        self.shared.check(instance_id)?;
+        let found = self.shared.tier.get(instance_id);
         if found.is_none() {
-            tracing::debug!(target: SCOPE, instance_id = ?instance_id, "no context is stored for this workflow instance");
+            tracing::debug!(target: LOG_TARGET, instance_id = ?instance_id, "no context is stored for this workflow instance");
         }
         Ok(found)
     }
@@ -211,8 +136,8 @@ impl WorkflowContextStorage {
     ///
     /// [`StorageError::InvalidInstanceId`] where the id is empty or too long.
     pub fn cleanup(&self, instance_id: &str) -> Result<bool, StorageError> {
-        self.core.check(instance_id)?;
-        Ok(self.core.cleanup(instance_id))
+        self.shared.check(instance_id)?;
+        Ok(self.shared.tier.cleanup(instance_id))
     }
 
     /// Opens and ends the span of a resumed agent, and stores its context, marked resumed.
@@ -232,22 +157,12 @@ impl WorkflowContextStorage {
         instance_id: &str,
         agent_name: Option<&str>,
     ) -> Result<WorkflowContext, CreateResumedError> {
-        self.core.check(instance_id)?;
-        let agent = agent_name
-            .filter(|name| !name.is_empty())
-            .unwrap_or(DEFAULT_AGENT);
-        let span =
-            SpanBuilder::from_name(format!("{agent}.ToolCallingWorkflow")).with_attributes([
-                KeyValue::new("openinference.span.kind", "AGENT"),
-                KeyValue::new(fields::INSTANCE_ID, instance_id.to_owned()),
-                KeyValue::new(fields::RESUMED, true),
-                KeyValue::new(fields::AGENT_NAME, agent.to_owned()),
-            ]);
-        let stored = self.core.peek(instance_id);
+        self.shared.check(instance_id)?;
+        let stored = self.shared.tier.peek(instance_id);
         let parent = stored.map_or_else(Context::new, |stored| stored.to_otel());
-        let ended = self.core.end_at_once(span, &parent);
-        let context = ended
-            .and_then(|span| WorkflowContext::of_span(&span, self.core.clock.now()))
+        let span = (self.shared.agent_tracer).end_at_once(instance_id, agent_name, &parent);
+        let context = span
+            .and_then(|span| WorkflowContext::of_span(&span, self.shared.clock.now()))
             .ok_or(CreateResumedError::NoRecordingSpan)?
             .into_resumed();
         self.store(instance_id, context.clone())?;
@@ -257,7 +172,7 @@ impl WorkflowContextStorage {
     /// The counters, each read on its own: a total over several may be off by what happens meanwhile.
     #[must_use]
     pub fn stats(&self) -> Stats {
-        self.core.stats()
+        self.shared.stats()
     }
 
     /// The ids of all instances in memory, in no order: a snapshot that other threads may already have changed.
@@ -265,7 +180,7 @@ impl WorkflowContextStorage {
     /// Locks one shard of memory after the other, for 128 ids at a time.
     #[must_use]
     pub fn instance_ids(&self) -> Vec<String> {
-        self.core.memory.ids().collect()
+        self.shared.tier.cache().ids().collect()
     }
 
     /// The ids of all instances in memory, in no order, fetched 128 at a time. An instance that is there all the
@@ -273,7 +188,7 @@ impl WorkflowContextStorage {
     ///
     /// Locks one shard of memory while a page is fetched, and none between.
     pub fn iter_instance_ids(&self) -> impl Iterator<Item = String> + '_ {
-        self.core.memory.ids()
+        self.shared.tier.cache().ids()
     }
 
     /// What is recorded for the instance, by whom, and why its last spans went where they did; where nothing is
@@ -287,7 +202,7 @@ impl WorkflowContextStorage {
     /// ```
     #[must_use]
     pub fn explain(&self, instance_id: &str) -> Explanation {
-        self.core.explain(instance_id)
+        self.shared.explain(instance_id)
     }
 
     /// Waits until everything that was stored so far has reached the backend. In memory it always has.
@@ -296,7 +211,7 @@ impl WorkflowContextStorage {
     ///
     /// [`StorageError::Backend`] where the backend failed.
     pub fn flush(&self) -> Result<(), StorageError> {
-        Ok(self.core.flush()?)
+        Ok(self.shared.tier.flush()?)
     }
 }
 

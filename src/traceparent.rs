@@ -8,8 +8,6 @@ use std::array;
 
 use opentelemetry::trace::{SpanId, TraceFlags, TraceId, TraceState};
 
-use crate::context::ParseContextError;
-
 /// Name of the header with the ids ("Traceparent Header", "Header Name": lower case is recommended).
 pub(crate) const TRACEPARENT: &str = "traceparent";
 
@@ -255,6 +253,36 @@ fn encode<const N: usize>(words: [u32; N]) -> [u64; N] {
         *digits = nibbles + lanes(b'0') + gaps;
     }
     written
+}
+
+/// Why a context could not be read. None of it repeats the input, which may be long and somebody else's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ParseContextError {
+    /// The carrier has no `traceparent`.
+    #[error("no traceparent in the carrier")]
+    Missing,
+    /// The carrier has two `traceparent`s or more, even if all are alike.
+    #[error("more than one traceparent in the carrier")]
+    Duplicate,
+    /// The `traceparent` is shorter than 55 bytes, or longer though its version is 00.
+    #[error("traceparent is not 55 bytes long")]
+    Length,
+    /// A dash is not where it must be: at byte 2, 35 and 52, and at byte 55 of a later version that is longer.
+    #[error("traceparent has no dash where one must be")]
+    Delimiter,
+    /// Something other than a lower-case hex digit stands in the version, an id, or the flags.
+    #[error("traceparent has a character that is no lower-case hex digit")]
+    Digit,
+    /// The version is `ff`, which no `traceparent` may have.
+    #[error("traceparent has the forbidden version ff")]
+    Version,
+    /// The trace id is all zeros.
+    #[error("the trace id is zero")]
+    ZeroTraceId,
+    /// The span id, which a `traceparent` calls parent id, is all zeros.
+    #[error("the span id is zero")]
+    ZeroSpanId,
 }
 
 #[cfg(test)]

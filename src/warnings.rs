@@ -8,8 +8,12 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use crate::backend::BackendError;
 use crate::clock::{self, OnTick, ticks};
-use crate::error::{BackendError, InvalidInstanceId, MAX_INSTANCE_ID_BYTES};
+use crate::error::{InvalidInstanceId, MAX_INSTANCE_ID_BYTES};
+
+/// The target of every log line of this crate.
+pub(crate) const LOG_TARGET: &str = env!("CARGO_PKG_NAME");
 
 const PAUSE: Duration = Duration::from_secs(60);
 

@@ -14,9 +14,12 @@ use support::*;
 use tracing::{info_span, level_filters::LevelFilter};
 use tracing_subscriber::Layer as _;
 use tracing_subscriber::prelude::*;
+use tracing_workflow_context::backend::{
+    BackendError, Record, StorageBackend, Write, WriteOutcome,
+};
 use tracing_workflow_context::{
-    Absence, BackendError, Continuation, MAX_INSTANCE_ID_BYTES, Record, Relation, StorageBackend,
-    WorkflowContext, WorkflowContextStorage, WorkflowContextStorageBuilder, Write,
+    Absence, Continuation, MAX_INSTANCE_ID_BYTES, Relation, WorkflowContext,
+    WorkflowContextStorage, WorkflowContextStorageBuilder,
 };
 
 const ID: &str = "order-42";
@@ -143,8 +146,8 @@ fn an_explanation_reads_well() {
      94.5s ago  span "start" trace-1/<start>: recorded, the first of its instance or run (natural parent trace-1/<request>)
      93.0s ago  span "charge" trace-1/<charge>: same_trace: kept its natural parent (natural parent trace-1/<start>)
       3.0s ago  span "start again" trace-1/<start>: a replay, not exported (no natural parent)
-      3.0s ago  span "ship" trace-1/<ship>: foreign: child of what is stored, linked to its natural parent (natural parent trace-2/<poll>)
-      1.0s ago  span "finish" trace-1/<finish>: orphan: child of what is stored (no natural parent)
+      3.0s ago  span "ship" trace-1/<ship>: foreign: child of the stored context, linked to its natural parent (natural parent trace-2/<poll>)
+      1.0s ago  span "finish" trace-1/<finish>: orphan: child of the stored context (no natural parent)
       1.0s ago  terminal workflow.status"#
     );
     assert!(worker.storage.explain(ID).is_recorded());
@@ -318,7 +321,7 @@ fn an_instance_that_only_a_dead_backend_could_know_is_not_called_unseen() {
     struct Dead;
 
     impl StorageBackend for Dead {
-        fn write(&self, _: &[Write]) -> Result<Vec<Option<Record>>, BackendError> {
+        fn write(&self, _: &[Write]) -> Result<Vec<WriteOutcome>, BackendError> {
             Err(BackendError::new("dead", None))
         }
 
@@ -364,19 +367,19 @@ fn assert_gone(worker: &Worker, absence: Absence, text: &str, last: &str) {
 fn every_continuation_of_a_relation_is_told_in_words() {
     let told = [
         (Continuation::Keep, "kept its natural parent"),
-        (Continuation::Parent, "child of what is stored"),
+        (Continuation::Parent, "child of the stored context"),
         (
             Continuation::Link,
-            "kept its natural parent, linked to what is stored",
+            "kept its natural parent, linked to the stored context",
         ),
         (
             Continuation::ParentAndLink,
-            "child of what is stored, linked to its natural parent",
+            "child of the stored context, linked to its natural parent",
         ),
         (Continuation::NewRoot, "a new root"),
         (
             Continuation::NewRootAndLink,
-            "a new root, linked to what was stored",
+            "a new root, linked to the stored context",
         ),
     ];
     for (continuation, words) in told {

@@ -16,9 +16,10 @@ use opentelemetry_sdk::metrics::data::{AggregatedMetrics, Metric, MetricData, Su
 use opentelemetry_sdk::metrics::{InMemoryMetricExporter, PeriodicReader, SdkMeterProvider};
 use support::*;
 use tracing::{info, info_span};
-use tracing_workflow_context::{
-    BackendError, Record, Stats, StorageBackend, WorkflowContext, WorkflowContextStorage, Write,
+use tracing_workflow_context::backend::{
+    BackendError, Record, StorageBackend, Write, WriteOutcome,
 };
+use tracing_workflow_context::{Stats, WorkflowContext, WorkflowContextStorage};
 
 /// What is documented, and the counter that each time series reads.
 const INSTRUMENTS: [(&str, Kind, &str, &[Series]); 14] = [
@@ -441,9 +442,9 @@ impl TroubledBackend {
 struct Shared(Arc<TroubledBackend>);
 
 impl StorageBackend for Shared {
-    fn write(&self, writes: &[Write]) -> Result<Vec<Option<Record>>, BackendError> {
+    fn write(&self, writes: &[Write]) -> Result<Vec<WriteOutcome>, BackendError> {
         self.0.wait_for_release();
-        Ok(vec![None; writes.len()])
+        Ok(vec![WriteOutcome::Done; writes.len()])
     }
 
     fn get(&self, key: &str) -> Result<Option<Record>, BackendError> {

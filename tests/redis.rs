@@ -12,10 +12,9 @@ use std::time::{Duration, Instant, SystemTime};
 use redis::Commands as _;
 use redis_server::{Proxy, RedisServer, Says};
 use support::*;
+use tracing_workflow_context::backend::{Record, StorageBackend as _, Write};
 use tracing_workflow_context::testing::check_backend;
-use tracing_workflow_context::{
-    ConnectError, Form, Record, RedisBackend, StorageBackend as _, WorkflowContext, Write,
-};
+use tracing_workflow_context::{ConnectError, Form, RedisBackend, WorkflowContext};
 
 #[path = "redis/cluster.rs"]
 mod cluster;
@@ -89,7 +88,13 @@ fn keys_of_an_instance_share_a_slot_and_expire_on_the_server() {
     let record = record(PARENT);
     let keys = ["order-42", "order-42\u{1f}run", "order-42\u{1f}run\u{1f}2"];
     let writes = keys.map(|key| claim(key, &record));
-    assert_eq!(backend.write(&writes).unwrap(), [None, None, None]);
+    assert!(
+        backend
+            .write(&writes)
+            .unwrap()
+            .iter()
+            .all(|o| o.existing().is_none())
+    );
 
     let mut raw = raw(&server);
     let mut on_server: Vec<String> = raw.keys("*").unwrap();
@@ -132,7 +137,14 @@ fn either_form_is_read_whichever_is_written() {
         let found = reader.get("id").unwrap().expect("a record");
         assert_eq!(found.context.traceparent(), PARENT);
         let winner = reader.write(&[claim("id", &record)]).unwrap().remove(0);
-        assert_eq!(winner.expect("it is taken").context.traceparent(), PARENT);
+        assert_eq!(
+            winner
+                .existing()
+                .expect("it is taken")
+                .context
+                .traceparent(),
+            PARENT
+        );
     }
     assert_eq!((binary.malformed(), json.malformed()), (0, 0));
 }
@@ -160,7 +172,13 @@ fn what_cannot_be_decoded_is_counted_and_missing_and_replaced() {
             .unwrap();
         assert_eq!(backend.malformed(), 2);
 
-        assert_eq!(backend.write(&[claim("id", &record)]).unwrap(), [None]);
+        assert!(
+            backend
+                .write(&[claim("id", &record)])
+                .unwrap()
+                .iter()
+                .all(|o| o.existing().is_none())
+        );
         assert_eq!(backend.malformed(), 3);
         let found = backend.get("id").unwrap().expect("it was replaced");
         assert_eq!(found.context, record.context);
@@ -180,7 +198,7 @@ fn what_cannot_be_decoded_is_counted_and_missing_and_replaced() {
         claim("other", &record),
     ];
     let winners = backend.write(&writes).unwrap();
-    let won: Vec<_> = winners.iter().map(Option::is_none).collect();
+    let won: Vec<_> = winners.iter().map(|o| o.existing().is_none()).collect();
     assert_eq!(won, [true, true, true, false, false]);
     let left: i64 = raw.pttl(key).unwrap();
     assert!(left > 3_700_000, "{left} ms are left");
@@ -204,7 +222,10 @@ fn one_of_many_replaces_what_cannot_be_decoded() {
                 .write(&[claim(&key, &mine)])
                 .unwrap()
                 .remove(0);
-            (winner.is_none(), winner.unwrap_or(mine).context.span_id())
+            {
+                let found = winner.existing();
+                (found.is_none(), found.unwrap_or(&mine).context.span_id())
+            }
         });
         assert_eq!(
             winners.iter().filter(|(won, _)| *won).count(),

@@ -13,9 +13,10 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use redb::{ReadableDatabase as _, ReadableTableMetadata as _, TableDefinition};
+use tracing_workflow_context::backend::{Record, StorageBackend, Write};
 use tracing_workflow_context::{
-    Absence, OpenError, Record, RedbBackend, RedbSync, StorageBackend, WorkflowContext,
-    WorkflowContextStorage, WorkflowContextStorageBuilder, Write,
+    Absence, OpenError, RedbBackend, RedbSync, WorkflowContext, WorkflowContextStorage,
+    WorkflowContextStorageBuilder,
 };
 
 use support::*;

@@ -10,9 +10,12 @@ use std::time::{Duration, Instant, SystemTime};
 
 use opentelemetry::trace::{TraceContextExt as _, TraceId};
 use tracing::info_span;
+use tracing_workflow_context::backend::{
+    BackendError, Record, StorageBackend, Write, WriteOutcome,
+};
 use tracing_workflow_context::{
-    Absence, BackendError, Clock, MemoryBackend, Record, StorageBackend, StorageError,
-    WorkflowContext, WorkflowContextStorage, WorkflowContextStorageBuilder, Write,
+    Absence, Clock, MemoryBackend, StorageError, WorkflowContext, WorkflowContextStorage,
+    WorkflowContextStorageBuilder,
 };
 
 use support::*;
@@ -601,7 +604,7 @@ fn a_backend_that_rounds_times_names_no_false_winner() {
         fn write(
             &self,
             writes: &[Write],
-        ) -> Result<Vec<Option<Record>>, tracing_workflow_context::BackendError> {
+        ) -> Result<Vec<WriteOutcome>, tracing_workflow_context::backend::BackendError> {
             self.0.write(writes)?;
             let read = |write: &Write| {
                 let mut record = self.0.get(write.key())?;
@@ -610,20 +613,23 @@ fn a_backend_that_rounds_times_names_no_false_winner() {
                         (record.context.traceparent(), record.context.tracestate());
                     record.context = WorkflowContext::parse(&parent, &state).unwrap();
                 }
-                Ok(record)
+                Ok(record.map_or(WriteOutcome::Done, WriteOutcome::Existing))
             };
             writes.iter().map(read).collect()
         }
-        fn get(&self, key: &str) -> Result<Option<Record>, tracing_workflow_context::BackendError> {
+        fn get(
+            &self,
+            key: &str,
+        ) -> Result<Option<Record>, tracing_workflow_context::backend::BackendError> {
             self.0.get(key)
         }
         fn scan(
             &self,
             visit: &mut dyn FnMut(&str, Record),
-        ) -> Result<(), tracing_workflow_context::BackendError> {
+        ) -> Result<(), tracing_workflow_context::backend::BackendError> {
             self.0.scan(visit)
         }
-        fn flush(&self) -> Result<(), tracing_workflow_context::BackendError> {
+        fn flush(&self) -> Result<(), tracing_workflow_context::backend::BackendError> {
             Ok(())
         }
     }
@@ -834,7 +840,7 @@ fn a_fleet_comes_back_little_by_little() {
     #[derive(Clone, Debug, Default)]
     struct Dead(Arc<Mutex<Vec<Instant>>>);
     impl StorageBackend for Dead {
-        fn write(&self, _: &[Write]) -> Result<Vec<Option<Record>>, BackendError> {
+        fn write(&self, _: &[Write]) -> Result<Vec<WriteOutcome>, BackendError> {
             self.0.lock().unwrap().push(Instant::now());
             Err(BackendError::new("dead", None))
         }
@@ -924,29 +930,25 @@ impl InParts {
     }
 
     fn away() -> BackendError {
-        BackendError::new("a part is away", None)
+        BackendError::new("a part is away", None).partial()
     }
 }
 
 impl StorageBackend for InParts {
-    fn write(&self, writes: &[Write]) -> Result<Vec<Option<Record>>, BackendError> {
-        let answer = |write: &Write| match self.part(write.key()) {
-            (_, is_away) if is_away.load(Relaxed) => Ok(None),
-            (part, _) => Ok(part.write(std::slice::from_ref(write))?.pop()),
+    fn write(&self, writes: &[Write]) -> Result<Vec<WriteOutcome>, BackendError> {
+        let outcome = |write: &Write| match self.part(write.key()) {
+            (_, is_away) if is_away.load(Relaxed) => WriteOutcome::Failed(Self::away()),
+            (part, _) => {
+                let outcomes = part.write(std::slice::from_ref(write)).unwrap();
+                outcomes.into_iter().next().unwrap()
+            }
         };
-        let answers: Vec<_> = writes
-            .iter()
-            .map(answer)
-            .collect::<Result<_, BackendError>>()?;
-        if answers.iter().any(Option::is_none) {
-            return Err(Self::away().in_part(answers));
-        }
-        Ok(answers.into_iter().map(Option::flatten).collect())
+        Ok(writes.iter().map(outcome).collect())
     }
 
     fn get(&self, key: &str) -> Result<Option<Record>, BackendError> {
         match self.part(key) {
-            (_, is_away) if is_away.load(Relaxed) => Err(Self::away().in_part(Vec::new())),
+            (_, is_away) if is_away.load(Relaxed) => Err(Self::away()),
             (part, _) => part.get(key),
         }
     }

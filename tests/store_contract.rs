@@ -10,10 +10,11 @@ use std::sync::{Mutex, RwLock};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
-use tracing_workflow_context::testing::check_backend;
-use tracing_workflow_context::{
-    BackendError, MemoryBackend, Record, StorageBackend, WorkflowContext, Write,
+use tracing_workflow_context::backend::{
+    BackendError, Record, StorageBackend, Write, WriteOutcome,
 };
+use tracing_workflow_context::testing::check_backend;
+use tracing_workflow_context::{MemoryBackend, WorkflowContext};
 
 #[test]
 fn memory_keeps_the_contract() {
@@ -331,7 +332,7 @@ impl Broken {
 }
 
 impl StorageBackend for Broken {
-    fn write(&self, writes: &[Write]) -> Result<Vec<Option<Record>>, BackendError> {
+    fn write(&self, writes: &[Write]) -> Result<Vec<WriteOutcome>, BackendError> {
         if self.fault == Fault::RefusesLargeGroups && writes.len() > 1000 {
             return Err(BackendError::new("too many", None));
         }
@@ -352,7 +353,8 @@ impl StorageBackend for Broken {
             Fault::AnswersInReverse => answers.reverse(),
             _ => {}
         }
-        Ok(answers)
+        let outcome = |found: Option<_>| found.map_or(WriteOutcome::Done, WriteOutcome::Existing);
+        Ok(answers.into_iter().map(outcome).collect())
     }
 
     fn get(&self, key: &str) -> Result<Option<Record>, BackendError> {

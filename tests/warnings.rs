@@ -9,8 +9,9 @@ use opentelemetry::KeyValue;
 use opentelemetry::trace::{SpanBuilder, Tracer as _, TracerProvider as _};
 use opentelemetry_sdk::trace::SdkTracerProvider;
 use tracing_subscriber::fmt::MakeWriter;
-use tracing_workflow_context::{
-    BackendError, Record, StorageBackend, WorkflowContextStorage, Write,
+use tracing_workflow_context::WorkflowContextStorage;
+use tracing_workflow_context::backend::{
+    BackendError, Record, StorageBackend, Write, WriteOutcome,
 };
 
 #[derive(Clone, Default)]
@@ -109,7 +110,7 @@ impl Refusing {
 }
 
 impl StorageBackend for Refusing {
-    fn write(&self, _: &[Write]) -> Result<Vec<Option<Record>>, BackendError> {
+    fn write(&self, _: &[Write]) -> Result<Vec<WriteOutcome>, BackendError> {
         Err(Self::error())
     }
 

@@ -1,18 +1,26 @@
-//! The settings of a storage.
+//! The builder: the settings of a storage, their defaults and checks.
 
 use std::borrow::Cow;
-use std::sync::{Arc, RwLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::WorkflowContextStorage;
-use super::backend::StorageBackend;
-use super::beyond::{Beyond, Lifetimes};
-use super::core::{Bounds, Core, Recorders, StandIns};
-use super::memory::{Limits, Memory};
+use super::agent::AgentTracer;
+use super::refresh::Lifetimes;
+use super::remote::{Remote, Settings};
+use super::shared::Shared;
+use super::tier::Tier;
+use crate::backend::StorageBackend;
+use crate::cache::Cache;
+use crate::cache::entry::Limits;
 use crate::clock::{Clock, SystemClock, ticks};
+use crate::decision::Policy;
+use crate::decision::relation::{Continuation, Relation};
 use crate::error::BuildError;
-use crate::fields::{self, Engine, Fields};
-use crate::policy::{Continuation, Policy, Relation};
+use crate::explain::author::Authors;
+use crate::fields::engine::Engine;
+use crate::fields::{self, Fields};
+use crate::tracer::stand_ins::StandIns;
 use crate::warnings::Warnings;
 
 const IDLE_TTL: Duration = Duration::from_secs(24 * 60 * 60);
@@ -46,7 +54,6 @@ pub struct WorkflowContextStorageBuilder {
     adopted_spans: Vec<Cow<'static, str>>,
     replay_fields: Vec<Cow<'static, str>>,
     policy: Policy,
-    bounds: Bounds,
     limits: Limits,
     recent_decisions: usize,
     clock: Option<Arc<dyn Clock>>,
@@ -64,7 +71,6 @@ impl Default for WorkflowContextStorageBuilder {
             adopted_spans: Vec::new(),
             replay_fields: Vec::new(),
             policy: Policy::default(),
-            bounds: Bounds::default(),
             limits: Limits {
                 max_instances: 1_000_000,
                 idle_ttl: ticks(IDLE_TTL),
@@ -158,7 +164,7 @@ impl WorkflowContextStorageBuilder {
     ///
     /// By default, traces have no age limit.
     pub fn max_age(mut self, age: Duration) -> Self {
-        self.bounds.max_age = Some(age);
+        self.policy.bounds.max_age = Some(age);
         self
     }
 
@@ -167,13 +173,13 @@ impl WorkflowContextStorageBuilder {
     ///
     /// By default, traces have no size limit.
     pub fn max_spans(mut self, spans: u64) -> Self {
-        self.bounds.max_spans = Some(spans);
+        self.policy.bounds.max_spans = Some(spans);
         self
     }
 
     /// What is done with the spans of one relation, in place of the default in the table at [`Relation`].
     pub fn relation(mut self, relation: Relation, continuation: Continuation) -> Self {
-        self.policy.set(relation, continuation);
+        self.policy.relations.set(relation, continuation);
         self
     }
 
@@ -185,13 +191,13 @@ impl WorkflowContextStorageBuilder {
     /// sampled stays in its trace, and is not exported. A new root whose predecessor was sampled is always decided
     /// by the sampler, which OpenTelemetry gives no way around.
     pub fn resample_on(mut self, relation: Relation) -> Self {
-        self.policy.resample(relation);
+        self.policy.relations.resample(relation);
         self
     }
 
     /// Where contexts are kept beyond memory: a file that survives restarts, a server that many machines share.
     ///
-    /// Memory is asked first. A miss asks the backend within [`lookup_budget`](Self::lookup_budget); what is
+    /// Cache is asked first. A miss asks the backend within [`lookup_budget`](Self::lookup_budget); what is
     /// recorded is written by a thread of the storage's own, in groups.
     /// [`flush`](WorkflowContextStorage::flush) is the barrier before work is handed to another worker. A backend
     /// that fails or is too slow costs continuity, is counted, and harms nothing else.
@@ -256,10 +262,10 @@ impl WorkflowContextStorageBuilder {
                 return Err(BuildError::EmptyName { setting });
             }
         }
-        if self.bounds.max_age == Some(Duration::ZERO) {
+        if self.policy.bounds.max_age == Some(Duration::ZERO) {
             return Err(BuildError::Zero { setting: "max_age" });
         }
-        if self.bounds.max_spans == Some(0) {
+        if self.policy.bounds.max_spans == Some(0) {
             return Err(BuildError::Zero {
                 setting: "max_spans",
             });
@@ -274,14 +280,14 @@ impl WorkflowContextStorageBuilder {
                 setting: "idle_ttl",
             });
         }
-        self.policy.check()?;
+        self.check_relations()?;
         self.finish().map_err(|error| BuildError::NoThread {
             error: error.to_string(),
         })
     }
 
     /// Fails only where there is a backend, and no thread to use it.
-    pub(super) fn finish(self) -> std::io::Result<WorkflowContextStorage> {
+    fn finish(self) -> std::io::Result<WorkflowContextStorage> {
         let mut fields = Fields::new(self.instance_id_fields);
         self.engines
             .into_iter()
@@ -293,36 +299,78 @@ impl WorkflowContextStorageBuilder {
             .into_iter()
             .for_each(|name| fields.add_replaying(name));
         let warnings = Warnings::new(self.clock.is_none());
-        let memory = Memory::swept(self.limits, self.clock.clone(), self.recent_decisions);
+        let cache = Cache::swept(self.limits, self.clock.clone(), self.recent_decisions);
         let clock = self.clock.unwrap_or_else(|| Arc::new(SystemClock));
-        let beyond = self.backend.map(|backend| {
-            let (budget, write_through) = (self.lookup_budget, self.write_through);
-            Beyond::new(
-                backend,
-                memory.clone(),
-                clock.clone(),
-                self.lifetimes,
-                budget,
-                write_through,
-                warnings.clone(),
-            )
+        let settings = Settings {
+            lifetimes: self.lifetimes,
+            lookup_budget: self.lookup_budget,
+            write_through: self.write_through,
+        };
+        let remote = self.backend.map(|backend| {
+            let (cache, clock) = (cache.clone(), clock.clone());
+            Remote::new(backend, cache, clock, settings, warnings.clone())
         });
         Ok(WorkflowContextStorage {
-            core: Arc::new(Core {
+            shared: Arc::new(Shared {
                 fields,
                 policy: self.policy,
-                bounds: self.bounds,
-                beyond: beyond.transpose()?,
                 clock,
-                memory,
+                tier: Tier::new(cache, remote.transpose()?),
                 counters: Arc::default(),
                 stand_ins: StandIns::default(),
                 warnings,
-                recorders: Recorders::default(),
-                tracer: RwLock::new(None),
+                authors: Authors::default(),
+                agent_tracer: AgentTracer::default(),
                 #[cfg(feature = "metrics")]
                 registrations: Default::default(),
             }),
         })
+    }
+
+    fn check_relations(&self) -> Result<(), BuildError> {
+        let relations = &self.policy.relations;
+        let late = relations.get(Relation::Late);
+        if !matches!(late, Continuation::Keep | Continuation::Link) {
+            return Err(BuildError::ImpossibleRelation {
+                relation: Relation::Late,
+                continuation: late,
+                why: "the parent of a span that has started can no longer change, only Keep and Link are left",
+            });
+        }
+        let within_a_trace = [
+            Relation::Orphan,
+            Relation::SameTrace,
+            Relation::Foreign,
+            Relation::Child,
+            Relation::Late,
+        ];
+        match within_a_trace
+            .into_iter()
+            .find(|relation| relations.resamples(*relation))
+        {
+            Some(relation) => Err(BuildError::ImpossibleResampling { relation }),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Default for WorkflowContextStorage {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl WorkflowContextStorage {
+    /// Creates a storage in memory, with every setting at its default.
+    #[must_use]
+    pub fn new() -> Self {
+        let storage = WorkflowContextStorageBuilder::default().finish();
+        storage.expect("only a backend can fail, and the default has none")
+    }
+
+    /// Starts a builder, for settings other than the defaults; they are tabulated at [`WorkflowContextStorageBuilder`].
+    #[must_use = "a builder does nothing until build() is called"]
+    pub fn builder() -> WorkflowContextStorageBuilder {
+        WorkflowContextStorageBuilder::default()
     }
 }

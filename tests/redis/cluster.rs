@@ -4,9 +4,8 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use redis::Value;
-use tracing_workflow_context::{
-    ConnectError, Form, RedisBackend, StorageBackend as _, WorkflowContextStorage, Write,
-};
+use tracing_workflow_context::backend::{StorageBackend as _, Write};
+use tracing_workflow_context::{ConnectError, Form, RedisBackend, WorkflowContextStorage};
 
 use super::{
     Directory, PARENT, PATIENCE, RedisServer, Worker, at_once, claim, keeps_the_contract, raw,
@@ -201,8 +200,20 @@ fn an_instance_lies_in_one_slot_and_instances_on_all_servers() {
         .iter()
         .flat_map(|id| keys_of(id).map(|key| claim(&key, &record)))
         .collect();
-    assert!(backend.write(&writes).unwrap().iter().all(Option::is_none));
-    assert!(backend.write(&writes).unwrap().iter().all(Option::is_some));
+    assert!(
+        backend
+            .write(&writes)
+            .unwrap()
+            .iter()
+            .all(|o| o.existing().is_none())
+    );
+    assert!(
+        backend
+            .write(&writes)
+            .unwrap()
+            .iter()
+            .all(|o| o.existing().is_some())
+    );
 
     let on: [Vec<String>; 3] = [0, 1, 2].map(|number| cluster.keys(number));
     assert_eq!(on.iter().map(Vec::len).sum::<usize>(), writes.len());
@@ -281,7 +292,7 @@ fn a_slot_that_moves_is_followed() {
     // One has moved, one has not, and one is new: written where the slot is going.
     for round in 0..2 {
         let winners = backend.write(&ids.map(|id| claim(id, &mine))).unwrap();
-        let taken: Vec<_> = winners.iter().map(Option::is_some).collect();
+        let taken: Vec<_> = winners.iter().map(|o| o.existing().is_some()).collect();
         assert_eq!(taken, [true, true, round == 1]);
         for id in ids {
             assert!(backend.get(id).unwrap().is_some(), "{id:?}");
@@ -297,7 +308,7 @@ fn a_slot_that_moves_is_followed() {
             assert!(backend.get(id).unwrap().is_some(), "{id:?}");
         }
         let winners = backend.write(&ids.map(|id| claim(id, &mine))).unwrap();
-        assert!(winners.iter().all(Option::is_some));
+        assert!(winners.iter().all(|o| o.existing().is_some()));
     }
     assert_eq!(cluster.keys(to).len(), 3);
     backend
@@ -321,7 +332,13 @@ fn what_cannot_be_decoded_is_replaced_wherever_it_lies() {
     }
     let ids: Vec<_> = (0..30).map(|n| format!("order-{n}")).collect();
     let writes: Vec<_> = ids.iter().map(|id| claim(id, &mine)).collect();
-    assert!(backend.write(&writes).unwrap().iter().all(Option::is_none));
+    assert!(
+        backend
+            .write(&writes)
+            .unwrap()
+            .iter()
+            .all(|o| o.existing().is_none())
+    );
     assert_eq!(backend.malformed(), 3);
     for id in &ids {
         assert_eq!(
@@ -344,7 +361,7 @@ fn many_claim_the_same_and_one_wins() {
         let winners = cluster.backend().write(&writes).unwrap();
         let spans = winners
             .into_iter()
-            .map(|winner| winner.unwrap_or(mine.clone()).context.span_id());
+            .map(|winner| winner.existing().unwrap_or(&mine).context.span_id());
         spans.collect::<Vec<_>>()
     });
     assert!(winners.iter().all(|spans| *spans == winners[0]));
@@ -375,8 +392,20 @@ fn a_user_needs_no_more_than_is_documented() {
     let writes: Vec<_> = (0..30)
         .map(|n| claim(&n.to_string(), &record(PARENT)))
         .collect();
-    assert!(backend.write(&writes).unwrap().iter().all(Option::is_none));
-    assert!(backend.write(&writes).unwrap().iter().all(Option::is_some));
+    assert!(
+        backend
+            .write(&writes)
+            .unwrap()
+            .iter()
+            .all(|o| o.existing().is_none())
+    );
+    assert!(
+        backend
+            .write(&writes)
+            .unwrap()
+            .iter()
+            .all(|o| o.existing().is_some())
+    );
     backend.flush().unwrap();
     let mut shown = 0;
     backend.scan(&mut |_, _| shown += 1).unwrap();
@@ -410,9 +439,12 @@ fn some_urls_may_lead_nowhere() {
     let backend = RedisBackend::connect_cluster(urls.iter().map(String::as_str)).unwrap();
     let backend = backend.with_response_timeout(PATIENCE);
     for id in cluster.ids_on(0, 3) {
-        assert_eq!(
-            backend.write(&[claim(&id, &record(PARENT))]).unwrap(),
-            [None]
+        assert!(
+            backend
+                .write(&[claim(&id, &record(PARENT))])
+                .unwrap()
+                .iter()
+                .all(|o| o.existing().is_none())
         );
     }
     assert_eq!(cluster.keys(0).len(), 3);

@@ -4,7 +4,8 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use tracing_workflow_context::{RedisBackend, StorageBackend as _};
+use tracing_workflow_context::RedisBackend;
+use tracing_workflow_context::backend::StorageBackend as _;
 
 use super::{Directory, PARENT, PATIENCE, RedisServer, claim, raw, record};
 
@@ -72,8 +73,20 @@ fn one_process_by_tls() {
         let writes: Vec<_> = (0..1000)
             .map(|n| claim(&n.to_string(), &record(PARENT)))
             .collect();
-        assert!(backend.write(&writes).unwrap().iter().all(Option::is_none));
-        assert!(backend.write(&writes).unwrap().iter().all(Option::is_some));
+        assert!(
+            backend
+                .write(&writes)
+                .unwrap()
+                .iter()
+                .all(|o| o.existing().is_none())
+        );
+        assert!(
+            backend
+                .write(&writes)
+                .unwrap()
+                .iter()
+                .all(|o| o.existing().is_some())
+        );
         assert!(backend.get("999").unwrap().is_some());
     } else {
         assert!(backend.flush().is_err());

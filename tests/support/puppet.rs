@@ -3,7 +3,10 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
-use tracing_workflow_context::{BackendError, MemoryBackend, Record, StorageBackend, Write};
+use tracing_workflow_context::MemoryBackend;
+use tracing_workflow_context::backend::{
+    BackendError, Record, StorageBackend, Write, WriteOutcome,
+};
 
 /// What becomes of calls.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -135,7 +138,7 @@ impl Puppet {
 }
 
 impl StorageBackend for Puppet {
-    fn write(&self, writes: &[Write]) -> Result<Vec<Option<Record>>, BackendError> {
+    fn write(&self, writes: &[Write]) -> Result<Vec<WriteOutcome>, BackendError> {
         self.enter(Call::Write)?;
         self.state().groups.push(writes.to_vec());
         self.0.inner.write(writes)

@@ -1,0 +1,223 @@
+//! The contract of a storage backend: what its author implements, and what the storage relies on.
+//!
+//! Only the author of a backend needs this module. The backends of this crate are
+//! [`MemoryBackend`](crate::MemoryBackend), `RedbBackend` (feature `redb`) and `RedisBackend` (feature `redis`).
+
+pub(crate) mod client;
+#[cfg(any(test, feature = "redb", feature = "redis"))]
+#[cfg_attr(
+    not(feature = "redb"),
+    allow(dead_code, reason = "only redb reads the expiry alone")
+)]
+pub(crate) mod codec;
+pub(crate) mod keys;
+pub(crate) mod memory;
+#[cfg(feature = "redb")]
+pub(crate) mod redb;
+#[cfg(feature = "redis")]
+pub(crate) mod redis;
+pub(crate) mod write_queue;
+
+use std::error::Error;
+use std::fmt;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use crate::context::WorkflowContext;
+
+/// A map from keys to [`Record`]s in which contexts outlive memory: a file, a server. Users can write their own.
+///
+/// The storage looks in memory first, and asks its backend on a miss. It calls the backend from threads of its own, so
+/// that a span waits no longer than the lookup budget.
+///
+/// # Contract
+///
+/// A key is not empty and shorter than 4 KiB; it can be any text.
+///
+/// *Atomicity*: each write on one key is atomic, so concurrent writes behave as if they came one after the other. The
+/// writes of one [`write`](Self::write) call need not be atomic together, but take effect in their order for each key.
+///
+/// *Durability*: what was written and not yet flushed may be lost when the process or its machine dies. A flushed
+/// write is lost only as the backend documents.
+///
+/// *Expiry*: a record is gone once its `expires_at` has passed. `get` and `scan` no longer return it, and its space is
+/// freed eventually.
+///
+/// *Partial failure*: a backend whose parts fail on their own, such as the nodes of a cluster, reports
+/// [partial](BackendError::partial) errors. Otherwise one failed part holds up everything.
+///
+/// Methods may block, take their time and fail. They must not panic, and must not call back into the storage that
+/// uses them. `testing::check_backend` (feature `testing`) checks a backend against this contract.
+pub trait StorageBackend: fmt::Debug + Send + Sync + 'static {
+    /// Carries out writes in their order, as one group where that is cheaper, and returns one [`WriteOutcome`] for each.
+    ///
+    /// # Errors
+    ///
+    /// If the backend failed as a whole. It is then unknown which of the writes were carried out, and all of them are
+    /// tried again. Where only some failed, return `Ok` with a [`WriteOutcome::Failed`] for each of those.
+    fn write(&self, writes: &[Write]) -> Result<Vec<WriteOutcome>, BackendError>;
+
+    /// Returns the record of a key. A record that cannot be decoded is treated as missing, and counted by
+    /// [`malformed`](Self::malformed).
+    ///
+    /// # Errors
+    ///
+    /// If the backend, or the part of it that has the key, failed.
+    fn get(&self, key: &str) -> Result<Option<Record>, BackendError>;
+
+    /// Visits once, in no order, every record that exists during the whole scan. Holds no lock while `visit` runs.
+    ///
+    /// # Errors
+    ///
+    /// If the backend failed; what was visited until then is valid.
+    fn scan(&self, visit: &mut dyn FnMut(&str, Record)) -> Result<(), BackendError>;
+
+    /// Returns once everything written before is as durable as the backend makes it.
+    ///
+    /// # Errors
+    ///
+    /// If the backend failed; it is then unknown what is durable.
+    fn flush(&self) -> Result<(), BackendError>;
+
+    /// Returns the number of values read so far that could not be decoded.
+    fn malformed(&self) -> u64 {
+        0
+    }
+
+    /// Returns `true` if a new storage shall load all records into its memory, and later ask only for those that did
+    /// not fit: for a backend that is local, fast to read, and used by no other storage.
+    fn warms_up(&self) -> bool {
+        false
+    }
+}
+
+/// The result of one [`Write`].
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum WriteOutcome {
+    /// The write was carried out.
+    Done,
+    /// A [`Write::PutIfAbsent`] found this record under its key, and changed nothing.
+    Existing(Record),
+    /// The write was not carried out. It is tried again, before any later write on its key: after a failure, no other
+    /// write on the same key of the same call may be [`Done`](Self::Done).
+    Failed(BackendError),
+}
+
+impl WriteOutcome {
+    /// Returns the record that the write found, if any.
+    #[must_use]
+    pub fn existing(&self) -> Option<&Record> {
+        match self {
+            Self::Existing(record) => Some(record),
+            Self::Done | Self::Failed(_) => None,
+        }
+    }
+
+    /// The outcome of a write that was carried out, unless it found a record.
+    pub(crate) fn found(existing: Option<Record>) -> Self {
+        existing.map_or(Self::Done, Self::Existing)
+    }
+}
+
+/// A failure of a backend.
+#[derive(Clone, Debug)]
+pub struct BackendError {
+    message: String,
+    source: Option<Arc<dyn Error + Send + Sync>>,
+    partial: bool,
+}
+
+impl BackendError {
+    /// Creates an error of the whole backend, with the error that caused it.
+    pub fn new(message: impl Into<String>, source: Option<Box<dyn Error + Send + Sync>>) -> Self {
+        Self {
+            message: message.into(),
+            source: source.map(Arc::from),
+            partial: false,
+        }
+    }
+
+    /// Marks this as an error of one part of the backend, such as one node of several: the storage goes on using the
+    /// rest, and does not open the circuit.
+    #[must_use]
+    pub fn partial(self) -> Self {
+        Self {
+            partial: true,
+            ..self
+        }
+    }
+
+    /// Returns `true` if only a part of the backend failed.
+    #[must_use]
+    pub fn is_partial(&self) -> bool {
+        self.partial
+    }
+}
+
+impl fmt::Display for BackendError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl Error for BackendError {
+    fn source(&self) -> Option<&(dyn Error + 'static)> {
+        let source = self.source.as_deref()?;
+        Some(source)
+    }
+}
+
+/// A change of one key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Write {
+    /// Stores the record if there is none under the key, else [finds](WriteOutcome::Existing) the one that is there.
+    PutIfAbsent(String, Record),
+    /// Stores the record, over any other.
+    Put(String, Record),
+    /// Sets the expiry of an existing record; without one it does nothing.
+    Expire(String, SystemTime),
+    /// Removes the record, if there is one.
+    Remove(String),
+}
+
+impl Write {
+    /// Returns the key that is written to.
+    #[must_use]
+    pub fn key(&self) -> &str {
+        match self {
+            Self::PutIfAbsent(key, _)
+            | Self::Put(key, _)
+            | Self::Expire(key, _)
+            | Self::Remove(key) => key,
+        }
+    }
+}
+
+/// The value that a backend keeps under one key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Record {
+    /// The trace context that later spans continue.
+    pub context: WorkflowContext,
+    /// The run that it belongs to, if runs are told apart.
+    pub run_id: Option<String>,
+    /// Number of this trace among the traces of its run, from 1.
+    pub generation: u32,
+    /// Time from which on the record is gone.
+    pub expires_at: SystemTime,
+}
+
+impl Record {
+    /// Creates a record of the first trace of an instance without runs.
+    #[must_use]
+    pub fn new(context: WorkflowContext, expires_at: SystemTime) -> Self {
+        Self {
+            context,
+            run_id: None,
+            generation: 1,
+            expires_at,
+        }
+    }
+}

@@ -1,0 +1,299 @@
+//! A [`Record`] as bytes: what is kept by backends that keep bytes.
+//!
+//! Version 1, all numbers little-endian:
+//!
+//! | bytes | what |
+//! |---|---|
+//! | 1 | 1, the version |
+//! | 8 | `expires_at`, in nanoseconds since 1970 |
+//! | 8 | `recorded_at`, the same |
+//! | 16 | trace id |
+//! | 8 | span id |
+//! | 4 | generation |
+//! | 1 | trace flags |
+//! | 1 | 1 if resumed, plus 2 if there is a run id, plus 4 if there is a tracestate |
+//! | 4 + n | the length of the run id and the run id, if there is one |
+//! | 4 + n | the length of the tracestate and the tracestate, if there is one |
+//!
+//! Each record has one form, and nothing else is read: what [`decode`] answers encodes to the bytes it was given.
+//! Times before 1970 and after 2554 are moved to the nearer end.
+
+use std::time::{Duration, SystemTime};
+
+use opentelemetry::trace::{SpanId, TraceFlags, TraceId, TraceState};
+
+use crate::backend::Record;
+use crate::context::{WorkflowContext, since_epoch};
+use crate::traceparent;
+
+const VERSION: u8 = 1;
+
+/// Everything but the run id and the tracestate.
+const FIXED: usize = 47;
+
+const RESUMED: u8 = 1;
+const HAS_RUN_ID: u8 = 2;
+const HAS_TRACE_STATE: u8 = 4;
+
+pub(super) fn encode(record: &Record) -> Vec<u8> {
+    let Record {
+        context,
+        run_id,
+        generation,
+        expires_at,
+    } = record;
+    let state = Some(context.tracestate()).filter(|state| !state.is_empty());
+    let flag = |set: bool, flag: u8| if set { flag } else { 0 };
+    let flags = flag(context.is_resumed(), RESUMED)
+        | flag(run_id.is_some(), HAS_RUN_ID)
+        | flag(state.is_some(), HAS_TRACE_STATE);
+    let texts = [run_id.as_deref(), state.as_deref()];
+    let len = |text: &Option<&str>| text.map_or(0, |text| 4 + text.len());
+
+    let mut bytes = Vec::with_capacity(FIXED + texts.iter().map(len).sum::<usize>());
+    bytes.push(VERSION);
+    bytes.extend(since_epoch(*expires_at).to_le_bytes());
+    bytes.extend(since_epoch(context.recorded_at()).to_le_bytes());
+    bytes.extend(context.trace_id().to_bytes());
+    bytes.extend(context.span_id().to_bytes());
+    bytes.extend(generation.to_le_bytes());
+    bytes.extend([context.flags().to_u8(), flags]);
+    for text in texts.into_iter().flatten() {
+        // A text of 4 GiB would become undecodable here; there is none.
+        bytes.extend((text.len() as u32).to_le_bytes());
+        bytes.extend(text.as_bytes());
+    }
+    bytes
+}
+
+/// The record, marked as another process's; `None` for anything that [`encode`] does not write.
+pub(super) fn decode(bytes: &[u8]) -> Option<Record> {
+    let mut bytes = Bytes(bytes);
+    if bytes.take()? != [VERSION] {
+        return None;
+    }
+    let expires_at = time(u64::from_le_bytes(bytes.take()?));
+    let recorded_at = time(u64::from_le_bytes(bytes.take()?));
+    let trace_id = TraceId::from_bytes(bytes.take()?);
+    let span_id = SpanId::from_bytes(bytes.take()?);
+    let generation = u32::from_le_bytes(bytes.take()?);
+    let [trace_flags, flags] = bytes.take()?;
+    if flags & !(RESUMED | HAS_RUN_ID | HAS_TRACE_STATE) != 0 {
+        return None;
+    }
+    let run_id = match flags & HAS_RUN_ID {
+        0 => None,
+        _ => Some(bytes.text()?.to_owned()),
+    };
+    let state = match flags & HAS_TRACE_STATE {
+        0 => TraceState::NONE,
+        _ => trace_state(bytes.text()?)?,
+    };
+    if !bytes.0.is_empty() {
+        return None;
+    }
+    let context = WorkflowContext::from_parts(
+        trace_id,
+        span_id,
+        TraceFlags::new(trace_flags),
+        &state,
+        recorded_at,
+        flags & RESUMED != 0,
+    )?;
+    (context.flags().to_u8() == trace_flags).then_some(Record {
+        context,
+        run_id,
+        generation,
+        expires_at,
+    })
+}
+
+/// When the record of these bytes is gone, without a look at the rest of it; `None` for another version's.
+pub(super) fn expires_at(bytes: &[u8]) -> Option<SystemTime> {
+    let mut bytes = Bytes(bytes);
+    (bytes.take()? == [VERSION]).then_some(())?;
+    bytes.take().map(|ns| time(u64::from_le_bytes(ns)))
+}
+
+fn trace_state(text: &str) -> Option<TraceState> {
+    let state = traceparent::parse_tracestate(&[text])?;
+    (state.header() == text).then_some(state)
+}
+
+fn time(nanoseconds: u64) -> SystemTime {
+    SystemTime::UNIX_EPOCH + Duration::from_nanos(nanoseconds)
+}
+
+/// What is still to be read.
+struct Bytes<'a>(&'a [u8]);
+
+impl Bytes<'_> {
+    fn take<const N: usize>(&mut self) -> Option<[u8; N]> {
+        let (taken, rest) = self.0.split_first_chunk()?;
+        self.0 = rest;
+        Some(*taken)
+    }
+
+    fn text(&mut self) -> Option<&str> {
+        let len = usize::try_from(u32::from_le_bytes(self.take()?)).ok()?;
+        let (text, rest) = self.0.split_at_checked(len)?;
+        self.0 = rest;
+        std::str::from_utf8(text).ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn context() -> impl Strategy<Value = WorkflowContext> {
+        let member = ("[a-z][a-z0-9_*/-]{0,20}", "[!-+--<>-~]{1,20}");
+        let members = prop::collection::btree_map(member.0, member.1, 0..5);
+        let ids = (1..=u128::MAX, 1..=u64::MAX, 0..4u8);
+        (ids, members, any::<u64>(), any::<bool>()).prop_map(
+            |((trace, span, flags), members, recorded_at, resumed)| {
+                WorkflowContext::from_parts(
+                    trace.into(),
+                    span.into(),
+                    TraceFlags::new(flags),
+                    &TraceState::from_key_value(members).expect("valid members"),
+                    time(recorded_at),
+                    resumed,
+                )
+                .expect("no id is zero")
+            },
+        )
+    }
+
+    fn record() -> impl Strategy<Value = Record> {
+        let run_id = prop::option::of(".{0,40}");
+        (context(), run_id, any::<u32>(), any::<u64>()).prop_map(
+            |(context, run_id, generation, expires_at)| Record {
+                context,
+                run_id,
+                generation,
+                expires_at: time(expires_at),
+            },
+        )
+    }
+
+    fn plain() -> Record {
+        let parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+        let context = WorkflowContext::parse(parent, "").expect("well formed");
+        Record::new(context, time(1_800_000_000_000_000_000))
+    }
+
+    proptest! {
+        #[test]
+        fn a_record_comes_back_as_it_was(record in record()) {
+            let bytes = encode(&record);
+            let decoded = decode(&bytes).expect("just encoded");
+            prop_assert!(decoded.context.is_remote());
+            prop_assert_eq!(&decoded, &record);
+            prop_assert_eq!(expires_at(&bytes), Some(record.expires_at));
+        }
+
+        #[test]
+        fn any_bytes_are_one_record_or_none(bytes in prop::collection::vec(any::<u8>(), 0..120)) {
+            if let Some(record) = decode(&bytes) {
+                prop_assert_eq!(encode(&record), bytes);
+            }
+        }
+
+        /// Random bytes are hardly ever nearly right: these are.
+        #[test]
+        fn a_damaged_record_is_another_one_or_none(
+            record in record(),
+            at in any::<prop::sample::Index>(),
+            byte in any::<u8>(),
+        ) {
+            let mut bytes = encode(&record);
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+            if let Some(record) = decode(&bytes) {
+                prop_assert_eq!(encode(&record), bytes);
+            }
+        }
+
+        #[test]
+        fn what_is_cut_or_goes_on_is_none(record in record(), more in any::<u8>()) {
+            let mut bytes = encode(&record);
+            for len in 0..bytes.len() {
+                prop_assert!(decode(&bytes[..len]).is_none(), "{} of {}", len, bytes.len());
+            }
+            bytes.push(more);
+            prop_assert!(decode(&bytes).is_none());
+        }
+    }
+
+    #[test]
+    fn a_usual_record_is_small() {
+        let encoded = encode(&plain());
+        assert_eq!(encoded.len(), FIXED);
+        const { assert!(FIXED <= 64) };
+    }
+
+    #[test]
+    fn each_thing_that_is_not_exactly_right_is_none() {
+        let plain = plain();
+        let with = |at: usize, bytes: &[u8]| {
+            let mut encoded = encode(&plain);
+            encoded[at..at + bytes.len()].copy_from_slice(bytes);
+            encoded
+        };
+        let with_text = |flag: u8, len: usize, text: &[u8]| {
+            let mut encoded = with(46, &[flag]);
+            encoded.extend((len as u32).to_le_bytes());
+            encoded.extend(text);
+            encoded
+        };
+        let with_run_id = |len, text| with_text(HAS_RUN_ID, len, text);
+        let with_trace_state = |text: &str| with_text(HAS_TRACE_STATE, text.len(), text.as_bytes());
+        assert_eq!(decode(&with(0, &[VERSION])).as_ref(), Some(&plain));
+        assert!(decode(&with_run_id(3, b"run")).is_some());
+        assert!(decode(&with_trace_state("a=1,b=2")).is_some());
+
+        let wrong = [
+            ("nothing", Vec::new()),
+            ("version 0", with(0, &[0])),
+            ("a newer version", with(0, &[2])),
+            ("a zero trace id", with(17, &[0; 16])),
+            ("a zero span id", with(33, &[0; 8])),
+            ("a trace flag without a meaning", with(45, &[4])),
+            ("a flag without a meaning", with(46, &[8])),
+            ("a run id that is not there", with(46, &[HAS_RUN_ID])),
+            ("a run id that is too short", with_run_id(4, b"run")),
+            ("a run id that is too long", with_run_id(2, b"run")),
+            ("a run id of 4 GiB", with_run_id(u32::MAX as usize, b"run")),
+            ("a run id that is no text", with_run_id(3, b"r\xffn")),
+            ("an empty tracestate", with_trace_state("")),
+            ("a tracestate with blanks", with_trace_state("a=1, b=2")),
+            ("a tracestate without a value", with_trace_state("a=")),
+            ("a tracestate with a key twice", with_trace_state("a=1,a=2")),
+        ];
+        for (what, bytes) in wrong {
+            assert_eq!(decode(&bytes), None, "{what}");
+        }
+    }
+
+    #[test]
+    fn the_longest_tracestate_is_kept() {
+        let member = |n| (format!("{n:a>256}"), "v".repeat(256));
+        let state = TraceState::from_key_value((10..42).map(member)).expect("valid members");
+        let context = plain().context.to_span_context();
+        let context = WorkflowContext::from_parts(
+            context.trace_id(),
+            context.span_id(),
+            context.trace_flags(),
+            &state,
+            SystemTime::UNIX_EPOCH,
+            false,
+        )
+        .expect("no id is zero");
+        let record = Record { context, ..plain() };
+        assert_eq!(record.context.tracestate().len(), state.header().len());
+        assert_eq!(decode(&encode(&record)), Some(record));
+    }
+}

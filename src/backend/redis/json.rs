@@ -1,0 +1,168 @@
+//! A [`Record`] as the JSON object that the Python original keeps, for workers in other languages.
+//!
+//! | member | |
+//! |---|---|
+//! | `traceparent` | text, as in the header; the only member that must be there |
+//! | `tracestate` | text or null |
+//! | `instance_id` | text; written, and not read: the key tells |
+//! | `resumed` | a boolean |
+//! | `debug_info` | text; written, and not read |
+//! | `run_id` | text or null |
+//! | `generation` | a positive integer |
+//! | `recorded_at`, `expires_at` | seconds since 1970, as `time.time()` tells them |
+//!
+//! A member that is there and of another type makes the value undecodable; members of other names are passed over.
+
+use std::time::{Duration, SystemTime};
+
+use serde_json::{Map, Value, json};
+
+use crate::backend::Record;
+use crate::context::WorkflowContext;
+
+const WRITER: &str = concat!(
+    "recorded by ",
+    env!("CARGO_PKG_NAME"),
+    " ",
+    env!("CARGO_PKG_VERSION")
+);
+
+/// How long a value lives on for which neither the server nor the value itself tells an end.
+const UNTOLD: Duration = Duration::from_secs(24 * 60 * 60);
+
+pub(super) fn encode(instance_id: &str, record: &Record) -> Vec<u8> {
+    let context = &record.context;
+    let tracestate = Some(context.tracestate()).filter(|state| !state.is_empty());
+    let object = json!({
+        "traceparent": context.traceparent(),
+        "tracestate": tracestate,
+        "instance_id": instance_id,
+        "resumed": context.is_resumed(),
+        "debug_info": WRITER,
+        "run_id": record.run_id,
+        "generation": record.generation,
+        "recorded_at": seconds(context.recorded_at()),
+        "expires_at": seconds(record.expires_at),
+    });
+    object.to_string().into_bytes()
+}
+
+pub(super) fn decode(bytes: &[u8]) -> Option<Record> {
+    let object: Map<String, Value> = serde_json::from_slice(bytes).ok()?;
+    let traceparent = object.get("traceparent")?.as_str()?;
+    let tracestate = member(&object, "tracestate", Value::as_str)?;
+    let resumed = member(&object, "resumed", Value::as_bool)?;
+    let run_id = member(&object, "run_id", Value::as_str)?;
+    let generation = member(&object, "generation", Value::as_u64)?;
+    let recorded_at = member(&object, "recorded_at", time)?;
+    let expires_at = member(&object, "expires_at", time)?;
+
+    let mut context = WorkflowContext::parse(traceparent, tracestate.unwrap_or_default()).ok()?;
+    if let Some(recorded_at) = recorded_at {
+        context = context.with_recorded_at(recorded_at);
+    }
+    if resumed == Some(true) {
+        context = context.into_resumed();
+    }
+    Some(Record {
+        context,
+        run_id: run_id.map(str::to_owned),
+        generation: u32::try_from(generation.unwrap_or(1))
+            .ok()
+            .filter(|&it| it > 0)?,
+        expires_at: expires_at.unwrap_or_else(|| SystemTime::now() + UNTOLD),
+    })
+}
+
+/// `Some(None)` where the member is null or not there, `None` where it is of another type.
+fn member<'a, T>(
+    object: &'a Map<String, Value>,
+    name: &str,
+    read: impl FnOnce(&'a Value) -> Option<T>,
+) -> Option<Option<T>> {
+    match object.get(name) {
+        None | Some(Value::Null) => Some(None),
+        Some(value) => read(value).map(Some),
+    }
+}
+
+fn seconds(time: SystemTime) -> f64 {
+    let since_epoch = time.duration_since(SystemTime::UNIX_EPOCH);
+    since_epoch.unwrap_or_default().as_secs_f64()
+}
+
+fn time(seconds: &Value) -> Option<SystemTime> {
+    let since_epoch = Duration::try_from_secs_f64(seconds.as_f64()?).ok()?;
+    SystemTime::UNIX_EPOCH.checked_add(since_epoch)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+
+    fn decoded(text: &str) -> Option<Record> {
+        decode(text.as_bytes())
+    }
+
+    #[test]
+    fn a_record_comes_back_as_it_was() {
+        let moment = |s| SystemTime::UNIX_EPOCH + Duration::from_secs(s);
+        for (tracestate, run_id) in [("", None), ("a=1,b=\"\\", Some("run\u{1f}\n\"ü"))] {
+            let context = WorkflowContext::parse(PARENT, tracestate).expect("well formed");
+            let record = Record {
+                context: context
+                    .with_recorded_at(moment(1_800_000_000))
+                    .into_resumed(),
+                run_id: run_id.map(str::to_owned),
+                generation: 7,
+                expires_at: moment(1_900_000_000),
+            };
+            assert_eq!(decode(&encode("id", &record)), Some(record));
+        }
+    }
+
+    #[test]
+    fn what_python_has_written_is_read() {
+        let record = decoded(&format!(
+            r#"{{"traceparent": "{PARENT}", "tracestate": null, "instance_id": "order-42",
+                "resumed": true, "debug_info": "New trace", "other": [1, {{}}]}}"#
+        ))
+        .expect("all that is needed is there");
+        assert_eq!(record.context.traceparent(), PARENT);
+        assert_eq!((record.run_id, record.generation), (None, 1));
+        assert!(record.context.is_resumed());
+        assert!(record.expires_at > SystemTime::now() + UNTOLD / 2);
+
+        let least = decoded(&format!(r#"{{"traceparent":"{PARENT}"}}"#));
+        assert!(!least.expect("enough").context.is_resumed());
+    }
+
+    #[test]
+    fn anything_else_is_none() {
+        let with = |members: &str| format!(r#"{{"traceparent":"{PARENT}",{members}}}"#);
+        let wrong = [
+            String::new(),
+            "{".to_owned(),
+            "{}".to_owned(),
+            "[]".to_owned(),
+            r#"{"traceparent":null,"error":"no tracer"}"#.to_owned(),
+            r#"{"traceparent":"00-0-0-0"}"#.to_owned(),
+            with(r#""tracestate":1"#),
+            with(r#""resumed":"yes""#),
+            with(r#""run_id":{}"#),
+            with(r#""generation":0"#),
+            with(r#""generation":4294967296"#),
+            with(r#""generation":1.5"#),
+            with(r#""recorded_at":-1"#),
+            with(r#""expires_at":1e300"#),
+            with(r#""expires_at":"tomorrow""#),
+            format!("{}{}", with(r#""resumed":true"#), "x"),
+            "{\"a\":".repeat(100_000),
+        ];
+        for text in wrong {
+            assert_eq!(decoded(&text), None, "{:.80}", text);
+        }
+    }
+}

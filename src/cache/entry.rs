@@ -1,0 +1,320 @@
+//! What is kept of an instance: its runs, and how long it has been idle.
+
+use std::cell::Cell;
+use std::num::NonZeroU16;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use opentelemetry::trace::TraceState;
+
+use super::inline_str::InlineStr;
+use crate::context::{Packed, WorkflowContext};
+use crate::explain::Summary;
+use crate::explain::trail::Event;
+
+/// How many runs of one instance are kept beside the latest, for their late spans.
+const OLDER_RUNS: usize = 8;
+
+/// The runs of one instance id. Whoever looks at them has locked the shard: what a look changes is in cells.
+pub(crate) struct Entry {
+    pub(super) id: InlineStr,
+    pub(super) latest: Run,
+    /// Twice the tick of the last use, and one more if it was used since it was stored.
+    pub(super) used: Cell<u32>,
+    /// The tick of the terminal status; zero while there is none.
+    pub(super) completed: Cell<u32>,
+}
+
+// One is kept for every live instance, so growth here is paid a million times.
+const _: () = assert!(size_of::<Entry>() <= 104);
+
+/// One run: what is recorded for it, and how its trace has grown since.
+pub(crate) struct Run {
+    context: Packed,
+    pub(super) rare: Option<Box<Rare>>,
+    /// The spans of this generation that were recorded or placed by this process.
+    spans: Cell<u64>,
+    /// Counts the traces of this run from 1; `max_age` and `max_spans` start the next one.
+    generation: u32,
+    /// `None` where a call stored it.
+    pub(super) author: Option<NonZeroU16>,
+    /// What [`Packed`] leaves no room for.
+    flags: u8,
+    marks: Cell<u8>,
+}
+
+/// A thread is opening the root of the next generation.
+const ROLLING: u8 = 1;
+/// A span of this process was already told that its context came from another one.
+const ANNOUNCED: u8 = 2;
+
+/// What most runs do not have.
+#[derive(Default)]
+pub(super) struct Rare {
+    trace_state: Option<Arc<TraceState>>,
+    /// Set later where the context was stored without a run id and a span of a run then joined it.
+    run_id: Option<InlineStr>,
+    /// Oldest first, at most [`OLDER_RUNS`]; of the latest run only.
+    older: Vec<Run>,
+}
+
+impl Rare {
+    /// The ids of the run and of the older ones.
+    pub(super) fn run_ids(&self) -> Vec<Box<str>> {
+        let older = self.older.iter().filter_map(Run::run_id);
+        let ids = self.run_id.iter().chain(older);
+        ids.map(|id| id.as_str().into()).collect()
+    }
+}
+
+/// The bounds of memory; durations in ticks.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Limits {
+    pub(crate) max_instances: usize,
+    pub(crate) idle_ttl: u32,
+    pub(crate) completed_grace: u32,
+}
+
+/// Which instance goes first when there are too many: completed, then expired, then least recently used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Rank {
+    Completed,
+    Expired,
+    Used(u32),
+}
+
+impl Entry {
+    #[inline]
+    pub(super) fn new(id: &str, latest: Run, now: u32) -> Self {
+        Self {
+            id: id.into(),
+            latest,
+            used: Cell::new(now << 1),
+            completed: Cell::new(0),
+        }
+    }
+
+    /// Notes that it is used, unless its time is over: then it is as if it were not there.
+    #[inline]
+    pub(super) fn touch(&self, now: u32, limits: &Limits) -> bool {
+        let used = now << 1 | 1;
+        if self.used.get() == used && self.completed.get() == 0 {
+            return true;
+        }
+        let live = self.rank(now, limits) != Rank::Expired;
+        if live {
+            self.used.set(used);
+        }
+        live
+    }
+
+    pub(super) fn rank(&self, now: u32, limits: &Limits) -> Rank {
+        let (used, completed) = (self.used.get(), self.completed.get());
+        let over = completed != 0 && now.saturating_sub(completed) >= limits.completed_grace;
+        if over || now.saturating_sub(used >> 1) > limits.idle_ttl {
+            Rank::Expired
+        } else if completed != 0 {
+            Rank::Completed
+        } else {
+            Rank::Used(used)
+        }
+    }
+
+    /// What its time being over is called.
+    pub(super) fn end(&self) -> Event {
+        match self.completed.get() {
+            0 => Event::Expired,
+            _ => Event::GraceOver,
+        }
+    }
+
+    /// Sets the tick of the terminal status; `true` where the run is the latest and this is the first time.
+    pub(super) fn complete(&self, run_id: Option<&str>, now: u32) -> bool {
+        let is_first = self.is_latest(run_id) && self.completed.get() == 0;
+        if is_first {
+            self.completed.set(now.max(1));
+        }
+        is_first
+    }
+
+    /// All but who recorded it.
+    pub(super) fn explain(&self, now: SystemTime) -> Summary {
+        Summary {
+            context: self.latest.context(),
+            author: None,
+            generation: self.latest.generation,
+            run_id: self.latest.run_id().map(|id| id.as_str().to_owned()),
+            completed: self.completed.get() != 0,
+            older_runs: self.older().len(),
+            now,
+        }
+    }
+
+    pub(super) fn run_ids(&self) -> Vec<Box<str>> {
+        let rare = self.latest.rare.as_ref();
+        rare.map_or_else(Vec::new, |rare| rare.run_ids())
+    }
+
+    /// Whether a span that names that run speaks for the latest.
+    #[inline]
+    pub(super) fn is_latest(&self, run_id: Option<&str>) -> bool {
+        run_id.is_none_or(|id| self.latest.is(id))
+    }
+
+    pub(crate) fn latest(&self) -> &Run {
+        &self.latest
+    }
+
+    fn older(&self) -> &[Run] {
+        self.latest.rare.as_ref().map_or(&[], |rare| &rare.older)
+    }
+
+    /// The run of that id; any span without a run id belongs to the latest.
+    #[inline]
+    pub(crate) fn run(&self, run_id: Option<&str>) -> Option<&Run> {
+        if self.is_latest(run_id) {
+            return Some(&self.latest);
+        }
+        let id = run_id?;
+        self.older().iter().find(|run| run.is(id))
+    }
+
+    /// A run that was recorded without an id takes the first id that asks for it.
+    #[inline]
+    pub(super) fn name_latest(&mut self, id: &str) {
+        if self.latest.run_id().is_none() {
+            self.latest.rare_mut().run_id = Some(id.into());
+        }
+    }
+
+    pub(super) fn run_mut(&mut self, run_id: Option<&str>) -> Option<&mut Run> {
+        let Some(id) = run_id else {
+            return Some(&mut self.latest);
+        };
+        self.name_latest(id);
+        if self.latest.is(id) {
+            return Some(&mut self.latest);
+        }
+        self.latest
+            .rare_mut()
+            .older
+            .iter_mut()
+            .find(|run| run.is(id))
+    }
+
+    /// Each run, to change it.
+    pub(super) fn for_each_run(&mut self, mut change: impl FnMut(&mut Run)) {
+        change(&mut self.latest);
+        if let Some(rare) = &mut self.latest.rare {
+            rare.older.iter_mut().for_each(change);
+        }
+    }
+
+    /// A new run is the latest from now on.
+    pub(super) fn begin(&mut self, run: Run) {
+        let mut older = self.latest.take_older();
+        if older.len() == OLDER_RUNS {
+            older.remove(0);
+        }
+        older.push(std::mem::replace(&mut self.latest, run));
+        self.latest.rare_mut().older = older;
+        self.completed.set(0);
+    }
+}
+
+impl Run {
+    #[inline]
+    pub(super) fn new(context: WorkflowContext, run_id: Option<&str>, generation: u32) -> Self {
+        let (context, flags, trace_state) = context.pack();
+        let rare = (run_id.is_some() || trace_state.is_some()).then(|| {
+            Box::new(Rare {
+                trace_state,
+                run_id: run_id.map(InlineStr::from),
+                older: Vec::new(),
+            })
+        });
+        Self {
+            context,
+            rare,
+            spans: Cell::new(1),
+            generation,
+            author: None,
+            flags,
+            marks: Cell::new(0),
+        }
+    }
+
+    #[inline]
+    pub(crate) fn context(&self) -> WorkflowContext {
+        let trace_state = self.rare.as_ref().and_then(|rare| rare.trace_state.clone());
+        WorkflowContext::unpack(self.context, self.flags, trace_state)
+    }
+
+    pub(crate) fn recorded_at(&self) -> SystemTime {
+        self.context.recorded_at()
+    }
+
+    fn rare_mut(&mut self) -> &mut Rare {
+        self.rare.get_or_insert_default()
+    }
+
+    fn take_older(&mut self) -> Vec<Run> {
+        let rare = self.rare.as_mut();
+        rare.map_or_else(Vec::new, |rare| std::mem::take(&mut rare.older))
+    }
+
+    /// Another trace of the same run takes its place.
+    pub(super) fn give_way_to(&mut self, next: Run) {
+        let older = self.take_older();
+        *self = next;
+        if !older.is_empty() {
+            self.rare_mut().older = older;
+        }
+    }
+
+    pub(super) fn run_id(&self) -> Option<&InlineStr> {
+        self.rare.as_ref()?.run_id.as_ref()
+    }
+
+    fn is(&self, id: &str) -> bool {
+        self.run_id().is_some_and(|known| *known == *id)
+    }
+
+    pub(crate) fn generation(&self) -> u32 {
+        self.generation
+    }
+
+    /// The spans of this trace that this process recorded or placed.
+    pub(crate) fn spans(&self) -> u64 {
+        self.spans.get()
+    }
+
+    #[inline]
+    pub(crate) fn count_span(&self) {
+        self.spans.set(self.spans.get().saturating_add(1));
+    }
+
+    /// Whether a thread is opening the root of the next trace.
+    pub(crate) fn is_rolling(&self) -> bool {
+        self.marks.get() & ROLLING != 0
+    }
+
+    pub(crate) fn set_rolling(&self, is_rolling: bool) {
+        self.mark(ROLLING, is_rolling);
+    }
+
+    /// Whether a span of this process was told that its context came from another one.
+    #[inline]
+    pub(crate) fn is_announced(&self) -> bool {
+        self.marks.get() & ANNOUNCED != 0
+    }
+
+    pub(crate) fn set_announced(&self) {
+        self.mark(ANNOUNCED, true);
+    }
+
+    fn mark(&self, mark: u8, is_set: bool) {
+        let others = self.marks.get() & !mark;
+        self.marks.set(if is_set { others | mark } else { others });
+    }
+}

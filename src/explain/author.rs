@@ -1,0 +1,61 @@
+//! The spans that recorded contexts, interned.
+
+use std::borrow::Cow;
+use std::num::NonZeroU16;
+use std::sync::atomic::{AtomicU16, Ordering::Relaxed};
+
+use dashmap::DashMap;
+use opentelemetry::trace::SpanBuilder;
+
+/// Name and target of the span that recorded a context.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) struct Author {
+    pub(crate) span_name: Cow<'static, str>,
+    /// Empty if the span has no attribute `target`.
+    pub(crate) target: Cow<'static, str>,
+}
+
+impl Author {
+    pub(crate) fn from_span(span: &SpanBuilder) -> Self {
+        let attributes = span.attributes.as_deref().unwrap_or_default();
+        // tracing-opentelemetry 0.34 sets the attribute `target` (src/layer.rs, `on_new_span`).
+        let target = attributes
+            .iter()
+            .find(|attribute| attribute.key.as_str() == "target");
+        let target = target
+            .map(|attribute| attribute.value.to_string())
+            .unwrap_or_default();
+        Self {
+            span_name: span.name.clone(),
+            target: target.into(),
+        }
+    }
+}
+
+/// Each author once, however many instances it records: cache entries hold its number only.
+#[derive(Debug, Default)]
+pub(crate) struct Authors {
+    numbers: DashMap<Author, NonZeroU16, foldhash::fast::RandomState>,
+    last: AtomicU16,
+}
+
+impl Authors {
+    /// Span names made at run time are unbounded in number: past this many, no more are kept.
+    const MOST: u16 = 1024;
+
+    pub(crate) fn number(&self, author: Author) -> Option<NonZeroU16> {
+        if let Some(known) = self.numbers.get(&author) {
+            return Some(*known);
+        }
+        let next = |last| (last < Self::MOST).then_some(last + 1);
+        let last = self.last.fetch_update(Relaxed, Relaxed, next).ok()?;
+        let new = NonZeroU16::MIN.saturating_add(last);
+        // If another thread was faster, this number stays unused.
+        Some(*self.numbers.entry(author).or_insert(new))
+    }
+
+    pub(crate) fn get(&self, number: NonZeroU16) -> Option<Author> {
+        let found = self.numbers.iter().find(|known| *known.value() == number);
+        found.map(|known| known.key().clone())
+    }
+}

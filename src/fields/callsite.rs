@@ -1,0 +1,98 @@
+//! The cache of callsites: the part that the spans of each play for this crate.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use tracing::Metadata;
+
+use super::meaning::IdFields;
+
+/// The part that a span plays, known before it starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// None.
+    Ordinary,
+    /// Declares a reserved field.
+    Tagged,
+    /// An engine's own span around user code, which waits for the instance of its first child.
+    Engine,
+}
+
+/// The properties that all spans of one callsite share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Callsite {
+    pub(crate) role: Role,
+    pub(crate) declares: IdFields,
+}
+
+/// A lossy cache of callsites: each in the slot to which its address hashes. One whose slot is taken is read each time.
+#[derive(Debug)]
+pub(crate) struct Callsites {
+    /// The address and, below it, a [`Callsite`] in four bits: no machine has addresses of more than 60.
+    slots: Box<[AtomicU64; Self::SLOTS]>,
+}
+
+impl Callsites {
+    const SLOTS: usize = 1024;
+
+    pub(crate) fn new() -> Self {
+        Self {
+            slots: Box::new([const { AtomicU64::new(0) }; Self::SLOTS]),
+        }
+    }
+
+    /// Returns `true` if the spans of the callsite are certainly ordinary.
+    #[inline]
+    pub(crate) fn are_ordinary(&self, metadata: &'static Metadata<'static>) -> bool {
+        let (slot, address) = self.slot(metadata);
+        slot.load(Relaxed) == address
+    }
+
+    #[inline]
+    pub(crate) fn get(
+        &self,
+        metadata: &'static Metadata<'static>,
+        read: impl FnOnce(&Metadata<'_>) -> Callsite,
+    ) -> Callsite {
+        let (slot, address) = self.slot(metadata);
+        match slot.load(Relaxed) ^ address {
+            bits @ 0..16 => Callsite::from_bits(bits),
+            _ => Self::add(slot, address, read(metadata)),
+        }
+    }
+
+    #[inline]
+    fn slot(&self, metadata: &'static Metadata<'static>) -> (&AtomicU64, u64) {
+        let address = (std::ptr::from_ref(metadata).addr() as u64) << 4;
+        let hash = address.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        (&self.slots[(hash >> 54) as usize % Self::SLOTS], address)
+    }
+
+    #[cold]
+    fn add(slot: &AtomicU64, address: u64, callsite: Callsite) -> Callsite {
+        let known = address | callsite.to_bits();
+        // The loser of a race for the slot is read again.
+        let _ = slot.compare_exchange(0, known, Relaxed, Relaxed);
+        callsite
+    }
+}
+
+impl Callsite {
+    #[inline]
+    fn from_bits(bits: u64) -> Self {
+        Self {
+            role: match bits & 3 {
+                0 => Role::Ordinary,
+                1 => Role::Tagged,
+                _ => Role::Engine,
+            },
+            declares: IdFields {
+                id: bits & 4 != 0,
+                run: bits & 8 != 0,
+            },
+        }
+    }
+
+    fn to_bits(self) -> u64 {
+        self.role as u64 | u64::from(self.declares.id) << 2 | u64::from(self.declares.run) << 3
+    }
+}

@@ -1,0 +1,136 @@
+//! The visitors that read ids from the fields of spans and records.
+
+use std::fmt::{self, Write as _};
+
+use tracing::field::{Field, Visit};
+
+use super::meaning::{IdFields, Meaning, Meanings};
+use super::value::unquoted;
+use crate::error::{InvalidInstanceId, MAX_INSTANCE_ID_BYTES};
+
+pub(super) struct IdentityVisitor<'a> {
+    pub(super) meanings: &'a Meanings,
+    pub(super) rank: u16,
+    pub(super) instance_id: Option<Box<str>>,
+    pub(super) run_id: Option<Box<str>>,
+    pub(super) parent_instance_id: Option<Box<str>>,
+}
+
+impl IdentityVisitor<'_> {
+    fn take(&mut self, field: &Field, value: fmt::Arguments<'_>) {
+        let slot = match self.meanings.get(field.name()) {
+            Some(Meaning::InstanceId { rank })
+                if self.instance_id.is_none() || rank <= self.rank =>
+            {
+                &mut self.instance_id
+            }
+            Some(Meaning::RunId) => &mut self.run_id,
+            Some(Meaning::ParentInstanceId) => &mut self.parent_instance_id,
+            _ => return,
+        };
+        let mut text = Bounded(String::new());
+        if text.write_fmt(value).is_err() {
+            return;
+        }
+        let id = unquoted(&text.0);
+        if InvalidInstanceId::check(&id).is_ok() {
+            *slot = Some(id.into());
+            if let Some(Meaning::InstanceId { rank }) = self.meanings.get(field.name()) {
+                self.rank = rank;
+            }
+        }
+    }
+}
+
+/// Prints as the attribute of the span will, so that both are read alike.
+impl Visit for IdentityVisitor<'_> {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        self.take(field, format_args!("{value:?}"));
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.take(field, format_args!("{value}"));
+    }
+
+    fn record_f64(&mut self, field: &Field, value: f64) {
+        self.take(field, format_args!("{value}"));
+    }
+}
+
+/// A text that refuses to grow past what an id can be, however much a `Display` writes.
+struct Bounded(String);
+
+impl fmt::Write for Bounded {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        if self.0.len() + text.len() > 6 * MAX_INSTANCE_ID_BYTES + 2 {
+            return Err(fmt::Error);
+        }
+        self.0.push_str(text);
+        Ok(())
+    }
+}
+
+/// Looks which ids are given any value but an empty text.
+pub(super) struct IsThere<'a> {
+    pub(super) meanings: &'a Meanings,
+    pub(super) found: IdFields,
+}
+
+impl Visit for IsThere<'_> {
+    fn record_debug(&mut self, field: &Field, _: &dyn fmt::Debug) {
+        self.found.add(self.meanings.get(field.name()));
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        if !value.is_empty() {
+            self.found.add(self.meanings.get(field.name()));
+        }
+    }
+}
+
+/// Looks which ids have a value, printing no more of it than tells whether it is empty.
+pub(super) struct HasValue<'a> {
+    pub(super) meanings: &'a Meanings,
+    pub(super) found: IdFields,
+}
+
+impl Visit for HasValue<'_> {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        let meaning = self.meanings.get(field.name());
+        if let Some(Meaning::InstanceId { .. } | Meaning::RunId) = meaning {
+            let mut beginning = Beginning::default();
+            // It stops printing as soon as it knows.
+            let _ = write!(beginning, "{value:?}");
+            if !beginning.is_empty() {
+                self.found.add(meaning);
+            }
+        }
+    }
+}
+
+/// The first bytes of a text: enough to tell an empty one, in quotes or without.
+#[derive(Default)]
+struct Beginning {
+    bytes: [u8; 3],
+    len: usize,
+}
+
+impl Beginning {
+    fn is_empty(&self) -> bool {
+        matches!(&self.bytes[..self.len], b"" | b"\"\"")
+    }
+}
+
+impl fmt::Write for Beginning {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        let free = &mut self.bytes[self.len..];
+        let taken = text.len().min(free.len());
+        free[..taken].copy_from_slice(&text.as_bytes()[..taken]);
+        self.len += taken;
+        if taken < text.len() {
+            Err(fmt::Error)
+        } else {
+            Ok(())
+        }
+    }
+}

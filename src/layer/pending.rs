@@ -1,0 +1,200 @@
+//! The state of spans that may be held: what each waits for, how long it was held, and a filter of their ids.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use tracing::span;
+
+use crate::lock::lock;
+use crate::tracer::handoff::{self, HeldSpan};
+
+/// A span of this layer that may still have to be held back or started by force; in the span's extensions.
+#[derive(Debug)]
+pub(super) struct Pending {
+    pub(super) awaits: Awaits,
+    /// It is no longer held back when it is entered: it has what it waited for, or was started.
+    pub(super) settled: AtomicBool,
+    /// What it still waits for; a run id is waited for only where the callsite declares one.
+    awaits_id: AtomicBool,
+    awaits_run: AtomicBool,
+    held: Mutex<HeldTime>,
+    counted: AtomicBool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Awaits {
+    /// Had its id from the start, and is watched only while it is unknown whether entering starts it.
+    Nothing,
+    /// Declares an id without a value: held back until its first exit at the latest.
+    Id,
+    /// An engine's span around user code: held back until it closes at the latest.
+    Child,
+}
+
+/// For how long a span was entered while the inner layer did not know, on however many threads at once.
+#[derive(Debug, Default)]
+struct HeldTime {
+    entered: u32,
+    since: Option<Instant>,
+    total: Duration,
+}
+
+impl HeldTime {
+    fn stop(&mut self) {
+        if let Some(since) = self.since.take() {
+            self.total += since.elapsed();
+        }
+    }
+}
+
+impl Pending {
+    pub(super) fn new(awaits: Awaits, awaits_run: bool) -> Self {
+        Self {
+            awaits,
+            settled: AtomicBool::new(awaits == Awaits::Nothing),
+            awaits_id: AtomicBool::new(true),
+            awaits_run: AtomicBool::new(awaits_run),
+            held: Mutex::default(),
+            counted: AtomicBool::new(false),
+        }
+    }
+
+    /// `true` once, for the counter of deferred spans.
+    pub(super) fn count(&self) -> bool {
+        !self.counted.swap(true, Relaxed)
+    }
+
+    /// Notes what was recorded; `true` where the span knows all that it waited for.
+    pub(super) fn learn(&self, id: bool, run: bool) -> bool {
+        let awaits_id = self.awaits_id.fetch_and(!id, Relaxed) && !id;
+        let awaits_run = self.awaits_run.fetch_and(!run, Relaxed) && !run;
+        !awaits_id && !awaits_run
+    }
+
+    pub(super) fn enter(&self) {
+        let mut held = self.held();
+        if held.entered == 0 {
+            held.since = Some(Instant::now());
+        }
+        held.entered += 1;
+    }
+
+    pub(super) fn leave(&self) {
+        let mut held = self.held();
+        held.entered = held.entered.saturating_sub(1);
+        if held.entered == 0 {
+            held.stop();
+        }
+    }
+
+    /// The inner layer no longer counts; it may still be entered where that has not heard of it.
+    pub(super) fn resume(&self) {
+        let mut held = self.held();
+        if held.entered > 0 && held.since.is_none() {
+            held.since = Some(Instant::now());
+        }
+    }
+
+    /// The time for which it was held so far, which no longer counts here: now the inner layer counts.
+    pub(super) fn take_held(&self) -> Duration {
+        let mut held = self.held();
+        held.stop();
+        std::mem::take(&mut held.total)
+    }
+
+    /// The span did not start after all.
+    pub(super) fn give_back(&self, time: Duration) {
+        self.held().total += time;
+    }
+
+    pub(super) fn was_held(&self) -> bool {
+        !self.held().total.is_zero()
+    }
+
+    fn held(&self) -> std::sync::MutexGuard<'_, HeldTime> {
+        lock(&self.held)
+    }
+}
+
+/// The pending spans of one layer, as a counting filter over their ids: nearly every other span is ruled out by one
+/// load. Through it the layer reaches its part of this thread's stack of held spans.
+#[derive(Debug)]
+pub(super) struct PendingSpans {
+    layer: usize,
+    /// How many spans are pending.
+    count: AtomicUsize,
+    /// How many of them hash to each slot.
+    pending: [AtomicU32; SLOTS],
+}
+
+const SLOTS: usize = 256;
+
+impl PendingSpans {
+    pub(super) fn new() -> Self {
+        static LAYERS: AtomicUsize = AtomicUsize::new(0);
+        Self {
+            layer: LAYERS.fetch_add(1, Relaxed),
+            count: AtomicUsize::new(0),
+            pending: [const { AtomicU32::new(0) }; SLOTS],
+        }
+    }
+
+    /// Whether no span of this layer can be held back. All that an ordinary span pays for.
+    #[inline]
+    pub(super) fn is_idle(&self) -> bool {
+        self.count.load(Relaxed) == 0
+    }
+
+    /// `false` is certain, `true` is not.
+    #[inline]
+    pub(super) fn may_be_pending(&self, id: &span::Id) -> bool {
+        self.slot(id).load(Relaxed) != 0
+    }
+
+    /// The same for what is done within spans that are held back, too.
+    #[inline]
+    pub(super) fn concerns(&self, id: &span::Id) -> bool {
+        handoff::is_any_held() || self.may_be_pending(id)
+    }
+
+    pub(super) fn add_pending(&self, id: &span::Id) {
+        self.count.fetch_add(1, Relaxed);
+        self.slot(id).fetch_add(1, Relaxed);
+    }
+
+    pub(super) fn remove_pending(&self, id: &span::Id) {
+        self.count.fetch_sub(1, Relaxed);
+        self.slot(id).fetch_sub(1, Relaxed);
+    }
+
+    #[inline]
+    fn slot(&self, id: &span::Id) -> &AtomicU32 {
+        // Fibonacci hashing: the registry packs a slot, a thread and a generation into the id's bits.
+        let hash = id.into_u64().wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        &self.pending[(hash >> 56) as usize % SLOTS]
+    }
+
+    /// Holds a span; `false` if the thread is past its thread-locals.
+    pub(super) fn hold(&self, id: &span::Id, is_heard: bool) -> bool {
+        handoff::push_held(HeldSpan {
+            layer: self.layer,
+            id: id.clone(),
+            is_heard,
+        })
+    }
+
+    /// Takes the innermost entry of the span from the stack.
+    pub(super) fn take(&self, id: &span::Id) -> Option<HeldSpan> {
+        handoff::remove_held(self.layer, id)
+    }
+
+    /// Takes the outermost entry of this layer from the stack.
+    pub(super) fn take_outermost(&self) -> Option<HeldSpan> {
+        handoff::remove_outermost_held(self.layer)
+    }
+
+    pub(super) fn holds(&self, id: &span::Id) -> bool {
+        handoff::is_held(self.layer, id)
+    }
+}

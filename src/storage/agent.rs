@@ -1,0 +1,76 @@
+//! The span of a resumed agent, which `create_resumed` opens and ends, and the tracer that it goes through.
+
+use std::sync::{Arc, PoisonError, RwLock, Weak};
+
+use opentelemetry::trace::{Span as _, SpanBuilder, SpanContext, Tracer};
+use opentelemetry::{Context, KeyValue, global};
+
+use crate::fields;
+
+/// The instrumentation scope of spans that this crate opens itself.
+const SCOPE: &str = env!("CARGO_PKG_NAME");
+
+/// The name of an agent without one, as in dapr-agents.
+const DEFAULT_AGENT: &str = "DurableAgent";
+
+/// The tracer that was last given to `layer` or `tracer`, not kept alive.
+#[derive(Default)]
+pub(super) struct AgentTracer(RwLock<Option<Weak<dyn EndAtOnce>>>);
+
+impl AgentTracer {
+    pub(super) fn set<T>(&self, tracer: T) -> Arc<T>
+    where
+        T: Tracer + Send + Sync + 'static,
+        T::Span: Send + Sync + 'static,
+    {
+        let tracer = Arc::new(tracer);
+        let weak: Weak<dyn EndAtOnce> = Arc::downgrade(&(tracer.clone() as Arc<dyn EndAtOnce>));
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Some(weak);
+        tracer
+    }
+
+    /// Opens and ends the span of a resumed agent. Returns its context if it recorded. No lock is held meanwhile.
+    pub(super) fn end_at_once(
+        &self,
+        instance_id: &str,
+        agent_name: Option<&str>,
+        parent: &Context,
+    ) -> Option<SpanContext> {
+        let agent = agent_name
+            .filter(|name| !name.is_empty())
+            .unwrap_or(DEFAULT_AGENT);
+        let span =
+            SpanBuilder::from_name(format!("{agent}.ToolCallingWorkflow")).with_attributes([
+                KeyValue::new("openinference.span.kind", "AGENT"),
+                KeyValue::new(fields::INSTANCE_ID, instance_id.to_owned()),
+                KeyValue::new(fields::RESUMED, true),
+                KeyValue::new(fields::AGENT_NAME, agent.to_owned()),
+            ]);
+        let ours = self
+            .0
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        match ours.and_then(|tracer| tracer.upgrade()) {
+            Some(tracer) => tracer.end_at_once(span, parent),
+            None => global::tracer(SCOPE).end_at_once(span, parent),
+        }
+    }
+}
+
+/// The one thing needed of a tracer, without its type.
+trait EndAtOnce: Send + Sync {
+    fn end_at_once(&self, span: SpanBuilder, parent: &Context) -> Option<SpanContext>;
+}
+
+impl<T> EndAtOnce for T
+where
+    T: Tracer + Send + Sync,
+{
+    fn end_at_once(&self, span: SpanBuilder, parent: &Context) -> Option<SpanContext> {
+        let mut span = self.build_with_context(span, parent);
+        let context = span.is_recording().then(|| span.span_context().clone());
+        span.end();
+        context
+    }
+}

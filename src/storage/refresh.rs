@@ -1,0 +1,102 @@
+//! The lifetimes of records in a backend, and the refresher that extends them for what memory still uses.
+
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, SystemTime};
+
+use crate::backend::Write;
+use crate::backend::client::Queuing;
+use crate::backend::keys::{instance_key, run_key};
+use crate::cache::{Cache, Cursor};
+use crate::clock::{Clock, OnTick, ticks};
+use crate::lock::lock;
+
+/// How long records live in the backend.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Lifetimes {
+    pub(super) idle: Duration,
+    pub(super) completed: Duration,
+}
+
+impl Lifetimes {
+    pub(super) fn idle_after(&self, moment: SystemTime) -> SystemTime {
+        after(moment, self.idle)
+    }
+
+    pub(super) fn completed_after(&self, moment: SystemTime) -> SystemTime {
+        after(moment, self.completed)
+    }
+}
+
+/// Cut to a century, which every backend's format can express.
+fn after(moment: SystemTime, lifetime: Duration) -> SystemTime {
+    let longest = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+    moment.checked_add(lifetime.min(longest)).unwrap_or(moment)
+}
+
+/// Extends records in the backend that memory still uses, since a use alone does not reach the backend.
+pub(super) struct Refresher {
+    queuing: Weak<Queuing>,
+    cache: Weak<Cache>,
+    clock: Arc<dyn Clock>,
+    idle: Duration,
+    next: AtomicU32,
+    /// The pass under way, and the tick since which uses count.
+    pass: Mutex<Option<(Cursor, u32)>>,
+}
+
+impl Refresher {
+    /// Passes within the idle time.
+    const PASSES: u32 = 4;
+
+    pub(super) fn new(
+        queuing: &Arc<Queuing>,
+        cache: &Arc<Cache>,
+        clock: Arc<dyn Clock>,
+        idle: Duration,
+    ) -> Arc<Self> {
+        let refresher = Arc::new(Self {
+            queuing: Arc::downgrade(queuing),
+            cache: Arc::downgrade(cache),
+            clock,
+            idle,
+            next: AtomicU32::new(0),
+            pass: Mutex::default(),
+        });
+        let weak = Arc::downgrade(&refresher);
+        crate::clock::subscribe(weak);
+        refresher
+    }
+}
+
+impl OnTick for Refresher {
+    fn on_tick(&self, now: u32) {
+        if let Some(queuing) = self.queuing.upgrade() {
+            queuing.look_into_inbox();
+        }
+        let interval = ticks(self.idle) / Self::PASSES;
+        let next = self.next.load(Relaxed);
+        let mut pass = lock(&self.pass);
+        if pass.is_none() && now >= next {
+            // The first pass is due one interval after the start.
+            self.next.store(now.saturating_add(interval), Relaxed);
+            *pass = (next != 0).then(|| (Cursor::default(), now.saturating_sub(interval)));
+        }
+        let (Some((cursor, since)), Some(cache)) = (&mut *pass, self.cache.upgrade()) else {
+            return;
+        };
+        let (Some(page), Some(queuing)) =
+            (cache.used_since(*since, cursor), self.queuing.upgrade())
+        else {
+            *pass = None;
+            return;
+        };
+        let expiry = after(self.clock.now(), self.idle);
+        let refresh = |key| queuing.write(Write::Expire(key, expiry), None);
+        for (id, run_ids) in page {
+            let run_keys = run_ids.iter().map(|run_id| run_key(&id, run_id));
+            run_keys.for_each(refresh);
+            refresh(instance_key(&id));
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! The state that the handle, the layer and the tracers of one storage share.
+
+use std::borrow::Cow;
+use std::sync::Arc;
+
+use opentelemetry::KeyValue;
+use opentelemetry::trace::SpanContext;
+
+use super::agent::AgentTracer;
+use super::remote::LateWinner;
+use super::tier::Tier;
+use crate::cache::Key;
+use crate::clock::Clock;
+use crate::context::WorkflowContext;
+use crate::decision::Policy;
+use crate::error::InvalidInstanceId;
+use crate::explain::Explanation;
+use crate::explain::author::{Author, Authors};
+use crate::explain::trail::{Event, Outcome, SpanNote};
+use crate::fields::identity::Identity;
+use crate::fields::{Fields, Tag};
+#[cfg(feature = "metrics")]
+use crate::stats::Registrations;
+use crate::stats::{Counters, Stats};
+use crate::tracer::stand_ins::StandIns;
+use crate::warnings::Warnings;
+
+/// The state of one storage. Nothing in it is locked while foreign code runs.
+pub(crate) struct Shared {
+    pub(crate) fields: Fields,
+    pub(crate) policy: Policy,
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) tier: Tier,
+    pub(crate) counters: Arc<Counters>,
+    pub(crate) stand_ins: StandIns,
+    pub(crate) warnings: Arc<Warnings>,
+    pub(super) authors: Authors,
+    pub(super) agent_tracer: AgentTracer,
+    #[cfg(feature = "metrics")]
+    pub(crate) registrations: Registrations,
+}
+
+impl Shared {
+    /// The key of an instance or run, with its hash.
+    #[inline]
+    pub(crate) fn key<'a>(&self, id: &'a str, run_id: Option<&'a str>) -> Key<'a> {
+        self.tier.cache().key(id, run_id)
+    }
+
+    /// Records the context of a span, unless another span was faster.
+    pub(crate) fn record(
+        &self,
+        key: Key<'_>,
+        follows: Option<(&WorkflowContext, u32)>,
+        context: WorkflowContext,
+        author: Author,
+    ) -> Result<Option<LateWinner>, WorkflowContext> {
+        let author = self.authors.number(author);
+        self.tier
+            .record(key, follows, context, author, &self.counters)
+    }
+
+    /// Notes for `explain` what was decided for a span of the instance with that hash.
+    #[inline]
+    pub(crate) fn note_decision(
+        &self,
+        instance: u64,
+        span_name: Cow<'static, str>,
+        span: &SpanContext,
+        natural: &SpanContext,
+        outcome: Outcome,
+    ) {
+        let note = SpanNote {
+            span_name,
+            span: span.into(),
+            natural: natural.into(),
+            outcome,
+        };
+        self.tier.cache().note(instance, Event::Started(note));
+    }
+
+    pub(crate) fn complete(&self, identity: &Identity) {
+        let (id, run_id) = (&identity.instance_id, identity.run_id.as_deref());
+        self.tier.complete(self.key(id, run_id));
+    }
+
+    /// Reads the reserved fields from attributes; an id that is too long is counted.
+    #[inline]
+    pub(crate) fn tag_of<'a>(&self, attributes: &'a [KeyValue]) -> Tag<'a> {
+        let tag = self.fields.tag_of(attributes);
+        if let Some(id) = &tag.oversized {
+            self.counters.oversized.add();
+            self.warnings.oversized(id);
+        }
+        tag
+    }
+
+    /// Checks an id that a call was given; one that is too long is counted.
+    pub(super) fn check(&self, id: &str) -> Result<(), InvalidInstanceId> {
+        let checked = InvalidInstanceId::check(id);
+        if let Err(InvalidInstanceId::TooLong { .. }) = checked {
+            self.counters.oversized.add();
+        }
+        checked
+    }
+
+    pub(super) fn explain(&self, id: &str) -> Explanation {
+        let explanation = (self.tier.cache()).explain(id, self.clock.now(), &self.authors);
+        let client = self.tier.remote().map(|remote| remote.client());
+        explanation.with_backend_down(client.is_some_and(|client| client.is_down()))
+    }
+
+    pub(crate) fn stats(&self) -> Stats {
+        let counters = &self.counters;
+        let cache = self.tier.cache();
+        let client = self.tier.remote().map(|remote| remote.client());
+        let (hits, misses) = cache.hits_and_misses();
+        Stats {
+            stored_instances: cache.len() as u64,
+            hits,
+            misses,
+            late: counters.late.get(),
+            expired: cache.expired.get(),
+            evicted: cache.evicted.get(),
+            oversized: counters.oversized.get(),
+            malformed: client.map_or(0, |client| client.malformed()),
+            dropped_writes: client.map_or(0, |client| client.dropped_writes()),
+            backend_errors: client.map_or(0, |client| client.errors()),
+            lookup_timeouts: client.map_or(0, |client| client.lookup_timeouts()),
+            conflicts: counters.conflicts.get(),
+            replayed: counters.replayed.get(),
+            replayed_events: counters.replayed_events.get(),
+            deferred: counters.deferred.get(),
+            adopted: counters.adopted.get(),
+        }
+    }
+}

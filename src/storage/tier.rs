@@ -1,0 +1,148 @@
+//! The two tiers joined in one lookup: memory first, the backend only on a miss, then memory once more.
+
+use std::num::NonZeroU16;
+use std::sync::Arc;
+
+use super::remote::{LateWinner, Remote};
+use crate::backend::BackendError;
+use crate::cache::entry::Entry;
+use crate::cache::{Cache, Conflict, Key};
+use crate::context::WorkflowContext;
+use crate::stats::Counters;
+
+/// The cache and, behind it, the backend if there is one.
+#[derive(Debug)]
+pub(crate) struct Tier {
+    cache: Arc<Cache>,
+    remote: Option<Remote>,
+}
+
+impl Tier {
+    pub(super) fn new(cache: Arc<Cache>, remote: Option<Remote>) -> Self {
+        Self { cache, remote }
+    }
+
+    pub(crate) fn cache(&self) -> &Cache {
+        &self.cache
+    }
+
+    pub(super) fn remote(&self) -> Option<&Remote> {
+        self.remote.as_ref()
+    }
+
+    #[inline]
+    pub(crate) fn has_backend(&self) -> bool {
+        self.remote.is_some()
+    }
+
+    /// Looks an instance up for a span or a call; counted as one hit or one miss. A hit takes one lock. `look` runs under
+    /// the lock of a shard: it must neither block nor call out.
+    #[inline]
+    pub(crate) fn look_up<R>(&self, key: Key<'_>, look: impl Fn(Option<&Entry>) -> R) -> R {
+        match &self.remote {
+            None => self.cache.look_up(key, look),
+            Some(remote) => self.look_up_with(remote, key, look),
+        }
+    }
+
+    fn look_up_with<R>(
+        &self,
+        remote: &Remote,
+        key: Key<'_>,
+        look: impl Fn(Option<&Entry>) -> R,
+    ) -> R {
+        remote.begin();
+        if remote.may_have(key) {
+            if let Some(found) = self.cache.look_up_known(key, |entry| look(Some(entry))) {
+                return found;
+            }
+            remote.fetch(key);
+        }
+        self.cache.look_up(key, look)
+    }
+
+    /// Returns the latest context of an instance for a call, without counting.
+    pub(crate) fn peek(&self, id: &str) -> Option<WorkflowContext> {
+        if let Some(remote) = &self.remote {
+            remote.begin();
+        }
+        self.peek_within(id)
+    }
+
+    /// Returns the latest context of the parent instance of a span that is starting, within what is left of that span's
+    /// budget.
+    pub(crate) fn peek_within(&self, id: &str) -> Option<WorkflowContext> {
+        self.cache.latest(id).or_else(|| {
+            self.remote.as_ref()?.fetch_always(self.cache.key(id, None));
+            self.cache.latest(id)
+        })
+    }
+
+    /// Records the context of a span, unless another span was faster; then the winner is the error. If a backend may
+    /// still know of a faster process, the answer will tell.
+    pub(crate) fn record(
+        &self,
+        key: Key<'_>,
+        follows: Option<(&WorkflowContext, u32)>,
+        context: WorkflowContext,
+        author: Option<NonZeroU16>,
+        counters: &Arc<Counters>,
+    ) -> Result<Option<LateWinner>, WorkflowContext> {
+        let recorded = self.cache.record(key, follows, context.clone(), author);
+        match (recorded, &self.remote) {
+            (Err(Conflict { winner }), _) => {
+                counters.conflicts.add();
+                Err(winner)
+            }
+            (Ok(()), None) => Ok(None),
+            (Ok(()), Some(remote)) => Ok(remote.publish(key, follows, context, counters)),
+        }
+    }
+
+    pub(super) fn store(&self, id: &str, context: WorkflowContext) {
+        let Some(remote) = &self.remote else {
+            self.cache.replace(id, context);
+            return;
+        };
+        let replaced_runs = self.cache.replace(id, context.clone());
+        remote.forget_runs(id, replaced_runs);
+        remote.put(id, context);
+    }
+
+    pub(super) fn get(&self, id: &str) -> Option<WorkflowContext> {
+        if let Some(remote) = self.remote.as_ref().filter(|_| !self.cache.has(id, None)) {
+            remote.begin();
+            remote.fetch_always(self.cache.key(id, None));
+        }
+        self.cache.look_up(self.cache.key(id, None), |entry| {
+            entry.map(|entry| entry.latest().context())
+        })
+    }
+
+    pub(super) fn cleanup(&self, id: &str) -> bool {
+        let Some(remote) = &self.remote else {
+            return self.cache.remove(id).is_some();
+        };
+        if !self.cache.has(id, None) {
+            remote.begin();
+            remote.fetch_always(self.cache.key(id, None));
+        }
+        let removed_runs = self.cache.remove(id);
+        let was_there = removed_runs.is_some();
+        remote.forget_runs(id, removed_runs.unwrap_or_default());
+        remote.remove(id);
+        was_there
+    }
+
+    /// Marks an instance as completed in both tiers.
+    pub(crate) fn complete(&self, key: Key<'_>) {
+        let completed = self.cache.complete(key);
+        if let (true, Some(remote)) = (completed, &self.remote) {
+            remote.complete(key.id, key.run_id);
+        }
+    }
+
+    pub(super) fn flush(&self) -> Result<(), BackendError> {
+        self.remote.as_ref().map_or(Ok(()), Remote::flush)
+    }
+}

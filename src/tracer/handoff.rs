@@ -1,0 +1,243 @@
+//! The hand-over between the layer and the tracer: all thread-locals, and one attribute.
+//!
+//! tracing-opentelemetry calls the tracer somewhere inside the layer's callbacks, with no argument of ours. So the layer
+//! leaves word in thread-locals, and the tracer reads them in the same call, on the same thread:
+//!
+//! | thread-local | set by | read by | for the time of |
+//! |---|---|---|---|
+//! | `MARKING` | layer, `on_new_span` | tracer, `span_builder` | one call of the inner layer |
+//! | `ADOPTION`, `ADOPTS` | layer, for a held span and its first child | tracer, `build_with_context`, once | one start |
+//! | `HELD`, `DEPTH` | layer, `on_enter` and `on_exit` | layer | as long as a span is held on this thread |
+//! | `FLOOR` | layer, while it starts a span | layer | one start |
+//! | `ASKING`, `ANSWER` | tracer, `build_with_context` | stand-in, `is_recording` | one question |
+//! | `MUST_NOT_ASK` | span, `end` | tracer | one export |
+//!
+//! None is borrowed while foreign code runs. A thread past the destruction of its thread-locals does without them.
+
+use std::cell::{Cell, RefCell};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use opentelemetry::trace::SpanRef;
+use opentelemetry::{KeyValue, Value};
+use tracing::span;
+
+use crate::fields::identity::Identity;
+use crate::scoped;
+
+/// Identifies a storage by the address of its shared state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct StorageId(usize);
+
+impl StorageId {
+    #[inline]
+    pub(crate) fn new<T>(shared: &Arc<T>) -> Self {
+        Self(Arc::as_ptr(shared).addr())
+    }
+}
+
+/// A span on the stack of this thread that was entered while its start was deferred.
+#[derive(Debug)]
+pub(crate) struct HeldSpan {
+    pub(crate) layer: usize,
+    pub(crate) id: span::Id,
+    /// The inner layer was told that the span is entered, which starts nothing.
+    pub(crate) is_heard: bool,
+}
+
+/// The flag of a stand-in that says whether its replay is over.
+pub(crate) type ReplayFlag = Arc<AtomicBool>;
+
+thread_local! {
+    static MARKING: Cell<bool> = const { Cell::new(false) };
+    static ADOPTS: Cell<bool> = const { Cell::new(false) };
+    static ADOPTION: RefCell<Option<(StorageId, Identity)>> = const { RefCell::new(None) };
+    /// Outermost first, of all layers.
+    static HELD: RefCell<Vec<HeldSpan>> = const { RefCell::new(Vec::new()) };
+    /// The length of `HELD`, in a cell without a destructor.
+    static DEPTH: Cell<usize> = const { Cell::new(0) };
+    /// What lies beneath in `HELD` is out of reach.
+    static FLOOR: Cell<usize> = const { Cell::new(0) };
+    static ASKING: Cell<Option<StorageId>> = const { Cell::new(None) };
+    static ANSWER: RefCell<Option<ReplayFlag>> = const { RefCell::new(None) };
+    static MUST_NOT_ASK: Cell<bool> = const { Cell::new(false) };
+}
+
+// Marking: the layer looks at each span's callsite, and marks the builders of those that matter.
+
+/// Marks the span builder that the inner layer asks for within `create`.
+pub(crate) fn marking<R>(create: impl FnOnce() -> R) -> R {
+    scoped::with(&MARKING, true, create)
+}
+
+#[inline]
+pub(super) fn is_marking() -> bool {
+    MARKING.get()
+}
+
+// Adoption: a span without an id of its own joins the instance of its first child.
+
+/// Offers an instance to the span that starts within `start`, if that names none itself.
+pub(crate) fn adopting<R>(
+    storage: StorageId,
+    identity: Option<Identity>,
+    start: impl FnOnce() -> R,
+) -> R {
+    struct Clear;
+    impl Drop for Clear {
+        fn drop(&mut self) {
+            end_adoption();
+        }
+    }
+    let Some(identity) = identity else {
+        return start();
+    };
+    let _clear = Clear;
+    let offered = ADOPTION.try_with(|adoption| adoption.replace(Some((storage, identity))));
+    ADOPTS.set(offered.is_ok());
+    start()
+}
+
+/// Withdraws the offer.
+#[inline]
+pub(super) fn end_adoption() {
+    if ADOPTS.get() {
+        drop(adoption());
+    }
+}
+
+/// Takes the offer, which holds once and for one storage.
+#[inline]
+pub(super) fn take_adoption(storage: StorageId) -> Option<Identity> {
+    if !ADOPTS.get() {
+        return None;
+    }
+    let (offered_by, identity) = adoption()?;
+    (offered_by == storage).then_some(identity)
+}
+
+#[inline(never)]
+fn adoption() -> Option<(StorageId, Identity)> {
+    ADOPTS.set(false);
+    ADOPTION.try_with(|adoption| adoption.take()).ok()?
+}
+
+// Held spans: the part of the stack that belongs to one layer, so that two subscribers on one thread do not release
+// each other's spans.
+
+/// Returns `true` if this thread is inside a held span of any layer.
+#[inline]
+pub(crate) fn is_any_held() -> bool {
+    DEPTH.get() != 0
+}
+
+/// Pushes a span; `false` if the thread is past its thread-locals.
+pub(crate) fn push_held(span: HeldSpan) -> bool {
+    edit_held(|held| held.push(span)).is_some()
+}
+
+/// Removes the innermost entry of a span.
+pub(crate) fn remove_held(layer: usize, id: &span::Id) -> Option<HeldSpan> {
+    edit_held(|held| {
+        let at = (held.iter()).rposition(|span| span.layer == layer && span.id == *id)?;
+        Some(held.remove(at))
+    })?
+}
+
+/// Removes the outermost entry of a layer.
+pub(crate) fn remove_outermost_held(layer: usize) -> Option<HeldSpan> {
+    edit_held(|held| {
+        let floor = FLOOR.get();
+        let at = (held.get(floor..)?.iter()).position(|span| span.layer == layer)?;
+        Some(held.remove(floor + at))
+    })?
+}
+
+pub(crate) fn is_held(layer: usize, id: &span::Id) -> bool {
+    let is_held = edit_held(|held| {
+        let reachable = held.get(FLOOR.get()..).unwrap_or_default();
+        (reachable.iter()).any(|span| span.layer == layer && span.id == *id)
+    });
+    is_held.unwrap_or(false)
+}
+
+/// Runs `start`, which starts a span. A sampler, an id generator and a processor may open spans meanwhile: those must
+/// not release what is held beneath, and so start it in the wrong order.
+pub(crate) fn starting<R>(start: impl FnOnce() -> R) -> R {
+    scoped::with(&FLOOR, DEPTH.get(), start)
+}
+
+fn edit_held<R>(edit: impl FnOnce(&mut Vec<HeldSpan>) -> R) -> Option<R> {
+    HELD.try_with(|held| {
+        let mut held = held.borrow_mut();
+        let result = edit(&mut held);
+        DEPTH.set(held.len());
+        result
+    })
+    .ok()
+}
+
+// Asking: OpenTelemetry hides the type of the span in a context, and a stand-in has the ids of a real span. But its
+// `is_recording` is our code, and calling it changes nothing on anybody else's span.
+
+/// Asks the span whose `is_recording` is called by `ask` whether it is a stand-in of the storage.
+pub(super) fn ask_for_replay(storage: StorageId, ask: impl FnOnce()) -> Option<ReplayFlag> {
+    if MUST_NOT_ASK.get() {
+        return None;
+    }
+    scoped::with(&ASKING, Some(storage), ask);
+    ANSWER.try_with(|answer| answer.take()).ok()?
+}
+
+/// Answers, as a stand-in of the storage, if that is what is asked.
+pub(super) fn answer_replay(storage: StorageId, flag: &ReplayFlag) {
+    if ASKING.get() == Some(storage) {
+        let _ = ANSWER.try_with(|answer| answer.replace(Some(flag.clone())));
+    }
+}
+
+/// Runs code that may start spans beneath one that OpenTelemetry has locked on this thread: asking would deadlock.
+pub(super) fn without_asking<R>(run: impl FnOnce() -> R) -> R {
+    scoped::with(&MUST_NOT_ASK, true, run)
+}
+
+// Held time: for how long a started span was entered while it was held, which the tracer moves from `idle_ns` to
+// `busy_ns`. It travels as an attribute, since the layer reaches a started span in no other way.
+
+/// The attribute, in nanoseconds. It is never exported.
+const HELD_NS: &str = "tracing-workflow-context.held_ns";
+
+/// Tells a started span how long it was held.
+pub(crate) fn tell_held_time(span: &SpanRef<'_>, held: Duration) {
+    if !held.is_zero() {
+        let nanos = i64::try_from(held.as_nanos()).unwrap_or(i64::MAX);
+        span.set_attribute(KeyValue::new(HELD_NS, nanos));
+    }
+}
+
+/// Returns `false` if the attribute certainly is not the held time.
+#[inline]
+pub(super) fn may_be_held_time(name: &str) -> bool {
+    name.len() == HELD_NS.len()
+}
+
+/// Returns the held time, if the attribute is that.
+#[inline]
+pub(super) fn held_time(attribute: &KeyValue) -> Option<i64> {
+    match attribute.value {
+        Value::I64(held) if attribute.key.as_str() == HELD_NS => Some(held),
+        _ => None,
+    }
+}
+
+/// Moves the held time from `idle_ns` to `busy_ns`: tracing-opentelemetry counts as idle when it was not told of.
+pub(super) fn correct_timing(attribute: &mut KeyValue, held: i64) {
+    if let Value::I64(nanos) = &mut attribute.value {
+        match attribute.key.as_str() {
+            "busy_ns" => *nanos = nanos.saturating_add(held),
+            "idle_ns" => *nanos = nanos.saturating_sub(held).max(0),
+            _ => {}
+        }
+    }
+}

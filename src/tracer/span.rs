@@ -1,0 +1,375 @@
+//! The span of the tracer: the inner span, watched for reserved fields that are recorded later, or a stand-in.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use opentelemetry::KeyValue;
+use opentelemetry::trace::{Span, SpanContext, Status};
+
+use super::handoff;
+use super::replay::{self, StandIn};
+use crate::context::WorkflowContext;
+use crate::decision::relation::Relation;
+use crate::decision::{Arrival, Decision, Moment, Record, decide};
+use crate::explain::author::Author;
+use crate::fields;
+use crate::fields::identity::{Identity, Names};
+use crate::storage::remote::LateWinner;
+use crate::storage::shared::Shared;
+
+/// A span of a [`WorkflowTracer`](crate::WorkflowTracer): the inner tracer's span, or a stand-in that exports nothing
+/// because its code has run before.
+///
+/// Both look the same from outside. A stand-in has the span context of the instance's recorded span, so that
+/// whatever is injected or started from it attaches there.
+pub struct WorkflowSpan<S>(pub(super) State<S>);
+
+pub(super) enum State<S> {
+    Live {
+        span: S,
+        watch: Option<Watch>,
+    },
+    /// Boxed, so that an ordinary span is hardly larger than the inner one: it is moved several times.
+    StandIn(Box<StandIn>),
+}
+
+impl<S> WorkflowSpan<S> {
+    #[inline]
+    fn inner(&mut self) -> Option<&mut S> {
+        match &mut self.0 {
+            State::Live { span, .. } => Some(span),
+            State::StandIn(_) => None,
+        }
+    }
+}
+
+impl<S: Span> WorkflowSpan<S> {
+    #[inline(never)]
+    fn set_watched(&mut self, mut attribute: KeyValue) {
+        match &mut self.0 {
+            State::Live { span, watch } => {
+                let watch = watch.as_mut();
+                if watch.is_none_or(|watch| watch.observe(span, &mut attribute)) {
+                    span.set_attribute(attribute);
+                }
+            }
+            State::StandIn(stand_in) => stand_in.observe(&attribute),
+        }
+    }
+}
+
+impl<S: Span> Span for WorkflowSpan<S> {
+    #[inline]
+    fn add_event_with_timestamp<T>(
+        &mut self,
+        name: T,
+        timestamp: SystemTime,
+        attributes: Vec<KeyValue>,
+    ) where
+        T: Into<Cow<'static, str>>,
+    {
+        match &mut self.0 {
+            State::Live { span, watch } => {
+                if let Some(watch) = watch {
+                    watch.observe_event(&attributes);
+                }
+                span.add_event_with_timestamp(name, timestamp, attributes);
+            }
+            State::StandIn(stand_in) => stand_in.observe_event(&attributes),
+        }
+    }
+
+    #[inline]
+    fn span_context(&self) -> &SpanContext {
+        match &self.0 {
+            State::Live { span, .. } => span.span_context(),
+            State::StandIn(stand_in) => stand_in.context(),
+        }
+    }
+
+    /// Returns `true` also for an unsampled span of the layer whose reserved fields are still read: OpenTelemetry hands
+    /// attributes to recording spans only.
+    #[inline]
+    fn is_recording(&self) -> bool {
+        match &self.0 {
+            State::Live { span, watch } => {
+                let observes = watch.as_ref().is_some_and(|watch| watch.observes);
+                span.is_recording() || (observes && span.span_context().is_valid())
+            }
+            State::StandIn(stand_in) => stand_in.is_recording(),
+        }
+    }
+
+    #[inline]
+    fn set_attribute(&mut self, attribute: KeyValue) {
+        // An attribute that is only handed on is not borrowed mutably here: it would be copied.
+        match &mut self.0 {
+            State::Live { span, watch: None } => span.set_attribute(attribute),
+            State::Live {
+                span,
+                watch: Some(watch),
+            } if !watch.wants(&attribute) => span.set_attribute(attribute),
+            _ => self.set_watched(attribute),
+        }
+    }
+
+    #[inline]
+    fn set_attributes(&mut self, attributes: impl IntoIterator<Item = KeyValue>) {
+        match &mut self.0 {
+            State::Live { span, watch: None } => span.set_attributes(attributes),
+            _ => attributes
+                .into_iter()
+                .for_each(|attribute| self.set_attribute(attribute)),
+        }
+    }
+
+    #[inline]
+    fn set_status(&mut self, status: Status) {
+        if let Some(span) = self.inner() {
+            span.set_status(status);
+        }
+    }
+
+    #[inline]
+    fn update_name<T>(&mut self, new_name: T)
+    where
+        T: Into<Cow<'static, str>>,
+    {
+        if let Some(span) = self.inner() {
+            span.update_name(new_name);
+        }
+    }
+
+    #[inline]
+    fn add_link(&mut self, span_context: SpanContext, attributes: Vec<KeyValue>) {
+        if let Some(span) = self.inner() {
+            span.add_link(span_context, attributes);
+        }
+    }
+
+    #[inline]
+    fn end_with_timestamp(&mut self, timestamp: SystemTime) {
+        match &mut self.0 {
+            State::Live { span, watch: None } if !replay::is_any() => {
+                span.end_with_timestamp(timestamp);
+            }
+            State::Live { span, watch } => {
+                if let Some(watch) = watch {
+                    watch.end(span);
+                }
+                // An exporter may open spans beneath this one while OpenTelemetry has it locked.
+                handoff::without_asking(|| span.end_with_timestamp(timestamp));
+            }
+            State::StandIn(stand_in) => stand_in.end(),
+        }
+    }
+}
+
+impl<S: fmt::Debug> fmt::Debug for WorkflowSpan<S> {
+    #[inline]
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            State::Live { span, .. } => f.debug_tuple("WorkflowSpan").field(span).finish(),
+            State::StandIn(stand_in) => f.debug_tuple("WorkflowSpan").field(stand_in).finish(),
+        }
+    }
+}
+
+/// What is known of a started span, and what may still be learnt from it.
+pub(super) struct Watch {
+    shared: Arc<Shared>,
+    /// The hash of its instance's id; `None` as long as no instance is named.
+    instance: Option<u64>,
+    memo: Option<Box<Memo>>,
+    /// Its attributes are read whether it records or not.
+    observes: bool,
+}
+
+/// What only some spans have to remember.
+#[derive(Default)]
+pub(super) struct Memo {
+    /// Kept for a run, or for a backend: the hash is not enough there.
+    identity: Option<Identity>,
+    /// Set if it has not named its instance itself; if that is known all the same, it is its first child's.
+    unnamed: Option<Box<Unnamed>>,
+    /// Set if it was recorded, and a backend may still know of a faster process.
+    late_winner: Option<LateWinner>,
+    /// Nanoseconds that the span was entered while its start was deferred.
+    held: i64,
+}
+
+/// A span that has not named its instance, and may be recorded late.
+#[derive(Default)]
+pub(super) struct Unnamed {
+    pub(super) run_id: Option<Box<str>>,
+    pub(super) author: Author,
+}
+
+impl Memo {
+    #[inline(never)]
+    pub(super) fn new(names: Option<Names<'_>>, unnamed: Option<Box<Unnamed>>) -> Box<Self> {
+        Box::new(Self {
+            identity: names.map(Names::to_identity),
+            unnamed,
+            ..Self::default()
+        })
+    }
+
+    /// The id that was given to a span without one of its own.
+    pub(super) fn adopted_id(&self) -> Option<String> {
+        let (Some(identity), Some(_)) = (&self.identity, &self.unnamed) else {
+            return None;
+        };
+        Some(identity.instance_id.to_string())
+    }
+}
+
+impl Watch {
+    #[inline]
+    pub(super) fn new(
+        shared: &Arc<Shared>,
+        instance: Option<u64>,
+        memo: Option<Box<Memo>>,
+        observes: bool,
+    ) -> Self {
+        Self {
+            shared: shared.clone(),
+            instance,
+            memo,
+            observes,
+        }
+    }
+
+    #[cold]
+    fn memo(&mut self) -> &mut Memo {
+        self.memo.get_or_insert_default()
+    }
+
+    pub(super) fn expect_late_winner(&mut self, late_winner: Option<LateWinner>) {
+        if late_winner.is_some() {
+            self.memo().late_winner = late_winner;
+        }
+    }
+
+    /// Returns `false` if the attribute certainly need not be observed.
+    #[inline]
+    fn wants(&self, attribute: &KeyValue) -> bool {
+        let name = attribute.key.as_str();
+        let may_mean = self.shared.fields.may_mean(name);
+        may_mean || handoff::may_be_held_time(name) || self.memo.is_some()
+    }
+
+    /// Reads an attribute; `false` if it is not for the span itself.
+    fn observe<S: Span>(&mut self, span: &mut S, attribute: &mut KeyValue) -> bool {
+        if let Some(held) = handoff::held_time(attribute) {
+            let memo = self.memo();
+            memo.held = memo.held.saturating_add(held);
+            return false;
+        }
+        if let Some(memo) = &self.memo {
+            handoff::correct_timing(attribute, memo.held);
+        }
+        if self.shared.fields.may_mean(attribute.key.as_str()) {
+            self.read(span, attribute);
+        }
+        true
+    }
+
+    #[inline(never)]
+    fn read<S: Span>(&mut self, span: &mut S, attribute: &KeyValue) {
+        let shared = self.shared.clone();
+        let tag = shared.tag_of(std::slice::from_ref(attribute));
+        // The first id counts; one that a span was only adopted into gives way to its own.
+        let memo = self.memo.as_mut().filter(|memo| memo.unnamed.is_some());
+        match (memo, tag.names(), &tag.run_id) {
+            (Some(memo), Some(names), _) => {
+                let Unnamed { run_id, author } = *memo.unnamed.take().unwrap_or_default();
+                let hash = shared.key(names.instance_id, None).hash;
+                if self.instance != Some(hash) {
+                    let run_id = run_id.as_deref();
+                    self.join_late(span, Names { run_id, ..names }, author);
+                }
+            }
+            (Some(memo), None, Some(run_id)) => {
+                if let Some(unnamed) = &mut memo.unnamed {
+                    unnamed.run_id = Some((**run_id).into());
+                }
+            }
+            _ => {}
+        }
+        self.complete_if(tag.terminal);
+    }
+
+    fn observe_event(&self, attributes: &[KeyValue]) {
+        self.complete_if(self.shared.fields.tag_of(attributes).terminal);
+    }
+
+    pub(super) fn complete_if(&self, terminal: bool) {
+        let identity = self.memo.as_ref().and_then(|memo| memo.identity.as_ref());
+        match (terminal, identity, self.instance) {
+            (false, ..) | (_, _, None) => {}
+            (true, Some(identity), _) => self.shared.complete(identity),
+            (true, None, Some(instance)) => {
+                self.shared.tier.cache().complete_hashed(instance);
+            }
+        }
+    }
+
+    /// The id was recorded after the start: the parent can no longer change.
+    fn join_late<S: Span>(&mut self, span: &mut S, names: Names<'_>, author: Author) {
+        let shared = &self.shared;
+        shared.counters.late.add();
+        let key = shared.key(names.instance_id, names.run_id);
+        let own = span.span_context();
+        let arrival = Arrival {
+            moment: Moment::Late,
+            run_id: names.run_id,
+            natural: Some(own),
+            parent_instance: None,
+            stops_waiting: false,
+        };
+        let decide = |entry: Option<&_>| decide(&arrival, entry, &shared.policy, None);
+        let mut decision = shared.tier.look_up(key, decide);
+        let (name, mut late_winner) = (author.span_name.clone(), None);
+        let context = WorkflowContext::of_span(own, shared.clock.now());
+        if let (Record::First, Some(context)) = (decision.record, context) {
+            match shared.record(key, None, context, author) {
+                Ok(may_come) => late_winner = may_come,
+                Err(winner) => {
+                    decision = Decision::after_lost_race(winner, &arrival, &shared.policy);
+                }
+            }
+        }
+        shared.note_decision(key.hash, name, own, &SpanContext::NONE, decision.outcome);
+        if let (Some(_), Some(stored)) = (decision.link, &decision.stored) {
+            link_unless_in_trace(span, stored);
+        }
+        self.instance = Some(key.hash);
+        self.memo().identity = Some(names.to_identity());
+        self.expect_late_winner(late_winner);
+    }
+
+    fn end<S: Span>(&mut self, span: &mut S) {
+        self.observes = false;
+        let memo = self.memo.as_ref();
+        let late_winner = memo.and_then(|memo| memo.late_winner.as_ref());
+        if let Some(winner) = late_winner.and_then(|winner| winner.get()) {
+            link_unless_in_trace(span, winner);
+        }
+    }
+}
+
+/// Links a started span to the stored context that it could not follow.
+pub(super) fn link_unless_in_trace<S: Span>(span: &mut S, stored: &WorkflowContext) {
+    if span.span_context().trace_id() != stored.trace_id() {
+        let relation = relation_attribute(Relation::Late);
+        span.add_link(stored.to_span_context(), vec![relation]);
+    }
+}
+
+/// The attribute of every link of this crate.
+pub(super) fn relation_attribute(relation: Relation) -> KeyValue {
+    KeyValue::new(fields::RELATION, relation.as_str())
+}
