@@ -26,14 +26,14 @@ pub(crate) struct Policy {
 }
 
 /// A tagged span at the moment of the decision.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Arrival<'a> {
     pub(crate) moment: Moment,
     pub(crate) run_id: Option<&'a str>,
     /// The valid span context that the span has as its parent without this crate; its own, if it has started.
     pub(crate) natural: Option<&'a SpanContext>,
     /// The stored context of its parent instance, which the caller looks up for the first span of an instance.
-    pub(crate) parent_instance: Option<WorkflowContext>,
+    pub(crate) parent_instance: Option<&'a WorkflowContext>,
     /// The caller has waited long enough for another thread that opens the next trace.
     pub(crate) stops_waiting: bool,
 }
@@ -135,34 +135,32 @@ pub(crate) fn decide(
         return decide_generation(Relation::Expired, run, stored, arrival, relations);
     }
     if is_nested {
-        return Decision {
-            count: is_bounded,
-            ..Decision::related(Relation::SameTrace, stored, arrival, relations)
-        };
+        let mut decision = Decision::related(Relation::SameTrace, stored, arrival, relations);
+        decision.count = is_bounded;
+        return decision;
     }
     let announce = stored.is_remote() && !run.is_announced();
-    let decision = if announce || stored.is_resumed() {
-        if relations.resamples(Relation::Resumed) {
-            decide_generation(Relation::Resumed, run, stored, arrival, relations)
-        } else {
-            Decision::related(Relation::Resumed, stored, arrival, relations)
-        }
+    let relation = if announce || stored.is_resumed() {
+        Relation::Resumed
     } else if arrival.natural.is_some() {
-        Decision::related(Relation::Foreign, stored, arrival, relations)
+        Relation::Foreign
     } else {
-        Decision::related(Relation::Orphan, stored, arrival, relations)
+        Relation::Orphan
     };
-    Decision {
-        announce: announce && !decision.wait,
-        count: !decision.wait,
-        ..decision
-    }
+    let mut decision = if relation == Relation::Resumed && relations.resamples(relation) {
+        decide_generation(relation, run, stored, arrival, relations)
+    } else {
+        Decision::related(relation, stored, arrival, relations)
+    };
+    decision.announce = announce && !decision.wait;
+    decision.count = !decision.wait;
+    decision
 }
 
 /// Nothing is stored for the instance.
+#[inline(never)]
 fn decide_first(arrival: &Arrival<'_>, relations: &Relations) -> Decision {
-    let parent = arrival.parent_instance.as_ref();
-    match (arrival.moment, parent) {
+    match (arrival.moment, arrival.parent_instance) {
         (Moment::Replay, _) => Decision::replayed(None),
         // A first span keeps its natural parent, and so does a child workflow inside its parent's trace.
         (Moment::Start | Moment::StartAfterReplay, Some(parent))
@@ -323,6 +321,246 @@ impl Decision {
         }
         if self.announce {
             run.set_announced();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::cache::Cache;
+    use crate::cache::entry::Limits;
+    use crate::clock::SystemClock;
+
+    const STORED: &str = "00-0000000000000000000000000000000a-000000000000000a-01";
+    const UNSAMPLED: &str = "00-0000000000000000000000000000000a-000000000000000a-00";
+    const NESTED: &str = "00-0000000000000000000000000000000a-000000000000000b-01";
+    const REQUEST: &str = "00-0000000000000000000000000000000c-000000000000000c-01";
+    const PARENT_INSTANCE: &str = "00-0000000000000000000000000000000d-000000000000000d-01";
+
+    /// One row: what is stored, the span that arrives, the settings.
+    struct Row {
+        stored: Option<WorkflowContext>,
+        stored_run: Option<&'static str>,
+        rolling: bool,
+        spans: u64,
+        run_id: Option<&'static str>,
+        natural: Option<&'static str>,
+        moment: Moment,
+        parent_instance: bool,
+        stops_waiting: bool,
+        policy: Policy,
+        age: Duration,
+    }
+
+    /// An instance stored here, and a span of it without a natural parent.
+    fn row() -> Row {
+        Row {
+            stored: Some(local(STORED)),
+            stored_run: None,
+            rolling: false,
+            spans: 1,
+            run_id: None,
+            natural: None,
+            moment: Moment::Start,
+            parent_instance: false,
+            stops_waiting: false,
+            policy: Policy::default(),
+            age: Duration::ZERO,
+        }
+    }
+
+    fn parse(traceparent: &str) -> WorkflowContext {
+        WorkflowContext::parse(traceparent, "").expect("well formed")
+    }
+
+    /// A context that a span of this process recorded.
+    fn local(traceparent: &str) -> WorkflowContext {
+        let span = parse(traceparent).to_span_context();
+        let span = SpanContext::new(
+            span.trace_id(),
+            span.span_id(),
+            span.trace_flags(),
+            false,
+            span.trace_state().clone(),
+        );
+        WorkflowContext::try_from(&span).expect("valid")
+    }
+
+    fn bounded(max_age: Option<Duration>, max_spans: Option<u64>) -> Policy {
+        Policy {
+            bounds: Bounds { max_age, max_spans },
+            ..Policy::default()
+        }
+    }
+
+    fn with(relation: Relation, continuation: Continuation) -> Policy {
+        let mut policy = Policy::default();
+        policy.relations.set(relation, continuation);
+        policy
+    }
+
+    impl Row {
+        /// The decision, in the words of the table: outcome; parent, link; record; announce, wait.
+        fn decide(self) -> String {
+            let limits = Limits {
+                max_instances: 10,
+                idle_ttl: 1_000,
+                completed_grace: 1_000,
+            };
+            let cache = Cache::swept(limits, Some(Arc::new(SystemClock)), 0);
+            let recorded_at = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
+            if let Some(stored) = self.stored {
+                let key = cache.key("id", self.stored_run);
+                let stored = stored.with_recorded_at(recorded_at);
+                cache.record(key, None, stored, None).expect("it is first");
+            }
+            let natural = self.natural.map(|natural| parse(natural).to_span_context());
+            let parent_instance = self.parent_instance.then(|| parse(PARENT_INSTANCE));
+            let arrival = Arrival {
+                moment: self.moment,
+                run_id: self.run_id,
+                natural: natural.as_ref(),
+                parent_instance: parent_instance.as_ref(),
+                stops_waiting: self.stops_waiting,
+            };
+            let decision = cache.look_up(cache.key("id", self.run_id), |entry| {
+                if let Some(run) = entry.map(Entry::latest) {
+                    run.set_rolling(self.rolling);
+                    (1..self.spans).for_each(|_| run.count_span());
+                }
+                decide(&arrival, entry, &self.policy, Some(recorded_at + self.age))
+            });
+            let outcome = match decision.outcome {
+                Outcome::Related(relation, _) => relation.as_str(),
+                Outcome::Recorded => "first",
+                Outcome::LostRace => "lost race",
+                Outcome::Replayed => "replayed",
+            };
+            let link = match decision.link {
+                None => "",
+                Some(Link::ToNatural(_)) => " + link to natural",
+                Some(Link::ToStored(_)) => " + link to stored",
+            };
+            let record = match decision.record {
+                Record::No => String::new(),
+                Record::First => ", recorded".to_owned(),
+                Record::Generation(number) => format!(", recorded as {number}"),
+            };
+            let announce = if decision.announce { ", announced" } else { "" };
+            let wait = if decision.wait { ", wait" } else { "" };
+            let parent = format!("{:?}", decision.parent).to_lowercase();
+            format!("{outcome}: {parent}{link}{record}{announce}{wait}")
+        }
+    }
+
+    #[test]
+    fn the_table_holds() {
+        use Moment::{Late, Replay, StartAfterReplay};
+        let none = || Row {
+            stored: None,
+            ..row()
+        };
+        let old = || Row {
+            policy: bounded(Some(Duration::from_secs(60)), None),
+            age: Duration::from_secs(61),
+            ..row()
+        };
+        let full = || Row {
+            policy: bounded(None, Some(3)),
+            spans: 3,
+            ..row()
+        };
+        let remote = || Row {
+            stored: Some(parse(STORED)),
+            ..row()
+        };
+        let resamples = || {
+            let mut policy = Policy::default();
+            policy.relations.resample(Relation::Resumed);
+            policy
+        };
+        let (request, nested) = (Some(REQUEST), Some(NESTED));
+        #[rustfmt::skip]
+        let rows = [
+            // Nothing is stored.
+            (none(), "first: natural, recorded"),
+            (Row { natural: request, ..none() }, "first: natural, recorded"),
+            (Row { parent_instance: true, ..none() }, "child: stored, recorded"),
+            (Row { parent_instance: true, natural: request, ..none() }, "child: stored + link to natural, recorded"),
+            (Row { parent_instance: true, natural: Some(PARENT_INSTANCE), ..none() }, "first: natural, recorded"),
+            // A context of this process.
+            (row(), "orphan: stored"),
+            (Row { natural: request, ..row() }, "foreign: stored + link to natural"),
+            (Row { natural: nested, ..row() }, "same_trace: natural"),
+            // A context of another process, or a resumed one.
+            (remote(), "resumed: stored, announced"),
+            (Row { natural: request, ..remote() }, "resumed: stored + link to natural, announced"),
+            (Row { natural: nested, ..remote() }, "same_trace: natural"),
+            (Row { policy: resamples(), ..remote() }, "resumed: nothing + link to stored, recorded as 2, announced"),
+            (Row { stored: Some(local(STORED).into_resumed()), ..row() }, "resumed: stored"),
+            // Runs.
+            (Row { stored_run: Some("1"), run_id: Some("1"), ..row() }, "orphan: stored"),
+            (Row { stored_run: Some("1"), ..row() }, "orphan: stored"),
+            (Row { run_id: Some("1"), ..row() }, "orphan: stored"),
+            (Row { stored_run: Some("1"), run_id: Some("2"), ..row() }, "new_run: nothing + link to stored, recorded"),
+            (Row { stored_run: Some("1"), run_id: Some("2"), natural: request, ..row() }, "new_run: nothing + link to stored, recorded"),
+            (Row { stored_run: Some("1"), run_id: Some("2"), natural: nested, ..row() }, "same_trace: natural, recorded"),
+            // Bounds.
+            (old(), "expired: nothing + link to stored, recorded as 2"),
+            (Row { age: Duration::from_secs(60), ..old() }, "orphan: stored"),
+            (Row { natural: nested, ..old() }, "same_trace: natural"),
+            (Row { natural: nested, moment: StartAfterReplay, ..old() }, "expired: nothing + link to stored, recorded as 2"),
+            (full(), "expired: nothing + link to stored, recorded as 2"),
+            (Row { spans: 2, ..full() }, "orphan: stored"),
+            (Row { natural: nested, ..full() }, "same_trace: natural"),
+            (Row { stored: Some(local(UNSAMPLED)), ..full() }, "expired: stored, recorded as 2"),
+            (Row { rolling: true, ..full() }, "expired: stored, wait"),
+            (Row { rolling: true, stops_waiting: true, ..full() }, "expired: stored"),
+            // The id came late.
+            (Row { moment: Late, ..none() }, "first: natural, recorded"),
+            (Row { moment: Late, natural: request, ..row() }, "late: natural + link to stored"),
+            (Row { moment: Late, natural: nested, ..row() }, "late: natural"),
+            (Row { moment: Late, natural: request, policy: with(Relation::Late, Continuation::Keep), ..row() }, "late: natural"),
+            (Row { moment: Late, natural: request, stored_run: Some("1"), run_id: Some("2"), ..row() }, "first: natural, recorded"),
+            (Row { moment: Late, natural: request, ..full() }, "late: natural + link to stored"),
+            // Replays.
+            (Row { moment: Replay, ..none() }, "replayed: natural"),
+            (Row { moment: Replay, natural: request, ..row() }, "replayed: stored"),
+            (Row { moment: Replay, ..full() }, "replayed: stored"),
+            (Row { moment: Replay, stored_run: Some("1"), run_id: Some("2"), ..row() }, "replayed: natural"),
+        ];
+        for (number, (row, expected)) in rows.into_iter().enumerate() {
+            assert_eq!(row.decide(), expected, "row {number}");
+        }
+    }
+
+    #[test]
+    fn each_continuation_places_the_span_as_it_says() {
+        let expected = [
+            (Continuation::Keep, "foreign: natural"),
+            (Continuation::Parent, "foreign: stored"),
+            (Continuation::Link, "foreign: natural + link to stored"),
+            (
+                Continuation::ParentAndLink,
+                "foreign: stored + link to natural",
+            ),
+            (Continuation::NewRoot, "foreign: nothing"),
+            (
+                Continuation::NewRootAndLink,
+                "foreign: nothing + link to stored",
+            ),
+        ];
+        for (continuation, expected) in expected {
+            let foreign = Row {
+                natural: Some(REQUEST),
+                policy: with(Relation::Foreign, continuation),
+                ..row()
+            };
+            assert_eq!(foreign.decide(), expected, "{continuation:?}");
         }
     }
 }

@@ -33,7 +33,7 @@ pub(crate) const RESUMED: &str = "workflow.resumed";
 pub(crate) const RELATION: &str = "workflow.relation";
 pub(crate) const AGENT_NAME: &str = "agent.name";
 
-/// Which field has which meaning in one storage.
+/// The fields and engine spans that one storage knows.
 #[derive(Clone, Debug)]
 pub(crate) struct Fields {
     meanings: Meanings,
@@ -62,7 +62,7 @@ impl Fields {
         }
     }
 
-    /// The name under which an adopted span is told its instance.
+    /// Returns the field in which an adopted span gets its instance id.
     pub(crate) fn primary_instance_id(&self) -> Cow<'static, str> {
         self.meanings.first_name().unwrap_or(INSTANCE_ID.into())
     }
@@ -116,13 +116,13 @@ impl Fields {
         Callsite { role, declares }
     }
 
-    /// Whether that may be the name of a field with a meaning. Nearly always it is not, and this costs next to nothing.
+    /// Returns `false` if the name certainly is not reserved. Nearly always so, and next to free.
     #[inline]
     pub(crate) fn may_mean(&self, name: &str) -> bool {
         self.meanings.may_have(name)
     }
 
-    /// The instance id, where the attributes say just that and nothing else.
+    /// Returns the instance id if that is the only reserved field among the attributes.
     #[inline]
     pub(crate) fn only_id<'a>(&self, attributes: &'a [KeyValue]) -> Option<Cow<'a, str>> {
         let mut may_mean = (attributes.iter()).filter(|a| self.may_mean(a.key.as_str()));
@@ -136,7 +136,7 @@ impl Fields {
         .filter(|id| InvalidInstanceId::check(id).is_ok())
     }
 
-    /// Reads what a span that is about to start says of its instance.
+    /// Reads the reserved fields of a span that is about to start.
     pub(crate) fn tag_of<'a>(&self, attributes: &'a [KeyValue]) -> Tag<'a> {
         let mut tag = Tag::default();
         for attribute in attributes {
@@ -147,7 +147,7 @@ impl Fields {
         tag
     }
 
-    /// Whether one of the events reports a terminal status.
+    /// Returns `true` if one of the events reports a terminal status.
     pub(crate) fn any_terminal(&self, events: &[Event]) -> bool {
         events
             .iter()
@@ -171,8 +171,8 @@ impl Fields {
         })
     }
 
-    /// Which of the declared ids have no value yet. To print each only to see whether it prints nothing would cost every
-    /// span more than it is worth: just a plain text tells that it is empty.
+    /// Returns the declared id fields that have no value yet. Only an empty `&str` counts as none: formatting every other
+    /// value to see whether it is empty would cost each span too much.
     pub(crate) fn awaits(&self, declared: IdFields, attributes: &span::Attributes<'_>) -> IdFields {
         let mut visitor = IsThere {
             meanings: &self.meanings,
@@ -185,7 +185,7 @@ impl Fields {
         }
     }
 
-    /// Which ids a record gives a value to.
+    /// Returns the id fields that a record gives a value to.
     pub(crate) fn recorded(&self, values: &span::Record<'_>) -> IdFields {
         let mut visitor = HasValue {
             meanings: &self.meanings,
@@ -196,7 +196,7 @@ impl Fields {
     }
 }
 
-/// What the attributes of one span say.
+/// The reserved fields of one span.
 #[derive(Debug, Default)]
 pub(crate) struct Tag<'a> {
     pub(crate) instance_id: Option<Cow<'a, str>>,
@@ -204,7 +204,7 @@ pub(crate) struct Tag<'a> {
     pub(crate) parent_instance_id: Option<Cow<'a, str>>,
     pub(crate) replaying: Option<bool>,
     pub(crate) terminal: bool,
-    /// An id that was longer than [`MAX_INSTANCE_ID_BYTES`], and does not count.
+    /// An id longer than [`MAX_INSTANCE_ID_BYTES`](crate::MAX_INSTANCE_ID_BYTES), which is ignored.
     pub(crate) oversized: Option<Cow<'a, str>>,
     rank: u16,
 }

@@ -26,10 +26,10 @@ use crate::tracer::WorkflowTracer;
 use crate::warnings::LOG_TARGET;
 use shared::Shared;
 
-/// One trace context per workflow instance, and what is needed to use it: the layer and the tracer.
+/// A storage of one trace context per workflow instance, and the source of the layer and the tracers that use it.
 ///
-/// A handle: clones are cheap and share everything. Dropping the last one, the layers and tracers made from
-/// it included, forgets what was stored in memory.
+/// This is a handle: clones are cheap and share everything. When the last one is dropped, the layers and tracers made
+/// from it included, the contexts in memory are gone.
 ///
 /// ```
 /// use tracing_workflow_context::{WorkflowContext, WorkflowContextStorage};
@@ -49,7 +49,7 @@ pub struct WorkflowContextStorage {
 }
 
 impl WorkflowContextStorage {
-    /// The layer that stands where `tracing_opentelemetry::layer().with_tracer(tracer)` stood.
+    /// Creates the layer that replaces `tracing_opentelemetry::layer().with_tracer(tracer)`.
     ///
     /// `tracer` is also what [`create_resumed`](Self::create_resumed) uses from now on.
     pub fn layer<S, T>(&self, tracer: T) -> WorkflowContextLayer<S, T>
@@ -61,7 +61,7 @@ impl WorkflowContextStorage {
         self.layer_with(tracer, |otel| otel)
     }
 
-    /// As [`layer`](Self::layer), with the OpenTelemetry layer's own settings.
+    /// Creates the layer as [`layer`](Self::layer) does, with settings of the OpenTelemetry layer.
     ///
     /// ```
     /// # use opentelemetry::trace::noop::NoopTracer;
@@ -87,7 +87,7 @@ impl WorkflowContextStorage {
         WorkflowContextLayer::new(otel, self.shared.clone())
     }
 
-    /// A tracer for spans that are made through the OpenTelemetry API alone.
+    /// Creates a tracer for spans that are made through the OpenTelemetry API alone.
     ///
     /// A span whose attributes name an instance is recorded and re-parented as one of the layer is. `tracer`
     /// is also what [`create_resumed`](Self::create_resumed) uses from now on.
@@ -105,20 +105,20 @@ impl WorkflowContextStorage {
     ///
     /// # Errors
     ///
-    /// [`StorageError::InvalidInstanceId`] where the id is empty or too long.
+    /// [`StorageError::InvalidInstanceId`] if the id is empty or longer than 1,024 bytes.
     pub fn store(&self, instance_id: &str, context: WorkflowContext) -> Result<(), StorageError> {
         self.shared.check(instance_id)?;
         self.shared.tier.store(instance_id, context);
         Ok(())
     }
 
-    /// The context of the latest run of an instance. A miss is normal, and counted.
+    /// Returns the context of the latest run of an instance. A miss is normal, and counted.
     ///
     /// Locks one shard of memory for the time of the lookup.
     ///
     /// # Errors
     ///
-    /// [`StorageError::InvalidInstanceId`] where the id is empty or too long.
+    /// [`StorageError::InvalidInstanceId`] if the id is empty or longer than 1,024 bytes.
     pub fn get(&self, instance_id: &str) -> Result<Option<WorkflowContext>, StorageError> {
         self.shared.check(instance_id)?;
         let found = self.shared.tier.get(instance_id);
@@ -128,13 +128,13 @@ impl WorkflowContextStorage {
         Ok(found)
     }
 
-    /// Forgets an instance with all its runs; `true` where something was stored.
+    /// Removes an instance with all its runs. Returns `true` if something was stored.
     ///
     /// Locks one shard of memory for the time of the removal.
     ///
     /// # Errors
     ///
-    /// [`StorageError::InvalidInstanceId`] where the id is empty or too long.
+    /// [`StorageError::InvalidInstanceId`] if the id is empty or longer than 1,024 bytes.
     pub fn cleanup(&self, instance_id: &str) -> Result<bool, StorageError> {
         self.shared.check(instance_id)?;
         Ok(self.shared.tier.cleanup(instance_id))
@@ -144,14 +144,14 @@ impl WorkflowContextStorage {
     ///
     /// The span is called `{agent_name or DurableAgent}.ToolCallingWorkflow` and carries
     /// `openinference.span.kind = AGENT`, `workflow.instance_id`, `workflow.resumed = true` and `agent.name`.
-    /// What is stored for the instance becomes its parent; without it, it is the root of a new trace. The
+    /// The context stored for the instance becomes its parent; without one it is the root of a new trace. The
     /// tracer is the one last given to [`layer`](Self::layer) or [`tracer`](Self::tracer) while that lives,
     /// else the global tracer provider's. No lock is held while the span is made.
     ///
     /// # Errors
     ///
-    /// [`CreateResumedError::NoRecordingSpan`] where no span that records could be made, the errors of
-    /// [`store`](Self::store) otherwise. Nothing is stored then.
+    /// [`CreateResumedError::NoRecordingSpan`] if no recording span could be opened, else the errors of
+    /// [`store`](Self::store). Nothing is stored then.
     pub fn create_resumed(
         &self,
         instance_id: &str,
@@ -169,13 +169,13 @@ impl WorkflowContextStorage {
         Ok(context)
     }
 
-    /// The counters, each read on its own: a total over several may be off by what happens meanwhile.
+    /// Returns the counters. Each is read on its own, so a sum over several may be off by what happens meanwhile.
     #[must_use]
     pub fn stats(&self) -> Stats {
         self.shared.stats()
     }
 
-    /// The ids of all instances in memory, in no order: a snapshot that other threads may already have changed.
+    /// Returns the ids of all instances in memory, in no order: a snapshot that other threads may already have changed.
     ///
     /// Locks one shard of memory after the other, for 128 ids at a time.
     #[must_use]
@@ -183,16 +183,16 @@ impl WorkflowContextStorage {
         self.shared.tier.cache().ids().collect()
     }
 
-    /// The ids of all instances in memory, in no order, fetched 128 at a time. An instance that is there all the
-    /// while is shown; one may be shown twice while others are removed.
+    /// Iterates over the ids of all instances in memory, in no order, 128 at a time. An instance that stays is shown; it
+    /// may be shown twice while others are removed.
     ///
     /// Locks one shard of memory while a page is fetched, and none between.
     pub fn iter_instance_ids(&self) -> impl Iterator<Item = String> + '_ {
         self.shared.tier.cache().ids()
     }
 
-    /// What is recorded for the instance, by whom, and why its last spans went where they did; where nothing is
-    /// recorded, the reason as far as it is known.
+    /// Explains what is recorded for the instance, by which span, and why its last spans went where they did; if nothing
+    /// is recorded, the reason as far as it is known.
     ///
     /// ```
     /// # let storage = tracing_workflow_context::WorkflowContextStorage::new();
@@ -209,7 +209,7 @@ impl WorkflowContextStorage {
     ///
     /// # Errors
     ///
-    /// [`StorageError::Backend`] where the backend failed.
+    /// [`StorageError::Backend`] if the backend failed.
     pub fn flush(&self) -> Result<(), StorageError> {
         Ok(self.shared.tier.flush()?)
     }

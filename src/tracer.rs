@@ -128,11 +128,15 @@ where
     }
 }
 
-/// Where a tagged span starts, as decided.
-struct Placement<'a> {
-    decision: Decision,
+/// What is done with a tagged span beside placing it.
+struct Plan<'a> {
+    /// The hash of the instance's id.
+    instance: u64,
+    memo: Option<Box<Memo>>,
     /// Boxed, since most spans are not recorded.
     recording: Option<Box<Recording<'a>>>,
+    /// The span has a terminal status from the start.
+    is_terminal: bool,
 }
 
 /// The span's own context is to be recorded once it has one.
@@ -140,6 +144,7 @@ struct Recording<'a> {
     shared: &'a Shared,
     hash: u64,
     identity: Identity,
+    author: Author,
     /// The trace that this one follows, and its own number. This recording alone may do so.
     follows: Option<(WorkflowContext, u32)>,
 }
@@ -187,10 +192,10 @@ where
             Some(id) => {
                 let names = Names::from_id(&id);
                 let key = shared.key(&id, None);
-                let hash = key.hash;
-                let placement = self.place(key, None, parent, Moment::Start);
-                let memo = self.memo(names, None);
-                self.start(builder, parent, placement, hash, memo, false)
+                let decision = self.place(key, None, parent, Moment::Start);
+                let mut plan = self.plan(key, names, None, false);
+                plan.recording = self.recording(&builder, key, &decision);
+                self.start(builder, parent, &decision, plan)
             }
             None => self.build_special(builder, parent, adopted),
         }
@@ -209,7 +214,7 @@ where
         }
         let tag = shared.tag_of(builder.attributes.as_deref().unwrap_or_default());
         let events = builder.events.as_deref();
-        let terminal = tag.terminal || events.is_some_and(|e| shared.fields.any_terminal(e));
+        let is_terminal = tag.terminal || events.is_some_and(|e| shared.fields.any_terminal(e));
         let beneath = Replay::beneath(shared, parent);
         let past_replay = beneath.as_ref().map(|_| past_replay(parent));
         let replay = match tag.replaying {
@@ -219,7 +224,7 @@ where
         if let Some(replay) = replay {
             let identity = tag.names().map(Names::to_identity).or(adopted);
             let stand_in = self.stand_in(identity, replay, builder, parent);
-            if let (true, State::StandIn(stand_in)) = (terminal, &stand_in.0) {
+            if let (true, State::StandIn(stand_in)) = (is_terminal, &stand_in.0) {
                 stand_in.complete();
             }
             return stand_in;
@@ -244,10 +249,10 @@ where
             }),
             Some(names) => {
                 let key = shared.key(names.instance_id, names.run_id);
-                let hash = key.hash;
-                let placement = self.place(key, names.parent_instance_id, parent, moment);
-                let memo = self.memo(names, unnamed);
-                self.start(builder, parent, placement, hash, memo, terminal)
+                let decision = self.place(key, names.parent_instance_id, parent, moment);
+                let mut plan = self.plan(key, names, unnamed, is_terminal);
+                plan.recording = self.recording(&builder, key, &decision);
+                self.start(builder, parent, &decision, plan)
             }
         }
     }
@@ -260,7 +265,7 @@ where
         parent_instance_id: Option<&str>,
         parent: &Context,
         moment: Moment,
-    ) -> Placement<'_> {
+    ) -> Decision {
         let shared = &*self.shared;
         let natural = parent.span();
         let arrival = Arrival {
@@ -274,24 +279,38 @@ where
         let now = (shared.policy.bounds.max_age).map(|_| shared.clock.now());
         let mut decision = look_up_and_decide(shared, key, &arrival, now);
         if decision.wait || (decision.is_first() && parent_instance_id.is_some()) {
-            decision = decide_again(shared, key, parent_instance_id, arrival, decision, now);
+            decide_again(shared, key, parent_instance_id, arrival, &mut decision, now);
         }
-        let recording = match decision.record {
-            Record::No => None,
-            record => Some(Recording::new(shared, key, record, &decision)),
-        };
-        Placement {
-            decision,
-            recording,
+        decision
+    }
+
+    #[inline]
+    fn plan(
+        &self,
+        key: Key<'_>,
+        names: Names<'_>,
+        unnamed: Option<Box<Unnamed>>,
+        is_terminal: bool,
+    ) -> Plan<'_> {
+        let shared = &*self.shared;
+        let has_memo = unnamed.is_some() || names.run_id.is_some() || shared.tier.has_backend();
+        Plan {
+            instance: key.hash,
+            memo: has_memo.then(|| Memo::new(Some(names), unnamed)),
+            recording: None,
+            is_terminal,
         }
     }
 
-    /// What the span has to remember beside the hash of its instance.
     #[inline]
-    fn memo(&self, names: Names<'_>, unnamed: Option<Box<Unnamed>>) -> Option<Box<Memo>> {
-        let is_needed =
-            unnamed.is_some() || names.run_id.is_some() || self.shared.tier.has_backend();
-        is_needed.then(|| Memo::new(Some(names), unnamed))
+    fn recording(
+        &self,
+        builder: &SpanBuilder,
+        key: Key<'_>,
+        decision: &Decision,
+    ) -> Option<Box<Recording<'_>>> {
+        let is_recorded = decision.record != Record::No;
+        is_recorded.then(|| Recording::new(&self.shared, builder, key, decision))
     }
 
     /// Starts the span as decided, and records it.
@@ -302,21 +321,20 @@ where
         &self,
         mut builder: SpanBuilder,
         parent: &Context,
-        placement: Placement<'_>,
-        instance: u64,
-        memo: Option<Box<Memo>>,
-        terminal: bool,
+        decision: &Decision,
+        plan: Plan<'_>,
     ) -> WorkflowSpan<T::Span> {
         let shared = &self.shared;
-        let Placement {
-            decision,
+        let Plan {
+            instance,
+            memo,
             recording,
-        } = placement;
+            is_terminal,
+        } = plan;
         let natural = parent.span();
         let natural = natural.span_context();
-        let author = recording.as_ref().map(|_| Author::from_span(&builder));
         if decision.link.is_some() || recording.is_some() || decision.announce {
-            self.annotate(&mut builder, &decision, natural);
+            self.annotate(&mut builder, decision, natural);
         }
         if let Some(id) = memo.as_ref().and_then(|memo| memo.adopted_id()) {
             shared.counters.adopted.add();
@@ -342,14 +360,14 @@ where
         else {
             return started;
         };
-        let outcome = match recording.zip(author) {
+        let outcome = match recording {
             None => decision.outcome,
-            Some((recording, author)) => self
-                .record(span, watch, *recording, author)
+            Some(recording) => self
+                .record(span, watch, *recording)
                 .unwrap_or(decision.outcome),
         };
         shared.note_decision(instance, name, span.span_context(), natural, outcome);
-        watch.complete_if(terminal);
+        watch.complete_if(is_terminal);
         started
     }
 
@@ -360,10 +378,9 @@ where
         span: &mut T::Span,
         watch: &mut Watch,
         recording: Recording<'_>,
-        author: Author,
     ) -> Option<Outcome> {
         let context = WorkflowContext::of_span(span.span_context(), self.shared.clock.now())?;
-        match recording.finish(context, author) {
+        match recording.finish(context) {
             Ok(late_winner) => {
                 watch.expect_late_winner(late_winner);
                 None
@@ -439,7 +456,12 @@ impl<T> fmt::Debug for WorkflowTracer<T> {
 
 impl<'a> Recording<'a> {
     #[inline(never)]
-    fn new(shared: &'a Shared, key: Key<'_>, record: Record, decision: &Decision) -> Box<Self> {
+    fn new(
+        shared: &'a Shared,
+        builder: &SpanBuilder,
+        key: Key<'_>,
+        decision: &Decision,
+    ) -> Box<Self> {
         Box::new(Self {
             shared,
             hash: key.hash,
@@ -448,7 +470,8 @@ impl<'a> Recording<'a> {
                 run_id: key.run_id.map(Box::from),
                 parent_instance_id: None,
             },
-            follows: match record {
+            author: Author::from_span(builder),
+            follows: match decision.record {
                 Record::Generation(generation) => decision.stored.clone().map(|s| (s, generation)),
                 Record::First | Record::No => None,
             },
@@ -456,12 +479,8 @@ impl<'a> Recording<'a> {
     }
 
     /// Records the context of the span that was started, unless another span was faster.
-    fn finish(
-        mut self,
-        context: WorkflowContext,
-        author: Author,
-    ) -> Result<Option<LateWinner>, WorkflowContext> {
-        let follows = self.follows.take();
+    fn finish(mut self, context: WorkflowContext) -> Result<Option<LateWinner>, WorkflowContext> {
+        let (follows, author) = (self.follows.take(), std::mem::take(&mut self.author));
         let follows = follows.as_ref().map(|(context, number)| (context, *number));
         self.shared.record(self.key(), follows, context, author)
     }
@@ -507,20 +526,23 @@ fn decide_again(
     key: Key<'_>,
     parent_instance_id: Option<&str>,
     mut arrival: Arrival<'_>,
-    mut decision: Decision,
+    decision: &mut Decision,
     now: Option<SystemTime>,
-) -> Decision {
+) {
     let since = Instant::now();
     while decision.wait {
         thread::yield_now();
         arrival.stops_waiting = since.elapsed() > ROLL_PATIENCE;
-        decision = look_up_and_decide(shared, key, &arrival, now);
+        *decision = look_up_and_decide(shared, key, &arrival, now);
     }
     if let Some(id) = parent_instance_id.filter(|_| decision.is_first()) {
-        arrival.parent_instance = shared.tier.peek_within(id);
-        decision = decide(&arrival, None, &shared.policy, now);
+        let parent_instance = shared.tier.peek_within(id);
+        let arrival = Arrival {
+            parent_instance: parent_instance.as_ref(),
+            ..arrival
+        };
+        *decision = decide(&arrival, None, &shared.policy, now);
     }
-    decision
 }
 
 /// Work past a replay attaches to the recorded span; if nothing is recorded, to nothing.

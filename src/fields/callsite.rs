@@ -1,4 +1,4 @@
-//! The cache of callsites: the part that the spans of each play for this crate.
+//! The cache of callsites: the role that the spans of each have for this crate.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
@@ -6,10 +6,10 @@ use tracing::Metadata;
 
 use super::meaning::IdFields;
 
-/// The part that a span plays, known before it starts.
+/// The role of a span, known before it starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Role {
-    /// None.
+    /// No role in this crate.
     Ordinary,
     /// Declares a reserved field.
     Tagged,

@@ -1,15 +1,15 @@
 //! The presets: the fields and spans of each known engine, with the upstream source of every name.
 
-/// A durable-workflow engine whose own fields and spans are known.
+/// A durable-workflow engine whose fields and spans are known: a preset for the builder.
 ///
-/// | engine | instance id | run id | status | engine spans that are held back |
+/// | engine | instance id | run id | status | engine spans that are held |
 /// |---|---|---|---|---|
 /// | `Dapr` | `durabletask.task.instance_id` | | `durabletask.runtime_status` | |
 /// | `Duroxide` | `instance_id` | | | |
 /// | `Restate` | | | | `restate_sdk_endpoint_handle` |
 /// | `Temporal` | `temporalWorkflowID` | `temporalRunID` | | `RunWorkflow` |
 ///
-/// None has a replay field: where an engine tells of a replay at all, new work follows in the same span.
+/// None has a replay field: an engine that reports a replay at all goes on to new work in the same span.
 /// The reserved fields of this crate keep their meaning beside them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -24,7 +24,7 @@ pub enum Engine {
     Temporal,
 }
 
-/// What is known of an engine, each value with the upstream source that it was read from.
+/// The names that an engine uses.
 pub(super) struct Preset {
     pub(super) instance_id: Option<&'static str>,
     pub(super) run_id: Option<&'static str>,

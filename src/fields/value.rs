@@ -26,7 +26,7 @@ pub(super) fn printed(value: &Value) -> Cow<'_, str> {
 
 /// Undoes `{:?}` of a string; any other text is left unchanged.
 ///
-/// An attribute no longer tells `%` from `?`, and both must name the same instance.
+/// Ids are compared by their formatted value, and an attribute does not show whether it was formatted by `%` or `?`.
 #[inline]
 pub(super) fn unquoted(text: &str) -> Cow<'_, str> {
     if !text.starts_with('"') {
@@ -44,7 +44,7 @@ pub(super) fn unquoted(text: &str) -> Cow<'_, str> {
     unescaped(inner).map_or(Cow::Borrowed(text), Cow::Owned)
 }
 
-/// `None` where the text has a quote or a backslash that `str::escape_debug` would not have written.
+/// Returns `None` if the text has a quote or a backslash that `str::escape_debug` would not have written.
 fn unescaped(text: &str) -> Option<String> {
     let mut out = String::with_capacity(text.len());
     let mut chars = text.chars();

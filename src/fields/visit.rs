@@ -42,7 +42,7 @@ impl IdentityVisitor<'_> {
     }
 }
 
-/// Prints as the attribute of the span will, so that both are read alike.
+/// Formats as the attribute of the span is formatted, so that both give the same id.
 impl Visit for IdentityVisitor<'_> {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
         self.take(field, format_args!("{value:?}"));
@@ -57,7 +57,7 @@ impl Visit for IdentityVisitor<'_> {
     }
 }
 
-/// A text that refuses to grow past what an id can be, however much a `Display` writes.
+/// A text that refuses to grow past the longest id, however much a `Display` writes.
 struct Bounded(String);
 
 impl fmt::Write for Bounded {
@@ -70,7 +70,7 @@ impl fmt::Write for Bounded {
     }
 }
 
-/// Looks which ids are given any value but an empty text.
+/// Finds the id fields that have any value but an empty text.
 pub(super) struct IsThere<'a> {
     pub(super) meanings: &'a Meanings,
     pub(super) found: IdFields,
@@ -88,7 +88,7 @@ impl Visit for IsThere<'_> {
     }
 }
 
-/// Looks which ids have a value, printing no more of it than tells whether it is empty.
+/// Finds the id fields that have a value, formatting no more of it than shows whether it is empty.
 pub(super) struct HasValue<'a> {
     pub(super) meanings: &'a Meanings,
     pub(super) found: IdFields,
@@ -99,7 +99,7 @@ impl Visit for HasValue<'_> {
         let meaning = self.meanings.get(field.name());
         if let Some(Meaning::InstanceId { .. } | Meaning::RunId) = meaning {
             let mut beginning = Beginning::default();
-            // It stops printing as soon as it knows.
+            // Fails, and so stops formatting, as soon as that is known.
             let _ = write!(beginning, "{value:?}");
             if !beginning.is_empty() {
                 self.found.add(meaning);

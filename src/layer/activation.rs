@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
 use opentelemetry::Context as OtelContext;
 use opentelemetry::trace::TraceContextExt as _;
 
-/// Whether the inner layer starts a span when it is entered: its setting of context activation, which it
-/// does not tell and which is therefore observed on the first span that makes a difference.
+/// The inner layer's setting of context activation. It has no getter, so the setting is observed on the first span for
+/// which it makes a difference.
 #[derive(Debug, Default)]
 pub(super) struct Activation(AtomicU8);
 
@@ -23,14 +23,14 @@ impl Activation {
         self.0.load(Relaxed) == Self::OFF
     }
 
-    /// Enters a span by `enter`, and learns from what that does to the current OpenTelemetry context; `true`
-    /// where the span became the current one.
+    /// Enters a span by `enter`, and observes its effect on the current OpenTelemetry context. Returns `true` if the span
+    /// became the current one.
     pub(super) fn observe(&self, enter: impl FnOnce()) -> bool {
         if self.0.load(Relaxed) != Self::UNKNOWN {
             enter();
             return self.is_on();
         }
-        // On top of a context without a span, whatever is current then was attached by the inner layer.
+        // On top of a context without a span, a current span can only come from the inner layer.
         let blank = OtelContext::new().attach();
         enter();
         let became_current = OtelContext::map_current(|cx| cx.has_active_span());

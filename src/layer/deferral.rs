@@ -22,7 +22,7 @@ use crate::fields::callsite::{Callsite, Role};
 use crate::fields::identity::Identity;
 use crate::tracer::handoff::{self, HeldSpan, StorageId};
 
-/// Why a span starts that was held back.
+/// The cause by which a held span starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Started {
     Released,
@@ -36,7 +36,7 @@ where
     T: Tracer + Send + Sync + 'static,
     T::Span: Send + Sync + 'static,
 {
-    /// A span that declares a reserved field, may be adopted, or opens where others are held back.
+    /// Creates a span that declares a reserved field, may be adopted, or opens inside a held span.
     #[inline(never)]
     pub(super) fn new_span(
         &self,
@@ -52,8 +52,8 @@ where
         };
         let identity = || self.shared.fields.identify(|visitor| attrs.record(visitor));
         match attrs.parent() {
-            // Held on another thread, or not entered at all: creating a child starts it.
-            Some(parent) if !self.pending_spans.holds(parent) && self.settle(parent, &ctx) => {
+            // The parent is held on another thread, or was not entered at all: creating a child starts it.
+            Some(parent) if !self.pending_spans.holds(parent) && self.set_free(parent, &ctx) => {
                 handoff::starting(|| {
                     handoff::adopting(StorageId::new(&self.shared), identity(), create)
                 });
@@ -67,7 +67,7 @@ where
             None if attrs.is_contextual() && handoff::is_any_held() => {
                 let identity = identity();
                 self.release(None, identity.clone(), &ctx);
-                // Where it could not be started by force, the inner layer starts the parent just now.
+                // If the parent could not be started by force, the inner layer starts it just now.
                 handoff::adopting(StorageId::new(&self.shared), identity, create);
             }
             None => create(),
@@ -86,21 +86,21 @@ where
         if let Some(span) = ctx.span(id) {
             span.extensions_mut()
                 .replace(Pending::new(awaits_what, awaits.run));
-            self.pending_spans.add_pending(id);
+            self.pending_spans.add(id);
         }
     }
 
-    /// A span that may be pending, or is entered where others are held back.
+    /// Enters a span that may be pending, or is inside a held span.
     #[inline(never)]
     pub(super) fn enter(&self, id: &span::Id, ctx: Context<'_, S>) {
         if self.dispatch.get().is_none() {
             self.dispatch();
         }
-        // Where entering starts nothing the inner layer may hear of it, for the timings.
+        // If entering starts nothing, the inner layer may be told, for the timings.
         let heard = self.activation.is_off();
         let hold = self.pending(id, &ctx, |pending| {
-            let hold = !pending.settled.load(Relaxed);
-            if hold && pending.count() {
+            let hold = !pending.is_free.load(Relaxed);
+            if hold && pending.count_once() {
                 self.shared.counters.deferred.add();
             }
             if hold && !heard {
@@ -114,7 +114,7 @@ where
             }
             return;
         }
-        // Contexts are a stack: what is held beneath must be there first.
+        // Contexts are a stack: held spans beneath must be attached first.
         self.release(None, None, &ctx);
         if hold.is_some() {
             self.activation
@@ -134,7 +134,7 @@ where
         };
         let stays_held = self.pending(id, &ctx, |pending| {
             pending.leave();
-            pending.awaits == Awaits::Child && !pending.settled.load(Relaxed)
+            pending.awaits == Awaits::Child && !pending.is_free.load(Relaxed)
         });
         if stays_held != Some(true) {
             self.start(&held, Started::Left, None, &ctx);
@@ -148,7 +148,7 @@ where
         self.inner.on_record(id, values, ctx.clone());
         let recorded = self.shared.fields.recorded(values);
         let knows_all = self.pending(id, &ctx, |pending| pending.learn(recorded.id, recorded.run));
-        if knows_all == Some(true) && self.settle(id, &ctx) && self.pending_spans.holds(id) {
+        if knows_all == Some(true) && self.set_free(id, &ctx) && self.pending_spans.holds(id) {
             // The span itself reads its ids from its attributes; those beneath join it.
             let identity = self
                 .shared
@@ -161,10 +161,10 @@ where
     #[inline(never)]
     pub(super) fn close(&self, id: &span::Id, ctx: &Context<'_, S>) {
         let unstarted = self.pending(id, ctx, |pending| {
-            pending.was_held() && !pending.settled.load(Relaxed)
+            pending.was_held() && !pending.is_free.load(Relaxed)
         });
         if unstarted == Some(true) && self.pending_spans.hold(id, self.activation.is_off()) {
-            // Once through the inner layer, for the timings and the end time.
+            // Entered and exited once in the inner layer, for the timings and the end time.
             if let Some(held) = self.pending_spans.take(id) {
                 self.start(&held, Started::Closed, None, ctx);
                 if !held.is_heard {
@@ -173,11 +173,11 @@ where
             }
         }
         if unstarted.is_some() {
-            self.pending_spans.remove_pending(id);
+            self.pending_spans.remove(id);
         }
     }
 
-    /// Lets the inner layer hear of what was entered, outermost first, up to a span or all of it.
+    /// Tells the inner layer of the held spans, outermost first, up to a span or all of them.
     fn release(&self, up_to: Option<&span::Id>, identity: Option<Identity>, ctx: &Context<'_, S>) {
         while let Some(held) = self.pending_spans.take_outermost() {
             self.start(&held, Started::Released, identity.clone(), ctx);
@@ -196,7 +196,7 @@ where
     ) {
         let id = &held.id;
         let time = self.pending(id, ctx, |pending| {
-            pending.settled.store(true, Relaxed);
+            pending.is_free.store(true, Relaxed);
             if by == Started::Released {
                 pending.leave();
             }
@@ -208,10 +208,10 @@ where
             if !held.is_heard && self.activation.observe(enter) {
                 OtelContext::map_current(|cx| handoff::tell_held_time(&cx.span(), time));
             } else if by == Started::Left {
-                // Entering starts nothing, as was just learnt: the id may still come in time.
+                // Entering starts nothing, as was just observed: the id may still come in time.
                 self.pending(id, ctx, |pending| {
                     pending.give_back(time);
-                    pending.settled.store(false, Relaxed);
+                    pending.is_free.store(false, Relaxed);
                 });
             } else {
                 self.start_by_force(id, time, ctx);
@@ -220,7 +220,7 @@ where
         handoff::starting(|| handoff::adopting(StorageId::new(&self.shared), identity, start));
     }
 
-    /// Starts a span that was entered, where entering did not.
+    /// Starts a span whose entering did not start it.
     fn start_by_force(&self, id: &span::Id, held: Duration, ctx: &Context<'_, S>) {
         if !self.activation.is_off() {
             return;
@@ -238,10 +238,10 @@ where
         }
     }
 
-    /// The dispatch that this very layer belongs to: asking another about our span would panic.
+    /// Returns the dispatch that this very layer belongs to: asking another one about our span would panic.
     ///
-    /// `Option` and `reload` around a layer do not pass on that the dispatch was registered. The thread's default
-    /// tells as well, but not while a span is created, so it is asked for whenever a pending span is entered.
+    /// `Option` and `reload` around a layer do not pass on `on_register_dispatch`. The thread's default dispatch is
+    /// a second source, but not while a span is created, so it is read whenever a pending span is entered.
     fn dispatch(&self) -> Option<Dispatch> {
         let known = || self.dispatch.get().and_then(WeakDispatch::upgrade);
         known().or_else(|| {
@@ -255,7 +255,7 @@ where
         })
     }
 
-    /// Looks at a pending span; `None` where it is not one.
+    /// Looks at a pending span; `None` if it is not one.
     fn pending<R>(
         &self,
         id: &span::Id,
@@ -270,8 +270,8 @@ where
         extensions.get::<Pending>().map(look)
     }
 
-    /// The span is no longer held back when it is entered; `true` where it would have been.
-    fn settle(&self, id: &span::Id, ctx: &Context<'_, S>) -> bool {
-        self.pending(id, ctx, |pending| !pending.settled.swap(true, Relaxed)) == Some(true)
+    /// Makes the span one that is not held when it is entered. Returns `true` if it would have been.
+    fn set_free(&self, id: &span::Id, ctx: &Context<'_, S>) -> bool {
+        self.pending(id, ctx, |pending| !pending.is_free.swap(true, Relaxed)) == Some(true)
     }
 }

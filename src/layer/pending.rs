@@ -1,7 +1,7 @@
 //! The state of spans that may be held: what each waits for, how long it was held, and a filter of their ids.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use tracing::span;
@@ -9,30 +9,31 @@ use tracing::span;
 use crate::lock::lock;
 use crate::tracer::handoff::{self, HeldSpan};
 
-/// A span of this layer that may still have to be held back or started by force; in the span's extensions.
+/// The state of a span that may be held, or may have to be started by force. Kept in the span's extensions.
 #[derive(Debug)]
 pub(super) struct Pending {
     pub(super) awaits: Awaits,
-    /// It is no longer held back when it is entered: it has what it waited for, or was started.
-    pub(super) settled: AtomicBool,
-    /// What it still waits for; a run id is waited for only where the callsite declares one.
+    /// The span is not held when it is entered: it has what it awaited, or was started.
+    pub(super) is_free: AtomicBool,
+    /// A run id is awaited only if the callsite declares one.
     awaits_id: AtomicBool,
     awaits_run: AtomicBool,
     held: Mutex<HeldTime>,
     counted: AtomicBool,
 }
 
+/// The reason to hold a span.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Awaits {
-    /// Had its id from the start, and is watched only while it is unknown whether entering starts it.
+    /// The span had its id from the start. It is watched only while it is unknown whether entering starts it.
     Nothing,
-    /// Declares an id without a value: held back until its first exit at the latest.
+    /// The span declares an id without a value: held until its first exit at the latest.
     Id,
-    /// An engine's span around user code: held back until it closes at the latest.
+    /// An engine's span around user code: held until it closes at the latest.
     Child,
 }
 
-/// For how long a span was entered while the inner layer did not know, on however many threads at once.
+/// The time for which a span was entered, on one thread or several, while the inner layer was not told.
 #[derive(Debug, Default)]
 struct HeldTime {
     entered: u32,
@@ -52,7 +53,7 @@ impl Pending {
     pub(super) fn new(awaits: Awaits, awaits_run: bool) -> Self {
         Self {
             awaits,
-            settled: AtomicBool::new(awaits == Awaits::Nothing),
+            is_free: AtomicBool::new(awaits == Awaits::Nothing),
             awaits_id: AtomicBool::new(true),
             awaits_run: AtomicBool::new(awaits_run),
             held: Mutex::default(),
@@ -60,12 +61,12 @@ impl Pending {
         }
     }
 
-    /// `true` once, for the counter of deferred spans.
-    pub(super) fn count(&self) -> bool {
+    /// Returns `true` once, for the counter of deferred spans.
+    pub(super) fn count_once(&self) -> bool {
         !self.counted.swap(true, Relaxed)
     }
 
-    /// Notes what was recorded; `true` where the span knows all that it waited for.
+    /// Notes which ids were recorded. Returns `true` if the span has all that it awaited.
     pub(super) fn learn(&self, id: bool, run: bool) -> bool {
         let awaits_id = self.awaits_id.fetch_and(!id, Relaxed) && !id;
         let awaits_run = self.awaits_run.fetch_and(!run, Relaxed) && !run;
@@ -88,7 +89,7 @@ impl Pending {
         }
     }
 
-    /// The inner layer no longer counts; it may still be entered where that has not heard of it.
+    /// Goes on counting after the inner layer was told of an exit: other entries may still be unknown to it.
     pub(super) fn resume(&self) {
         let mut held = self.held();
         if held.entered > 0 && held.since.is_none() {
@@ -96,14 +97,14 @@ impl Pending {
         }
     }
 
-    /// The time for which it was held so far, which no longer counts here: now the inner layer counts.
+    /// Takes the time counted so far: from now on the inner layer counts.
     pub(super) fn take_held(&self) -> Duration {
         let mut held = self.held();
         held.stop();
         std::mem::take(&mut held.total)
     }
 
-    /// The span did not start after all.
+    /// Gives time back, if the span did not start after all.
     pub(super) fn give_back(&self, time: Duration) {
         self.held().total += time;
     }
@@ -112,7 +113,7 @@ impl Pending {
         !self.held().total.is_zero()
     }
 
-    fn held(&self) -> std::sync::MutexGuard<'_, HeldTime> {
+    fn held(&self) -> MutexGuard<'_, HeldTime> {
         lock(&self.held)
     }
 }
@@ -122,9 +123,9 @@ impl Pending {
 #[derive(Debug)]
 pub(super) struct PendingSpans {
     layer: usize,
-    /// How many spans are pending.
+    /// The number of pending spans.
     count: AtomicUsize,
-    /// How many of them hash to each slot.
+    /// The number of them that hash to each slot.
     pending: [AtomicU32; SLOTS],
 }
 
@@ -140,30 +141,30 @@ impl PendingSpans {
         }
     }
 
-    /// Whether no span of this layer can be held back. All that an ordinary span pays for.
+    /// Returns `true` if no span of this layer is pending. All that an ordinary span pays for.
     #[inline]
     pub(super) fn is_idle(&self) -> bool {
         self.count.load(Relaxed) == 0
     }
 
-    /// `false` is certain, `true` is not.
+    /// Returns `false` if the span certainly is not pending.
     #[inline]
     pub(super) fn may_be_pending(&self, id: &span::Id) -> bool {
         self.slot(id).load(Relaxed) != 0
     }
 
-    /// The same for what is done within spans that are held back, too.
+    /// Returns `false` if the span certainly is neither pending nor inside a held span.
     #[inline]
     pub(super) fn concerns(&self, id: &span::Id) -> bool {
         handoff::is_any_held() || self.may_be_pending(id)
     }
 
-    pub(super) fn add_pending(&self, id: &span::Id) {
+    pub(super) fn add(&self, id: &span::Id) {
         self.count.fetch_add(1, Relaxed);
         self.slot(id).fetch_add(1, Relaxed);
     }
 
-    pub(super) fn remove_pending(&self, id: &span::Id) {
+    pub(super) fn remove(&self, id: &span::Id) {
         self.count.fetch_sub(1, Relaxed);
         self.slot(id).fetch_sub(1, Relaxed);
     }

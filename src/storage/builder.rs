@@ -90,9 +90,9 @@ impl Default for WorkflowContextStorageBuilder {
 }
 
 impl WorkflowContextStorageBuilder {
-    /// The fields that name an instance. Of several on one span the first in this order that has a value counts.
+    /// Sets the fields that name an instance. Of several on one span the first in this order that has a value counts.
     ///
-    /// By default, `workflow.instance_id`; what is given replaces it.
+    /// By default, `workflow.instance_id`; the names given replace it.
     pub fn instance_id_fields<I>(mut self, names: I) -> Self
     where
         I: IntoIterator,
@@ -102,7 +102,7 @@ impl WorkflowContextStorageBuilder {
         self
     }
 
-    /// Knows the fields and the spans of an engine too. May be called for several.
+    /// Adds the fields and the spans of an engine. May be called for several.
     ///
     /// By default, no engine's.
     pub fn engine(mut self, engine: Engine) -> Self {
@@ -110,8 +110,8 @@ impl WorkflowContextStorageBuilder {
         self
     }
 
-    /// Names of spans that a home-made engine opens around user code without an instance id: each is held
-    /// back until its first child opens, and joins the child's instance if that names one.
+    /// Adds the names of spans that a home-made engine opens around user code without an instance id: each is held until
+    /// its first child opens, and joins the child's instance if that names one.
     ///
     /// By default, none. May be called several times.
     pub fn adopt_spans<I>(mut self, names: I) -> Self
@@ -123,7 +123,7 @@ impl WorkflowContextStorageBuilder {
         self
     }
 
-    /// One more field that says whether a span is a replay, beside `workflow.replaying`.
+    /// Adds a field that says whether a span is a replay, beside `workflow.replaying`.
     ///
     /// By default, none.
     pub fn replay_field(mut self, name: impl Into<Cow<'static, str>>) -> Self {
@@ -131,8 +131,8 @@ impl WorkflowContextStorageBuilder {
         self
     }
 
-    /// How many instances memory holds at most. One more, and another one goes: a completed one, else an expired one,
-    /// else nearly the least recently used: of 16 picked anywhere, the one whose last use is longest ago.
+    /// Sets the most instances that memory holds. One more evicts another: a completed one, else an expired one, else
+    /// nearly the least recently used: of 16 picked at random, the one whose last use is longest ago.
     ///
     /// By default, one million.
     pub fn max_instances(mut self, instances: usize) -> Self {
@@ -140,7 +140,8 @@ impl WorkflowContextStorageBuilder {
         self
     }
 
-    /// How long an instance is kept after its last use by a span or a call, within 50 ms for what is longer than 100 ms.
+    /// Sets the time for which an instance is kept after its last use by a span or a call; exact within 50 ms from 100 ms
+    /// on.
     ///
     /// By default, 24 hours.
     pub fn idle_ttl(mut self, ttl: Duration) -> Self {
@@ -149,7 +150,7 @@ impl WorkflowContextStorageBuilder {
         self
     }
 
-    /// How long an instance is kept after a terminal `workflow.status`, so that a late span still finds its trace.
+    /// Sets the time for which an instance is kept after a terminal `workflow.status`, so that a late span finds its trace.
     /// Late spans do not extend it. As exact as [`idle_ttl`](Self::idle_ttl).
     ///
     /// By default, 5 minutes. Zero forgets an instance at once.
@@ -159,8 +160,8 @@ impl WorkflowContextStorageBuilder {
         self
     }
 
-    /// The longest time after which a trace still grows: the next span outside of it is a new root, linked to the
-    /// old one, and becomes the recorded context.
+    /// Sets the age from which on a trace no longer grows: the next span outside of it is a new root, linked to the old
+    /// one, and becomes the recorded context.
     ///
     /// By default, traces have no age limit.
     pub fn max_age(mut self, age: Duration) -> Self {
@@ -168,7 +169,7 @@ impl WorkflowContextStorageBuilder {
         self
     }
 
-    /// How many spans a trace may have that this process recorded or placed in it; then as with
+    /// Sets the most spans of a trace that this process recorded or placed in it; past them as with
     /// [`max_age`](Self::max_age). Spans that are nested locally are not counted.
     ///
     /// By default, traces have no size limit.
@@ -177,28 +178,28 @@ impl WorkflowContextStorageBuilder {
         self
     }
 
-    /// What is done with the spans of one relation, in place of the default in the table at [`Relation`].
+    /// Sets what is done with the spans of one relation, in place of the default in the table at [`Relation`].
     pub fn relation(mut self, relation: Relation, continuation: Continuation) -> Self {
         self.policy.relations.set(relation, continuation);
         self
     }
 
-    /// Spans of this relation let the sampler decide anew: [`Relation::Resumed`], [`Relation::NewRun`] or
+    /// Lets the sampler decide anew for the spans of a relation: [`Relation::Resumed`], [`Relation::NewRun`] or
     /// [`Relation::Expired`]. May be called for several.
     ///
-    /// A sampler that heeds the parent decides anew for a root only, so such a span becomes the root of a new trace,
-    /// linked to the stored one, and the recorded context. By default, the stored flag is inherited: what was not
-    /// sampled stays in its trace, and is not exported. A new root whose predecessor was sampled is always decided
-    /// by the sampler, which OpenTelemetry gives no way around.
+    /// A parent-based sampler decides anew for a root only, so such a span becomes the root of a new trace, linked to
+    /// the stored one, and the recorded context. By default, the stored flag is inherited: an unsampled instance stays
+    /// in its trace, and is not exported. For a new root whose predecessor was sampled the sampler always decides:
+    /// OpenTelemetry offers no way around that.
     pub fn resample_on(mut self, relation: Relation) -> Self {
         self.policy.relations.resample(relation);
         self
     }
 
-    /// Where contexts are kept beyond memory: a file that survives restarts, a server that many machines share.
+    /// Sets the backend that keeps contexts beyond memory: a file that survives restarts, a server that many machines share.
     ///
-    /// Cache is asked first. A miss asks the backend within [`lookup_budget`](Self::lookup_budget); what is
-    /// recorded is written by a thread of the storage's own, in groups.
+    /// Memory comes first. A miss asks the backend within [`lookup_budget`](Self::lookup_budget); recorded contexts are
+    /// written in groups by a thread of the storage's own.
     /// [`flush`](WorkflowContextStorage::flush) is the barrier before work is handed to another worker. A backend
     /// that fails or is too slow costs continuity, is counted, and harms nothing else.
     ///
@@ -208,7 +209,7 @@ impl WorkflowContextStorageBuilder {
         self
     }
 
-    /// The longest time that the start of a span, or a call of `get`, waits for the backend. Zero never asks it.
+    /// Sets the longest time that the start of a span, or a call of `get`, waits for the backend. Zero never asks it.
     ///
     /// By default, 5 milliseconds.
     pub fn lookup_budget(mut self, budget: Duration) -> Self {
@@ -216,8 +217,8 @@ impl WorkflowContextStorageBuilder {
         self
     }
 
-    /// Whether the recording of a new instance waits until the backend has it, within the lookup budget: for those
-    /// who hand work over at once, and cannot call [`flush`](WorkflowContextStorage::flush).
+    /// Makes the recording of a new instance wait until the backend has it, within the lookup budget: for code that hands
+    /// work over at once, and cannot call [`flush`](WorkflowContextStorage::flush).
     ///
     /// By default, it does not wait.
     pub fn write_through(mut self, write_through: bool) -> Self {
@@ -225,9 +226,9 @@ impl WorkflowContextStorageBuilder {
         self
     }
 
-    /// How many of the last decisions of all instances [`explain`](WorkflowContextStorage::explain) can tell of; zero
-    /// switches it off. From 256 on they are kept in groups of 128 or more, and those of one instance are all in one
-    /// group: so one that is busy leaves room for the others.
+    /// Sets how many recent decisions, over all instances, [`explain`](WorkflowContextStorage::explain) can show; zero
+    /// switches it off. From 256 on they are kept in groups of 128 or more, those of one instance all in one group, so
+    /// that a busy one leaves room for the others.
     ///
     /// By default, 1024, which take about 150 KiB.
     pub fn recent_decisions(mut self, decisions: usize) -> Self {
@@ -235,7 +236,7 @@ impl WorkflowContextStorageBuilder {
         self
     }
 
-    /// Where the time comes from; for tests.
+    /// Sets the clock; for tests.
     ///
     /// By default, the operating system's clock.
     pub fn clock(mut self, clock: Arc<dyn Clock>) -> Self {
@@ -243,11 +244,11 @@ impl WorkflowContextStorageBuilder {
         self
     }
 
-    /// The storage.
+    /// Builds the storage.
     ///
     /// # Errors
     ///
-    /// [`BuildError`] for settings that cannot be, each with a sentence that says why.
+    /// [`BuildError`] for settings that contradict themselves, each with a sentence that says why.
     pub fn build(self) -> Result<WorkflowContextStorage, BuildError> {
         if self.instance_id_fields.is_empty() {
             return Err(BuildError::NoInstanceIdField);

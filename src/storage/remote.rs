@@ -215,7 +215,9 @@ impl Remote {
     }
 
     pub(super) fn put(&self, id: &str, context: WorkflowContext) {
-        self.forget_miss(self.cache.key(id, None));
+        if !self.knows_all() {
+            self.misses.forget(self.cache.hash(id));
+        }
         let record = Record::new(context, self.lifetimes.idle_after(self.clock.now()));
         self.client.write(Write::Put(instance_key(id), record));
     }

@@ -99,6 +99,7 @@ impl Tier {
         }
     }
 
+    #[inline]
     pub(super) fn store(&self, id: &str, context: WorkflowContext) {
         let Some(remote) = &self.remote else {
             self.cache.replace(id, context);
