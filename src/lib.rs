@@ -42,16 +42,23 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
+//! # How it works
+//!
+//! The layer wraps the OpenTelemetry layer, and the tracer in it wraps yours. tracing-opentelemetry asks the tracer for a
+//! span at the moment when it really starts: only then are its fields and its natural parent known. There the instance
+//! is looked up, in memory and then in the backend, one decision is taken (its table is at [`Relation`]), and the first
+//! span of an instance is recorded. A span that is entered before anybody knows its instance is held until then.
+//!
 //! # Concepts
 //!
-//! - An **instance** is one run-to-completion of a workflow, named by a field of its spans. Whatever prints the same
-//!   names the same instance: `order`, `%order`, and `?order` without its quotes.
+//! - An **instance** is one execution of a workflow from start to end, named by a field of its spans. Ids are compared by
+//!   their formatted value: `order`, `%order`, and `?order` without its quotes name the same instance.
 //! - [`WorkflowContextStorage`] keeps one [`WorkflowContext`] for each instance. It is a cheap handle with an
 //!   [explicit API](WorkflowContextStorage::store) beside the layer, and there is a
 //!   [process-wide default](WorkflowContextStorage::global) with four free functions.
 //! - [`WorkflowContextLayer`] is the OpenTelemetry layer, extended. Spans that are made through the OpenTelemetry API
 //!   alone go through a [`WorkflowTracer`].
-//! - A [`Relation`] says how a span stands to what is stored, and a [`Continuation`] what is done; the defaults are
+//! - A [`Relation`] says how a span relates to the stored context, and a [`Continuation`] what is done; the defaults are
 //!   in one table, and each can be overridden.
 //!
 //! # Reserved fields
@@ -62,10 +69,10 @@
 //! | `workflow.run_id` | a span | the run of that instance, for engines that use an id again: each run has a trace of its own |
 //! | `workflow.parent_instance_id` | the first span of an instance | the instance that started it, whose trace it continues |
 //! | `workflow.replaying` | a span | `true`: the code has run before, and nothing is exported |
-//! | `workflow.status` | a span or an event in it | `completed`, `failed`, `terminated`, `canceled`, `cancelled` or `timed_out`, in any letter case: the instance is done |
+//! | `workflow.status` | a span or an event in it | `completed`, `failed`, `terminated`, `canceled`, `cancelled` or `timed_out`, in any letter case: the instance is complete |
 //! | `workflow.resumed` | written | on the first span in this process whose context another process recorded, and on a resumed agent's |
 //! | `workflow.resumed_after` | written | beside it, the seconds since that recording |
-//! | `workflow.relation` | written on links | the [`Relation`] that the link tells of |
+//! | `workflow.relation` | written on links | the [`Relation`] that is the reason of the link |
 //! | `workflow.generation` | written | on the first span of a second, third, ... trace of an instance |
 //! | `agent.name` | written | on the span of a resumed agent |
 //!
@@ -74,29 +81,29 @@
 //! - **A span is nested in its instance's trace already**: it stays where it is. Local nesting always wins.
 //! - **A span comes out of another trace**, a poller's or a request's: it continues the instance's trace, with a link to
 //!   where it came from.
-//! - **The id is recorded late**: a span that declares the field as `Empty`, or as the text `""`, is held back until the id is
-//!   recorded, its first child opens, or it is left. After that its parent can no longer change, and it is linked instead.
+//! - **The id is recorded late**: a span that declares the field as `Empty`, or as the text `""`, is held until the id is
+//!   recorded, its first child opens, or it is exited. After that its parent can no longer change, and it is linked instead.
 //! - **The engine opens a span around user code without an id**: a span named in an [`Engine`] preset or by
-//!   [`adopt_spans`](WorkflowContextStorageBuilder::adopt_spans) is held back until its first child, and joins the child's
+//!   [`adopt_spans`](WorkflowContextStorageBuilder::adopt_spans) is held until its first child, and joins the child's
 //!   instance.
-//! - **A span is held back**: `tracing::Span::current().context()` and [`WorkflowContext::current`] start it at once, but
+//! - **A span is held**: `tracing::Span::current().context()` and [`WorkflowContext::current`] start it at once, but
 //!   `opentelemetry::Context::current()` does not see it yet. Code that injects headers by the latter directly within such
-//!   a span, before any child, sends the outer context; and a context that is attached by hand there lies beneath the span
-//!   once that starts. Ordinary spans are never held back.
-//! - **Only the orchestrator says that it is replaying**: spans within it that do not say so themselves count as replayed until
-//!   it records `workflow.replaying = false`. Where the engine's flag flips in the middle of a turn, read it for each span.
+//!   a span, before any child, sends the outer context; and a context attached by hand there is beneath the span
+//!   once that starts. Ordinary spans are never held.
+//! - **Only the orchestrator's span has `workflow.replaying`**: spans within it without the field count as replayed until
+//!   it records `false`. If the engine's flag flips in the middle of a turn, set it on each span.
 //! - **Two threads open the first span of an instance at once**: the first one recorded wins, the other is linked to it.
 //! - **An instance is forgotten**, because it was idle, completed, evicted or cleaned up: its next span is recorded anew.
-//!   [`stats`](WorkflowContextStorage::stats) counts each cause and [`explain`](WorkflowContextStorage::explain) names it.
-//! - **The process restarts, or another machine goes on**: a [backend](WorkflowContextStorageBuilder::backend) still has the
-//!   contexts. Without one, hand them over by [`traceparent`](WorkflowContext::traceparent) and
+//!   [`stats`](WorkflowContextStorage::stats) counts each cause, and [`explain`](WorkflowContextStorage::explain) names it.
+//! - **The process restarts, or another machine continues**: a [backend](WorkflowContextStorageBuilder::backend) still has
+//!   the contexts. Without one, hand them over by [`traceparent`](WorkflowContext::traceparent) and
 //!   [`parse`](WorkflowContext::parse), or [resume](WorkflowContextStorage::create_resumed).
 //! - **The backend does not answer**: a span waits for it no longer than the
 //!   [`lookup_budget`](WorkflowContextStorageBuilder::lookup_budget), which `stats` counts in
-//!   [`lookup_timeouts`](Stats::lookup_timeouts), and is recorded anew; what is to be written waits. Where a part of it is
-//!   away, a server of several, this holds for the instances there, and the others go on.
+//!   [`lookup_timeouts`](Stats::lookup_timeouts), and is recorded anew; writes are queued. If one node of several is down,
+//!   this concerns the instances there only.
 //! - **The layer's filter hides a span**: it is neither recorded nor continued, as if it were not there.
-//! - **The sampler drops the first span**: it is recorded as unsampled, and a sampler that heeds parents drops the rest.
+//! - **The sampler drops the first span**: it is recorded as unsampled, and a parent-based sampler drops the rest.
 //!
 //! # Features
 //!
@@ -116,12 +123,13 @@
 //!
 //! - A subscriber can have one OpenTelemetry layer, this one included.
 //! - An attribute that `OpenTelemetrySpanExt::set_attribute` adds before the span starts tags it only if the span declares
-//!   some reserved field; `tracing` itself records declared fields only.
+//!   a reserved field; `tracing` itself records declared fields only.
 //! - Beside the latest run of an instance, eight older ones are kept for their late spans.
-//! - An instance id has at most [`MAX_INSTANCE_ID_BYTES`]; a longer one is counted, and its span left alone.
+//! - An instance id has at most [`MAX_INSTANCE_ID_BYTES`]; a longer one is counted, and its span is not tagged.
 
-// Not in Cargo.toml: examples and benches print.
+// In the library only: examples and benches print.
 #![warn(clippy::print_stdout)]
+#![cfg_attr(docsrs, feature(doc_cfg))]
 
 pub mod backend;
 mod cache;

@@ -177,6 +177,8 @@ where
 
     #[inline(never)]
     fn build_marked(&self, builder: SpanBuilder, parent: &Context) -> WorkflowSpan<T::Span> {
+        #[cfg(test)]
+        tests::MARKED.set(tests::MARKED.get() + 1);
         let shared = &self.shared;
         let adopted = match self.origin {
             Origin::Layer => handoff::take_adoption(StorageId::new(shared)),
@@ -564,5 +566,52 @@ fn without_span(parent: &Context) -> Context {
             KeyValueMetadata::new(key.clone(), value.clone(), metadata.clone())
         });
         Context::new().with_baggage(entries)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use opentelemetry::trace::TracerProvider as _;
+    use opentelemetry_sdk::trace::SdkTracerProvider;
+    use tracing::info_span;
+    use tracing_subscriber::prelude::*;
+
+    use crate::WorkflowContextStorage;
+
+    thread_local! {
+        /// The spans of this thread whose attributes were read.
+        pub(super) static MARKED: Cell<u32> = const { Cell::new(0) };
+    }
+
+    /// Fails where another version of tracing-opentelemetry keeps builders or links in another way.
+    #[test]
+    fn the_attributes_of_ordinary_spans_are_not_read() {
+        let provider = SdkTracerProvider::builder().build();
+        let storage = WorkflowContextStorage::new();
+        let layer = storage.layer(provider.tracer("test"));
+        tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), || {
+            let marked = |open: &dyn Fn() -> tracing::Span| {
+                let before = MARKED.get();
+                open().in_scope(|| ());
+                MARKED.get() - before
+            };
+            assert_eq!(marked(&|| info_span!("ordinary")), 0);
+            assert_eq!(marked(&|| info_span!("ordinary", order = 1)), 0);
+            let linked = || {
+                let span = info_span!("ordinary");
+                span.follows_from(info_span!("other").id());
+                span
+            };
+            assert_eq!(marked(&linked), 0, "one link");
+            let tagged = || info_span!("tagged", workflow.instance_id = "order-42");
+            assert_eq!(marked(&tagged), 1);
+            let beneath = || {
+                let _tagged = tagged().entered();
+                info_span!("ordinary")
+            };
+            assert_eq!(marked(&beneath), 1, "the tagged one alone");
+        });
     }
 }
