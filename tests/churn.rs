@@ -6,6 +6,11 @@
     reason = "an allocator that counts is one of unsafe methods"
 )]
 
+#[allow(
+    dead_code,
+    unused_imports,
+    reason = "`it` uses all of it, this binary a part"
+)]
 mod support;
 
 use std::alloc::{GlobalAlloc, Layout, System};

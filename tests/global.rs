@@ -1,4 +1,9 @@
 //! The process-wide storage, and the process-wide tracer provider: state that no other test file may share.
+#[allow(
+    dead_code,
+    unused_imports,
+    reason = "`it` uses all of it, this binary a part"
+)]
 mod support;
 use support::*;
 
@@ -51,7 +56,7 @@ fn the_free_functions_act_on_the_process_wide_storage() {
         .join()
         .unwrap();
     assert!(std::ptr::eq(elsewhere, storage));
-    let worker = Worker::of(WorkflowContextStorage::global().clone());
+    let worker = Worker::with_storage(WorkflowContextStorage::global().clone());
     store_workflow_context("a", context).unwrap();
     worker.run(|| info_span!("step", workflow.instance_id = "a").in_scope(|| {}));
     worker.run(|| info_span!("step", workflow.instance_id = "b").in_scope(|| {}));

@@ -3,6 +3,11 @@
 //! With a global subscriber, as most programs have: where it is scoped, tracing disables spans that are opened while
 //! another one is being created.
 
+#[allow(
+    dead_code,
+    unused_imports,
+    reason = "`it` uses all of it, this binary a part"
+)]
 mod support;
 
 use std::cell::Cell;
@@ -50,7 +55,10 @@ static WORKER: LazyLock<Mutex<Worker>> = LazyLock::new(|| {
 /// One test after the other, each as if on a new worker.
 fn with_worker(scenario: impl FnOnce(&Worker)) {
     let worker = WORKER.lock().unwrap_or_else(PoisonError::into_inner);
-    worker.forget();
+    worker.exporter.reset();
+    for id in worker.storage.instance_ids() {
+        worker.storage.cleanup(&id).unwrap();
+    }
     let _drawing = DrawnOnPanic(&worker, format!("context activation {}", with_activation()));
     scenario(&worker);
     assert_context_stack_is_empty();

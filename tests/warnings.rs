@@ -1,5 +1,4 @@
 //! What is said to the process-wide subscriber, and how often: own file, because that is process-wide.
-#![cfg(feature = "testing")]
 
 use std::io;
 use std::sync::{Arc, Mutex, OnceLock};
