@@ -23,25 +23,23 @@ fn max_spans(spans: u64) -> WorkflowContextStorage {
     built(WorkflowContextStorage::builder().max_spans(spans))
 }
 
-/// Runs a test with a bound of one hour in each way to make spans.
+/// Runs a test for each way to make spans, with a `max_age` of one hour.
 fn for_each_worker_with_max_age_of_an_hour(test: impl Fn(&Worker, &ManualClock)) {
-    for via in VIAS {
-        labelled(&format!("spans made via {via:?}"), || {
-            let clock = ManualClock::new();
-            let builder = WorkflowContextStorage::builder().clock(clock.clone());
-            let week = HOUR * 24 * 7;
-            let storage = built(builder.max_age(HOUR).idle_ttl(2 * week));
-            let worker = Worker::via(via, storage);
-            worker.run(|| test(&worker, &clock));
-        });
-    }
+    for_each_via(|via| {
+        let clock = ManualClock::new();
+        let builder = WorkflowContextStorage::builder().clock(clock.clone());
+        let week = HOUR * 24 * 7;
+        let storage = built(builder.max_age(HOUR).idle_ttl(2 * week));
+        let worker = Worker::via(via, storage);
+        worker.run(|| test(&worker, &clock));
+    });
 }
 
 fn step(worker: &Worker, name: &str) {
     worker.step(name, Tags::instance(ID));
 }
 
-/// The span opened the trace that follows the one which that span opened, and is what is stored now.
+/// Asserts that the span opened the trace after the one that `last` opened, and is the stored one.
 #[track_caller]
 fn assert_next_root(root: &SpanData, nth: i64, last: &SpanData) {
     assert_root(root);
@@ -60,7 +58,7 @@ fn assert_stored(worker: &Worker, span: &str) {
     );
 }
 
-/// The span continues that one, and opens nothing.
+/// Asserts that the span continues the root, and opens no trace.
 #[track_caller]
 fn assert_joins(worker: &Worker, span: &str, root: &str) {
     let span = worker.span(span);
@@ -129,7 +127,7 @@ fn local_nesting_wins_over_max_age() {
 }
 
 #[test]
-fn a_clock_that_goes_backwards_makes_no_trace_old() {
+fn a_clock_that_goes_backwards_ages_no_trace() {
     for_each_worker_with_max_age_of_an_hour(|worker, clock| {
         step(worker, "first");
         clock.rewind(24 * HOUR);
@@ -149,7 +147,7 @@ fn a_clock_that_goes_backwards_makes_no_trace_old() {
 }
 
 #[test]
-fn bounds_that_cannot_be_reached_are_none() {
+fn unreachable_bounds_have_no_effect() {
     let make = || {
         let builder = WorkflowContextStorage::builder()
             .max_age(Duration::MAX)
@@ -182,7 +180,7 @@ fn a_trace_of_max_spans_is_followed_by_a_linked_one() {
                 assert_continues(&worker.span(name), &worker.span(root).span_context);
                 assert_eq!(generation(&worker.span(name)), None);
             }
-            // The first span of all keeps its natural parent.
+            // The very first span keeps its natural parent.
             assert_eq!(generation(&worker.span("first")), None);
             assert_next_root(&worker.span("second"), 2, &worker.span("first"));
             assert_next_root(&worker.span("third"), 3, &worker.span("second"));
@@ -212,8 +210,8 @@ fn local_nesting_wins_over_max_spans_and_is_not_counted() {
 }
 
 #[test]
-fn whichever_bound_is_reached_first_counts_and_only_once() {
-    for via in VIAS {
+fn the_bound_that_is_reached_first_applies_once() {
+    for_each_via(|via| {
         let clock = ManualClock::new();
         let builder = WorkflowContextStorage::builder().clock(clock.clone());
         let worker = Worker::via(via, built(builder.max_age(HOUR).max_spans(2)));
@@ -230,7 +228,7 @@ fn whichever_bound_is_reached_first_counts_and_only_once() {
         assert_next_root(&worker.span("third"), 3, &worker.span("second"));
         assert_joins(&worker, "in the third", "third");
         assert_next_root(&worker.span("fourth"), 4, &worker.span("third"));
-    }
+    });
 }
 
 #[test]
@@ -292,7 +290,7 @@ fn a_hundred_thousand_spans_are_ten_generations_of_ten_thousand() {
 fn a_hundred_thousand_spans_from_eight_threads_are_ten_generations() {
     for via in [Via::Layer, Via::Api] {
         let worker = Worker::via(via, max_spans(10_000));
-        // With the instance known, no thread loses the race for recording it.
+        // The instance is already recorded, so that no thread loses the race to record it.
         step(&worker, "step");
         let opened = AtomicUsize::new(1);
         on_eight_threads(|_| {
@@ -305,7 +303,7 @@ fn a_hundred_thousand_spans_from_eight_threads_are_ten_generations() {
         let sizes = Generations::of(&worker).sizes;
         assert_eq!(sizes.len(), 10, "{sizes:?}, made via {via:?}");
         assert_eq!(sizes.iter().sum::<usize>(), 100_000);
-        // A thread that waited in vain for another to open the next root has put its span into the full trace.
+        // A thread whose wait for the next root timed out has put its span into the full trace.
         assert!(
             sizes[..9].iter().all(|size| *size >= 10_000),
             "{sizes:?}, made via {via:?}"
@@ -313,7 +311,7 @@ fn a_hundred_thousand_spans_from_eight_threads_are_ten_generations() {
     }
 }
 
-/// The traces of the one instance, in the order in which they follow each other.
+/// The traces of the only instance, oldest first.
 struct Generations {
     sizes: Vec<usize>,
 }
@@ -367,7 +365,7 @@ fn on_eight_threads(run: impl Fn(usize) + Sync) {
 #[test]
 fn threads_that_cross_a_bound_at_once_agree_on_one_new_root() {
     const ROUNDS: usize = 100;
-    for via in VIAS {
+    for_each_via(|via| {
         let clock = ManualClock::new();
         let builder = WorkflowContextStorage::builder()
             .clock(clock.clone())
@@ -384,16 +382,16 @@ fn threads_that_cross_a_bound_at_once_agree_on_one_new_root() {
                 worker.run(|| step(&worker, &thread.to_string()));
             }
         });
-        // Chained, each by one root, and no span is anywhere else.
+        // The roots form one chain, and every span is in one of their traces.
         let sizes = Generations::of(&worker).sizes;
         assert_eq!(sizes.len(), 1 + ROUNDS, "made via {via:?}");
         assert_eq!(sizes.iter().sum::<usize>(), 1 + 8 * ROUNDS);
-    }
+    });
 }
 
 #[test]
-fn a_span_does_not_wait_for_a_root_that_does_not_open() {
-    for via in VIAS {
+fn a_span_does_not_wait_for_a_root_that_never_opens() {
+    for_each_via(|via| {
         let (is_opening, opening) = channel();
         let (finish, finished) = channel();
         let finished = Arc::new(Mutex::new(finished));
@@ -427,12 +425,12 @@ fn a_span_does_not_wait_for_a_root_that_does_not_open() {
         assert_joins(&worker, "meanwhile", "first");
         assert_next_root(&worker.span("second"), 2, &worker.span("first"));
         assert_next_root(&worker.span("third"), 3, &worker.span("second"));
-    }
+    });
 }
 
 #[test]
 fn a_context_that_is_stored_while_the_next_root_opens_is_not_overwritten() {
-    for via in VIAS {
+    for_each_via(|via| {
         let store = Arc::new(Mutex::new(None));
         let hook = store.clone();
         let sampler = Hooked(move |name: &str| {
@@ -453,7 +451,7 @@ fn a_context_that_is_stored_while_the_next_root_opens_is_not_overwritten() {
         store.lock().unwrap().take();
 
         assert_stored(&worker, "other");
-    }
+    });
 }
 
 #[test]
@@ -477,7 +475,7 @@ fn a_panic_in_the_sampler_does_not_keep_later_spans_from_opening_the_next_root()
 
 #[test]
 fn new_work_of_a_replayed_workflow_opens_the_next_generation_too() {
-    for via in VIAS {
+    for_each_via(|via| {
         let worker = Worker::via(via, max_spans(3));
         worker.run(|| {
             step(&worker, "first");
@@ -494,5 +492,5 @@ fn new_work_of_a_replayed_workflow_opens_the_next_generation_too() {
         assert_joins(&worker, "third", "first");
         assert_next_root(&worker.span("fourth"), 2, &worker.span("first"));
         assert_joins(&worker, "fifth", "fourth");
-    }
+    });
 }

@@ -1,4 +1,4 @@
-//! Many threads, the same instances: the first writer wins, and whoever loses is linked to it.
+//! Many threads record the same instances: the first writer wins, and the others link to it.
 use crate::support::*;
 
 use std::collections::HashMap;
@@ -41,7 +41,7 @@ fn threads_that_use_the_opentelemetry_api_record_each_instance_once() {
     threads_record_each_instance_once(20, true, OF_THE_API);
 }
 
-/// Whether they race or not, which is a matter of luck here and of force in the tests below.
+/// Threads may race here or not; the tests below force the race.
 fn threads_record_each_instance_once(rounds: usize, activation: bool, open: Open) {
     for _ in 0..rounds {
         let worker =
@@ -71,7 +71,7 @@ fn threads_record_each_instance_once(rounds: usize, activation: bool, open: Open
 }
 
 #[test]
-fn of_racing_spans_one_is_recorded_and_the_others_link_to_it() {
+fn one_of_racing_spans_is_recorded_and_the_others_link_to_it() {
     let ways: [fn(usize) -> Open; 3] = [
         |_| OF_THE_LAYER,
         |_| OF_THE_API,
@@ -181,7 +181,7 @@ fn a_context_that_is_stored_during_a_race_wins_it() {
     for activation in [true, false] {
         let context = WorkflowContext::try_from(&remote(7, 8)).unwrap();
         let storage = WorkflowContextStorage::new();
-        // Stored when the span has looked and not found it, and has not recorded itself.
+        // Stored after the span's lookup missed, and before the span is recorded.
         let store = {
             let storage = storage.clone();
             move |_: &str| storage.store("a", context.clone()).unwrap()
@@ -218,7 +218,8 @@ fn workflows_that_are_resumed_at_once_are_all_resumed_and_one_is_stored() {
     }
 }
 
-/// Each thread opened one span of each instance: one is what is stored, the others continue it or link to it.
+/// Asserts that of the spans that each thread opened for an instance one is stored, and the others continue it or link
+/// to it.
 #[track_caller]
 fn assert_recorded_once(worker: &Worker, instances: usize) {
     let mut of_instance = HashMap::<_, Vec<_>>::new();

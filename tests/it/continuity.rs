@@ -18,7 +18,7 @@ use tracing_workflow_context::{Continuation, Relation, WorkflowContext, Workflow
 
 const FIELD: &str = "workflow.instance_id";
 const ID: &str = "order-42";
-/// An instance that nothing else is about.
+/// An unrelated instance.
 const OTHER: &str = "order-43";
 
 /// A span of the instance.
@@ -30,7 +30,7 @@ fn open(span: Span) {
     span.in_scope(|| {});
 }
 
-/// Records the instance with a span that is over.
+/// Records the instance with a span that has ended.
 fn record(worker: &Worker) -> SpanContext {
     worker.run(|| open(tagged!("first", ID)));
     worker.stored(ID)
@@ -60,7 +60,7 @@ fn the_first_span_of_an_instance_keeps_its_natural_parent_and_is_recorded() {
 }
 
 #[test]
-fn the_first_span_stays_the_recorded_one() {
+fn the_first_span_remains_the_recorded_one() {
     everywhere(WorkflowContextStorage::new, |worker, place| {
         let first = record(worker);
         worker.run_in(place, || {
@@ -132,7 +132,7 @@ fn a_child_instance_of_an_unknown_parent_keeps_its_natural_parent() {
 }
 
 #[test]
-fn a_parent_instance_counts_for_the_first_span_of_its_child_only() {
+fn a_parent_instance_applies_only_to_the_first_span_of_its_child() {
     everywhere(WorkflowContextStorage::new, |worker, place| {
         worker.run(|| open(tagged!("started before its parent", "child")));
         record(worker);
@@ -214,7 +214,7 @@ fn a_remote_parent_in_the_stored_trace_is_kept() {
 }
 
 #[test]
-fn a_later_span_under_a_foreign_parent_moves_and_links_to_it() {
+fn a_later_span_under_a_foreign_parent_is_reparented_and_links_to_it() {
     everywhere(WorkflowContextStorage::new, |worker, place| {
         let first = record(worker);
         worker.run_in(place, || {
@@ -237,7 +237,7 @@ fn a_later_span_under_a_foreign_parent_moves_and_links_to_it() {
 }
 
 #[test]
-fn what_is_beneath_a_span_that_moved_moves_with_it() {
+fn descendants_of_a_reparented_span_follow_it() {
     everywhere(WorkflowContextStorage::new, |worker, place| {
         let first = record(worker);
         worker.run_in(place, || {
@@ -264,7 +264,7 @@ fn what_is_beneath_a_span_that_moved_moves_with_it() {
 }
 
 #[test]
-fn untagged_spans_are_left_alone() {
+fn untagged_spans_are_unchanged() {
     everywhere(WorkflowContextStorage::new, |worker, place| {
         record(worker);
         worker.run_in(place, || {
@@ -280,7 +280,7 @@ fn untagged_spans_are_left_alone() {
     });
 }
 
-// What an id is.
+// Instance ids.
 
 /// An instance, and ways to open a span of it.
 type Named = (&'static str, &'static [fn() -> Span]);
@@ -346,7 +346,7 @@ const NAMED: [Named; 7] = [
 ];
 
 #[test]
-fn whatever_prints_the_same_is_the_same_instance() {
+fn ids_are_compared_by_their_formatted_value() {
     everywhere(WorkflowContextStorage::new, |worker, place| {
         for (id, spans) in NAMED {
             worker.run_in(place, || spans.iter().for_each(|span| open(span())));
@@ -365,7 +365,7 @@ fn whatever_prints_the_same_is_the_same_instance() {
 }
 
 #[test]
-fn a_span_that_is_adopted_is_of_the_very_instance_that_its_child_names() {
+fn an_adopted_span_joins_exactly_the_instance_of_its_child() {
     let adopting = || {
         WorkflowContextStorage::builder()
             .adopt_spans(["handler"])
@@ -389,7 +389,7 @@ fn a_span_that_is_adopted_is_of_the_very_instance_that_its_child_names() {
 }
 
 #[test]
-fn ids_that_print_differently_are_different_instances() {
+fn ids_with_different_formatted_values_are_different_instances() {
     everywhere(WorkflowContextStorage::new, |worker, place| {
         worker.run_in(place, || {
             open(tagged!("step", "1"));
@@ -406,7 +406,7 @@ fn ids_that_print_differently_are_different_instances() {
 }
 
 #[test]
-fn an_id_without_a_value_is_no_tag() {
+fn an_id_without_a_value_is_ignored() {
     let untagged: [fn() -> Span; 6] = [
         || tagged!("step", ""),
         || tagged!("step", %""),
@@ -428,7 +428,7 @@ fn an_id_without_a_value_is_no_tag() {
 }
 
 #[test]
-fn of_several_ids_the_first_in_the_builders_order_that_has_a_value_counts() {
+fn the_first_id_field_with_a_value_in_builder_order_is_used() {
     let fields = || {
         let builder = WorkflowContextStorage::builder();
         builder
@@ -473,7 +473,7 @@ fn of_several_ids_the_first_in_the_builders_order_that_has_a_value_counts() {
 }
 
 #[test]
-fn only_the_builders_fields_name_an_instance() {
+fn only_configured_fields_are_read_as_ids() {
     let fields = || {
         let builder = WorkflowContextStorage::builder();
         builder.instance_id_fields(["order.id"]).build().unwrap()
@@ -485,7 +485,7 @@ fn only_the_builders_fields_name_an_instance() {
     });
 }
 
-// How a span is opened.
+// Ways to open a span.
 
 #[tracing::instrument(skip_all, fields(workflow.instance_id = id))]
 fn instrumented(id: &str) {
@@ -500,7 +500,7 @@ async fn instrumented_task(id: &str) {
     activities(id).await;
 }
 
-/// Several polls, with spans beneath in each.
+/// A task with several polls, and child spans in each.
 async fn activities(id: &str) {
     for _ in 0..5 {
         nested();
@@ -629,7 +629,7 @@ fn a_span_that_is_never_entered_is_recorded_when_it_closes() {
 fn a_span_is_recorded_when_it_is_first_entered() {
     everywhere(WorkflowContextStorage::new, |worker, place| {
         worker.run_in(place, || {
-            // The first span that the layer ever sees, and ones after it has seen others.
+            // The first span that the layer ever sees may behave differently from later ones.
             for id in ["a", "b"] {
                 let span = tagged!("step", id);
                 assert_eq!(worker.storage.get(id).unwrap(), None);
@@ -700,7 +700,7 @@ fn a_span_that_panics_leaves_its_instance_intact() {
 // Spans made through the OpenTelemetry API alone.
 
 #[test]
-fn spans_of_the_opentelemetry_api_have_the_same_table() {
+fn spans_of_the_opentelemetry_api_follow_the_same_table() {
     everywhere(WorkflowContextStorage::new, |worker, place| {
         let tracer = worker.storage.tracer(worker.tracer());
         let tagged = |name: &'static str| {
@@ -761,7 +761,7 @@ fn the_opentelemetry_api_starts_child_instances_in_their_parents() {
 }
 
 #[test]
-fn an_attribute_names_the_instance_that_a_field_of_the_same_text_names() {
+fn an_attribute_and_a_field_with_equal_text_name_the_same_instance() {
     let worker = Worker::new();
     let tracer = worker.storage.tracer(worker.tracer());
     for id in [Value::I64(42), "42".into(), "\"42\"".into()] {
@@ -811,7 +811,7 @@ fn spans_of_both_apis_share_their_instance() {
     });
 }
 
-// What of the stored context is kept.
+// Flags and tracestate of the stored context.
 
 #[test]
 fn the_stored_flags_and_tracestate_are_kept() {
@@ -837,7 +837,7 @@ fn the_stored_flags_and_tracestate_are_kept() {
 }
 
 #[test]
-fn a_tracestate_that_the_first_span_has_reaches_the_later_ones() {
+fn later_spans_inherit_the_tracestate_of_the_first() {
     everywhere(WorkflowContextStorage::new, |worker, place| {
         let state = TraceState::from_key_value([("vendor", "1")]).unwrap();
         let parent = SpanContext::new(1.into(), 2.into(), TraceFlags::SAMPLED, true, state.clone());
@@ -935,7 +935,7 @@ fn a_new_root_is_sampled_as_a_root() {
 }
 
 #[test]
-fn where_telemetry_is_suppressed_no_instance_is_recorded() {
+fn no_instance_is_recorded_while_telemetry_is_suppressed() {
     everywhere(WorkflowContextStorage::new, |worker, place| {
         let tracer = worker.storage.tracer(worker.tracer());
         worker.run_in(place, || {
@@ -956,7 +956,7 @@ fn where_telemetry_is_suppressed_no_instance_is_recorded() {
 // Several storages, several subscribers.
 
 #[test]
-fn two_storages_in_one_process_never_mix() {
+fn two_storages_in_one_process_are_independent() {
     let workers = both_activations(WorkflowContextStorage::new);
     let others = both_activations(WorkflowContextStorage::new);
     for (one, other) in workers.iter().zip(&others) {
@@ -1030,7 +1030,7 @@ fn the_layers_of_one_storage_share_their_instances() {
 // WorkflowContext::current.
 
 #[test]
-fn the_current_context_is_the_innermost_spans() {
+fn the_current_context_is_that_of_the_innermost_span() {
     let current =
         || WorkflowContext::current().map(|cx| cx.to_otel().span().span_context().clone());
     everywhere(WorkflowContextStorage::new, |worker, place| {
@@ -1077,7 +1077,7 @@ fn the_current_context_of_an_instance_is_in_the_stored_trace() {
 }
 
 #[test]
-fn the_current_context_is_known_in_a_span_that_is_not_sampled() {
+fn the_current_context_is_available_in_an_unsampled_span() {
     for activation in [true, false] {
         let worker = Worker::with_sampler(
             WorkflowContextStorage::new(),
@@ -1093,7 +1093,7 @@ fn the_current_context_is_known_in_a_span_that_is_not_sampled() {
 }
 
 #[test]
-fn the_current_context_of_a_span_made_by_the_opentelemetry_api_is_known() {
+fn the_current_context_is_available_in_a_span_of_the_opentelemetry_api() {
     let worker = Worker::new();
     let tracer = worker.storage.tracer(worker.tracer());
     let builder = tracer
@@ -1119,7 +1119,7 @@ fn recorded_before_it_starts(id: &dyn tracing::Value) -> Span {
     span
 }
 
-/// Polls the future to its end, each time on a thread of its own.
+/// Polls the future to completion, each time on a new thread.
 fn poll_on_new_threads<F>(worker: &Worker, future: F) -> F::Output
 where
     F: Future + Send,

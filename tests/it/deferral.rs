@@ -1,4 +1,4 @@
-//! Spans that are held back until their instance is known: they land in its trace, and nobody else notices.
+//! Spans whose start is deferred until their instance is known: they join its trace, and other code does not notice.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -33,7 +33,7 @@ mod visibility;
 
 const ID: &str = "workflow.instance_id";
 
-/// How long a span is kept busy where its timings are looked at.
+/// How long the tests of timings keep a span busy.
 const BUSY: Duration = Duration::from_millis(2);
 
 fn adopting() -> WorkflowContextStorage {
@@ -46,7 +46,7 @@ fn knowing(engine: Engine) -> WorkflowContextStorage {
     builder.build().expect("valid settings")
 }
 
-/// Runs with and without context activation, each on a new worker and on one that has seen spans before.
+/// Runs a scenario with and without context activation, each on a new worker and on one that has seen spans before.
 fn in_both_modes(scenario: impl Fn(&Worker)) {
     in_both_modes_of(adopting, scenario);
 }
@@ -66,7 +66,7 @@ fn in_both_modes_of(make: impl Fn() -> WorkflowContextStorage, scenario: impl Fn
     }
 }
 
-/// Runs with context activation, which is the default.
+/// Runs a scenario with context activation, which is the default.
 fn with_activation(scenario: impl Fn(&Worker)) {
     let worker = Worker::with_storage(adopting());
     let _drawing = DrawnOnPanic(&worker, "with activation".into());
@@ -112,7 +112,7 @@ fn stored_first(worker: &Worker, id: &str) -> SpanContext {
     worker.span(&name).span_context
 }
 
-/// The span that OpenTelemetry takes for the current one.
+/// Returns the current span of OpenTelemetry.
 fn current() -> SpanContext {
     Context::map_current(|cx| cx.span().span_context().clone())
 }
@@ -126,7 +126,7 @@ fn poll<F: Future>(task: Pin<&mut F>) -> Poll<F::Output> {
     task.poll(&mut task::Context::from_waker(Waker::noop()))
 }
 
-/// What a client would send along with a request that it makes here.
+/// Returns the headers that a client would send with a request.
 fn headers(cx: &Context) -> HashMap<String, String> {
     let mut headers = HashMap::new();
     TraceContextPropagator::new().inject_context(cx, &mut headers);
@@ -166,16 +166,16 @@ fn assert_unlinked(span: &SpanData) {
     );
 }
 
-/// The span continues the stored context, and nothing had to be repaired by a link.
+/// Asserts that the span continues the stored context, and has no link.
 #[track_caller]
 fn assert_joined(span: &SpanData, stored: &SpanContext) {
     assert_continues(span, stored);
     assert_unlinked(span);
 }
 
-/// The span is a root of its own that no instance has claimed.
+/// Asserts that the span is a root without link or instance id.
 #[track_caller]
-fn assert_untouched(span: &SpanData) {
+fn assert_unchanged_root(span: &SpanData) {
     assert_root(span);
     assert_unlinked(span);
     assert_eq!(attribute(span, ID), None, "{ID} of {}", span.name);

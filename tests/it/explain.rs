@@ -1,5 +1,4 @@
-//! Every broken trace is explained by one call: what is recorded and by whom, what became of the last spans, and
-//! where nothing is recorded, why.
+//! `explain` says what is recorded and by whom, what was decided for the last spans, and why nothing is recorded.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,7 +18,7 @@ use tracing_workflow_context::{
 
 const ID: &str = "order-42";
 
-/// A worker whose time passes by the clock.
+/// Returns a worker with a manual clock.
 fn worker_with(
     settings: impl FnOnce(WorkflowContextStorageBuilder) -> WorkflowContextStorageBuilder,
 ) -> (Worker, Arc<ManualClock>) {
@@ -54,8 +53,8 @@ fn reason(storage: &WorkflowContextStorage) -> Option<Absence> {
     storage.explain(ID).reason()
 }
 
-/// The explanation, with names in the place of what is different each time: of a trace its number in the order of
-/// its first span's end, of a span its name.
+/// Returns the explanation with ids replaced: a trace id by the number of the trace, in the order in which their
+/// first spans ended, and a span id by the span's name.
 fn explained(worker: &Worker, id: &str) -> String {
     let mut text = worker.storage.explain(id).to_string();
     let mut traces = Vec::new();
@@ -78,7 +77,7 @@ fn explained(worker: &Worker, id: &str) -> String {
     text
 }
 
-/// What was decided for the last span.
+/// Returns the decision for the last span.
 fn last_decision(worker: &Worker) -> String {
     let text = explained(worker, ID);
     let last = text.lines().last().expect("an explanation has lines");
@@ -88,7 +87,7 @@ fn last_decision(worker: &Worker) -> String {
         .to_owned()
 }
 
-/// The lines that tell what is recorded.
+/// Returns the lines that describe the recorded context.
 fn recorded(worker: &Worker) -> Vec<String> {
     let text = explained(worker, ID);
     let lines = text.lines().filter(|line| !line.contains(" ago  "));
@@ -161,7 +160,7 @@ fn an_explanation_reads_well() {
 // Why nothing is recorded.
 
 #[test]
-fn what_nobody_has_named_was_never_seen() {
+fn an_id_of_no_span_was_never_seen() {
     let (worker, _clock) = worker();
     worker.storage.store("another", context(1)).unwrap();
     assert_eq!(reason(&worker.storage), Some(Absence::NeverSeen));
@@ -173,7 +172,7 @@ fn what_nobody_has_named_was_never_seen() {
 }
 
 #[test]
-fn what_a_filter_hides_was_never_seen() {
+fn an_id_of_a_filtered_span_was_never_seen() {
     let storage = WorkflowContextStorage::new();
     let worker = Worker::stacked(storage, true, |layer| {
         tracing_subscriber::registry()
@@ -185,7 +184,7 @@ fn what_a_filter_hides_was_never_seen() {
 }
 
 #[test]
-fn to_ask_in_vain_leaves_no_trace() {
+fn a_failed_lookup_is_not_a_decision() {
     let (worker, _clock) = worker();
     worker.storage.get(ID).unwrap();
     worker.storage.cleanup(ID).unwrap();
@@ -198,7 +197,7 @@ fn to_ask_in_vain_leaves_no_trace() {
 }
 
 #[test]
-fn what_was_idle_for_too_long_is_expired() {
+fn an_instance_idle_for_too_long_is_reported_as_expired() {
     let (worker, clock) = worker();
     worker.run(step);
     clock.advance(25 * HOUR);
@@ -211,7 +210,7 @@ fn what_was_idle_for_too_long_is_expired() {
 }
 
 #[test]
-fn what_was_one_too_many_is_evicted() {
+fn an_instance_above_the_limit_is_reported_as_evicted() {
     let (worker, _clock) = worker_with(|builder| builder.max_instances(1));
     worker.run(step);
     worker.storage.store("another", context(1)).unwrap();
@@ -224,7 +223,7 @@ fn what_was_one_too_many_is_evicted() {
 }
 
 #[test]
-fn what_was_completed_is_completed_whoever_removed_it() {
+fn a_completed_instance_is_reported_as_completed_however_it_was_removed() {
     let text = "completed: its grace after a terminal workflow.status is over";
     for remove in [
         |_: &Worker| {},
@@ -241,7 +240,7 @@ fn what_was_completed_is_completed_whoever_removed_it() {
 }
 
 #[test]
-fn what_was_cleaned_up_is_cleaned_up_even_when_it_was_completed_before() {
+fn a_cleaned_up_instance_is_reported_as_such_even_if_completed_before() {
     let (worker, _clock) = worker();
     complete(&worker);
     assert!(worker.storage.cleanup(ID).unwrap());
@@ -254,7 +253,7 @@ fn what_was_cleaned_up_is_cleaned_up_even_when_it_was_completed_before() {
 }
 
 #[test]
-fn of_several_ends_the_last_one_is_told() {
+fn the_last_removal_is_reported() {
     let (worker, clock) = worker_with(|builder| builder.max_instances(1));
     let storage = &worker.storage;
     complete(&worker);
@@ -276,7 +275,7 @@ fn of_several_ends_the_last_one_is_told() {
 }
 
 #[test]
-fn an_instance_that_was_replayed_only_is_not_recorded() {
+fn an_instance_with_replays_only_is_not_recorded() {
     let (worker, _clock) = worker();
     let replayed = || info_span!("step", workflow.instance_id = ID, workflow.replaying = true);
     worker.run(|| replayed().in_scope(|| {}));
@@ -290,7 +289,7 @@ fn an_instance_that_was_replayed_only_is_not_recorded() {
 }
 
 #[test]
-fn an_instance_whose_spans_had_no_span_context_is_not_recorded() {
+fn an_instance_whose_spans_have_invalid_contexts_is_not_recorded() {
     let text = "its spans were replays, or had no valid span context";
     let decision = "not recorded, it has no valid span context (no natural parent)";
 
@@ -307,7 +306,7 @@ fn an_instance_whose_spans_had_no_span_context_is_not_recorded() {
 }
 
 #[test]
-fn an_instance_that_only_a_dead_backend_could_know_is_not_called_unseen() {
+fn an_instance_that_only_a_failing_backend_may_have_is_not_reported_as_never_seen() {
     #[derive(Debug)]
     struct Dead;
 
@@ -340,7 +339,7 @@ fn an_instance_that_only_a_dead_backend_could_know_is_not_called_unseen() {
     );
 }
 
-/// Nothing is recorded for that reason; what happened last ends in those words.
+/// Asserts that nothing is recorded for that reason, and that the last event ends with those words.
 #[track_caller]
 fn assert_gone(worker: &Worker, absence: Absence, text: &str, last: &str) {
     let explanation = worker.storage.explain(ID);
@@ -352,10 +351,10 @@ fn assert_gone(worker: &Worker, absence: Absence, text: &str, last: &str) {
     assert!(happened.ends_with(last), "{happened}");
 }
 
-// What became of the last spans.
+// The last decisions.
 
 #[test]
-fn every_continuation_of_a_relation_is_told_in_words() {
+fn every_continuation_of_a_relation_is_described() {
     let told = [
         (Continuation::Keep, "kept its natural parent"),
         (Continuation::Parent, "child of what is stored"),
@@ -385,7 +384,7 @@ fn every_continuation_of_a_relation_is_told_in_words() {
 }
 
 #[test]
-fn the_relation_of_every_span_is_told() {
+fn the_relation_of_every_span_is_described() {
     let tell = |relation: &str,
                 settings: fn(WorkflowContextStorageBuilder) -> WorkflowContextStorageBuilder,
                 enact: fn(&Worker)| {
@@ -447,7 +446,7 @@ fn the_relation_of_every_span_is_told() {
 }
 
 #[test]
-fn a_span_that_lost_the_race_for_being_the_first_is_told() {
+fn a_span_that_lost_the_race_is_reported() {
     let storage = WorkflowContextStorage::new();
     let racing = storage.clone();
     let meanwhile = Hooked(move |_: &str| racing.store(ID, context(1)).unwrap());
@@ -460,7 +459,7 @@ fn a_span_that_lost_the_race_for_being_the_first_is_told() {
 }
 
 #[test]
-fn a_late_span_that_was_the_first_is_told_as_recorded() {
+fn a_late_span_that_was_the_first_is_reported_as_recorded() {
     let (worker, _clock) = worker();
     let tracer = worker.storage.tracer(worker.tracer());
     let mut span = tracer.start("late");
@@ -476,10 +475,10 @@ fn a_late_span_that_was_the_first_is_told_as_recorded() {
     );
 }
 
-// What is recorded, and by whom.
+// The recorded context and its origin.
 
 #[test]
-fn the_span_that_recorded_is_told_by_name_and_target() {
+fn the_recording_span_is_reported_by_name_and_target() {
     let (worker, clock) = worker();
     worker.run(|| {
         info_span!(target: "orders::api", "accept", workflow.instance_id = ID).in_scope(|| {});
@@ -497,7 +496,7 @@ fn the_span_that_recorded_is_told_by_name_and_target() {
 }
 
 #[test]
-fn a_span_of_the_opentelemetry_api_is_told_by_its_name() {
+fn a_span_of_the_opentelemetry_api_is_reported_by_name() {
     let (worker, _clock) = worker();
     let builder = SpanBuilder::from_name("accept");
     let builder = builder.with_attributes([KeyValue::new("workflow.instance_id", ID)]);
@@ -509,7 +508,7 @@ fn a_span_of_the_opentelemetry_api_is_told_by_its_name() {
 }
 
 #[test]
-fn a_context_that_this_process_stored_is_told_as_stored_by_a_call() {
+fn a_context_stored_by_this_process_is_reported_as_stored_by_a_call() {
     let (worker, _clock) = worker();
     worker.run(|| {
         info_span!("request").in_scope(|| {
@@ -527,7 +526,7 @@ fn a_context_that_this_process_stored_is_told_as_stored_by_a_call() {
 }
 
 #[test]
-fn a_context_that_came_from_elsewhere_is_told_as_another_processs() {
+fn a_context_from_elsewhere_is_reported_as_from_another_process() {
     let (worker, _clock) = worker();
     let sent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00";
     worker
@@ -543,7 +542,7 @@ fn a_context_that_came_from_elsewhere_is_told_as_another_processs() {
 }
 
 #[test]
-fn an_unsampled_span_is_told_as_such() {
+fn an_unsampled_span_is_reported_as_such() {
     let worker = Worker::with_sampler(WorkflowContextStorage::new(), true, Sampler::AlwaysOff);
     worker.run(step);
     let lines = recorded(&worker);
@@ -551,7 +550,7 @@ fn an_unsampled_span_is_told_as_such() {
 }
 
 #[test]
-fn the_run_its_generation_and_the_older_runs_are_told() {
+fn the_run_its_generation_and_older_runs_are_reported() {
     let (worker, _clock) = worker_with(|builder| builder.max_spans(2));
     let step = |run: &str| {
         info_span!("step", workflow.instance_id = ID, workflow.run_id = run).in_scope(|| {});
@@ -568,7 +567,7 @@ fn the_run_its_generation_and_the_older_runs_are_told() {
 }
 
 #[test]
-fn a_resumed_instance_is_told_as_such() {
+fn a_resumed_instance_is_reported_as_such() {
     let (worker, _clock) = worker();
     worker.storage.create_resumed(ID, Some("Planner")).unwrap();
     assert_eq!(
@@ -582,7 +581,7 @@ fn a_resumed_instance_is_told_as_such() {
 }
 
 #[test]
-fn a_completed_instance_is_told_as_such_until_it_is_alive_again() {
+fn a_completed_instance_is_reported_as_such_until_it_is_used_again() {
     let (worker, _clock) = worker();
     complete(&worker);
     assert_eq!(recorded(&worker)[2], "generation 1, completed");
@@ -590,7 +589,7 @@ fn a_completed_instance_is_told_as_such_until_it_is_alive_again() {
     assert_eq!(recorded(&worker)[2], "generation 1");
 }
 
-// What others chose the text of.
+// Text from outside.
 
 #[test]
 fn control_characters_are_escaped_wherever_they_are() {
@@ -624,7 +623,7 @@ fn control_characters_are_escaped_wherever_they_are() {
 }
 
 #[test]
-fn an_id_that_is_none_is_told_as_such_and_cut() {
+fn an_invalid_id_is_reported_as_such_and_truncated() {
     let storage = WorkflowContextStorage::new();
     let too_long = [
         "x".repeat(MAX_INSTANCE_ID_BYTES + 1),
@@ -657,7 +656,7 @@ fn an_id_that_is_none_is_told_as_such_and_cut() {
     );
 }
 
-// How far back.
+// How many decisions are kept.
 
 #[test]
 fn decisions_can_be_switched_off() {
@@ -676,7 +675,7 @@ fn decisions_can_be_switched_off() {
 }
 
 #[test]
-fn the_last_decisions_of_all_instances_are_kept_and_no_more() {
+fn only_the_last_decisions_of_all_instances_are_kept() {
     for kept in [100, 4, 1] {
         let settings =
             move |builder: WorkflowContextStorageBuilder| builder.recent_decisions(kept as usize);
@@ -721,7 +720,7 @@ fn by_default_a_busy_instance_leaves_room_for_the_decisions_of_others() {
 }
 
 #[test]
-fn the_decisions_of_an_instance_are_told_in_their_order() {
+fn the_decisions_of_an_instance_are_reported_in_order() {
     let (worker, clock) = worker_with(|builder| builder.recent_decisions(6));
     for _ in 0..10 {
         worker.storage.store(ID, context(1)).unwrap();

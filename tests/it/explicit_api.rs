@@ -1,6 +1,6 @@
-//! The explicit calls: store, get, cleanup, create_resumed, and what can be read of a storage.
+//! The explicit calls: store, get, cleanup, create_resumed, ids and stats of a storage.
 //!
-//! No test of this file sets a global tracer provider: one is about its absence.
+//! No test of this binary may set a global tracer provider: one needs its absence.
 use crate::support::*;
 
 use std::error::Error as _;
@@ -18,7 +18,7 @@ use tracing_workflow_context::{
 
 const ID: &str = "order-42";
 
-/// A context of trace 7, the same on each call: when it was recorded is part of it.
+/// Returns a context of trace 7, the same one on each call: equality includes the time of recording.
 fn context(span: u64) -> WorkflowContext {
     static CONTEXTS: LazyLock<Vec<WorkflowContext>> = LazyLock::new(|| {
         (1..20)
@@ -59,7 +59,7 @@ fn the_last_write_wins() {
 }
 
 #[test]
-fn what_is_stored_wins_over_what_a_span_recorded() {
+fn a_stored_context_replaces_one_that_a_span_recorded() {
     everywhere(WorkflowContextStorage::new, |worker, place| {
         worker.run(|| info_span!("first", workflow.instance_id = ID).in_scope(|| {}));
         worker.storage.store(ID, context(1)).unwrap();
@@ -95,7 +95,7 @@ fn clones_share_everything() {
 }
 
 #[test]
-fn flush_keeps_everything() {
+fn flush_removes_nothing() {
     let storage = WorkflowContextStorage::new();
     storage.flush().unwrap();
     storage.store(ID, context(1)).unwrap();
@@ -104,10 +104,10 @@ fn flush_keeps_everything() {
     assert_eq!(storage.get(ID).unwrap(), Some(context(1)));
 }
 
-// What can be read of a storage.
+// Ids and stats.
 
 #[test]
-fn instance_ids_are_those_that_are_stored_however_they_came_there() {
+fn instance_ids_lists_every_stored_instance() {
     let worker = Worker::new();
     let ids = || {
         let mut ids = worker.storage.instance_ids();
@@ -130,7 +130,7 @@ fn instance_ids_are_those_that_are_stored_however_they_came_there() {
 }
 
 #[test]
-fn every_get_is_one_hit_or_one_miss_and_no_other_call_is() {
+fn every_get_counts_one_hit_or_miss_and_other_calls_none() {
     let worker = Worker::new();
     let storage = &worker.storage;
     let hits_and_misses = || (storage.stats().hits, storage.stats().misses);
@@ -199,7 +199,7 @@ fn a_longer_id_is_refused_by_an_error_that_names_the_limit() {
     }
 }
 
-/// What every call that takes an id says to this one; nothing is stored.
+/// Returns the error of each call that takes an id; nothing is stored.
 fn refusals(id: &str) -> [InvalidInstanceId; 4] {
     let worker = Worker::new();
     let storage = &worker.storage;
@@ -228,7 +228,7 @@ fn refusals(id: &str) -> [InvalidInstanceId; 4] {
 }
 
 #[test]
-fn ids_with_control_characters_and_any_script_are_ordinary() {
+fn ids_may_contain_control_characters_and_any_script() {
     let worker = Worker::new();
     let ids = [
         "\n",
@@ -290,7 +290,7 @@ fn a_miss_logs_nothing_above_debug() {
     assert_eq!(log, "");
 }
 
-/// What a log of that level shows, raw: the formatter is told not to escape anything itself.
+/// Returns the log at that level, unescaped: the formatter must not hide what the crate did not escape.
 fn logged(level: Level, run: impl FnOnce()) -> String {
     #[derive(Clone, Default)]
     struct Log(Arc<Mutex<Vec<u8>>>);
@@ -409,7 +409,7 @@ fn later_spans_continue_the_agent_span_and_the_context_stays_resumed() {
 }
 
 #[test]
-fn without_any_tracer_no_workflow_is_resumed() {
+fn without_a_tracer_create_resumed_fails() {
     let storage = WorkflowContextStorage::new();
     let error = storage.create_resumed(ID, None).unwrap_err();
 
@@ -423,7 +423,7 @@ fn without_any_tracer_no_workflow_is_resumed() {
 }
 
 #[test]
-fn a_layer_that_is_gone_lends_no_tracer() {
+fn a_dropped_layer_provides_no_tracer() {
     let worker = Worker::new();
     let storage = worker.storage.clone();
     storage.create_resumed("while it lives", None).unwrap();
@@ -433,7 +433,7 @@ fn a_layer_that_is_gone_lends_no_tracer() {
 }
 
 #[test]
-fn the_tracer_of_spans_made_by_hand_resumes_too() {
+fn a_workflow_tracer_is_used_by_create_resumed_too() {
     let worker = Worker::new();
     let storage = WorkflowContextStorage::new();
     let tracer = storage.tracer(worker.tracer());
@@ -451,7 +451,7 @@ fn the_tracer_of_spans_made_by_hand_resumes_too() {
 }
 
 #[test]
-fn the_tracer_that_was_given_last_resumes() {
+fn create_resumed_uses_the_latest_tracer() {
     let (first, second) = (Worker::new(), Worker::new());
     let storage = WorkflowContextStorage::new();
     let _tracers = [
@@ -464,13 +464,13 @@ fn the_tracer_that_was_given_last_resumes() {
 }
 
 #[test]
-fn a_span_that_the_sampler_drops_resumes_nothing() {
+fn an_unsampled_agent_span_is_an_error() {
     let worker = Worker::with_sampler(WorkflowContextStorage::new(), true, Sampler::AlwaysOff);
     assert_not_resumed(&worker.storage);
 }
 
 #[test]
-fn what_is_stored_unsampled_cannot_be_resumed_by_a_sampler_that_heeds_its_parent() {
+fn an_unsampled_stored_context_cannot_be_resumed_with_a_parent_based_sampler() {
     let sampler = Sampler::ParentBased(Box::new(Sampler::AlwaysOn));
     let worker = Worker::with_sampler(WorkflowContextStorage::new(), true, sampler);
     let unsampled = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00";
@@ -483,7 +483,7 @@ fn what_is_stored_unsampled_cannot_be_resumed_by_a_sampler_that_heeds_its_parent
 }
 
 #[test]
-fn a_provider_that_is_shut_down_resumes_nothing() {
+fn create_resumed_fails_after_the_provider_shut_down() {
     let provider = SdkTracerProvider::builder().build();
     let storage = WorkflowContextStorage::new();
     let _tracer = storage.tracer(provider.tracer("test"));
@@ -493,7 +493,7 @@ fn a_provider_that_is_shut_down_resumes_nothing() {
     assert_not_resumed(&storage);
 }
 
-/// It is an error, and changes nothing.
+/// Asserts that `create_resumed` fails, and changes nothing.
 #[track_caller]
 fn assert_not_resumed(storage: &WorkflowContextStorage) {
     let before = storage.instance_ids();

@@ -1,4 +1,4 @@
-//! Whatever a span is tagged with, nothing panics and nothing is stored past the limit.
+//! No field value makes the layer panic or store more than the limit.
 
 use std::fmt;
 use std::num::{NonZeroU64, Wrapping};
@@ -18,7 +18,7 @@ use tracing_workflow_context::{
     InvalidInstanceId, MAX_INSTANCE_ID_BYTES, StorageError, WorkflowContextStorage,
 };
 
-/// How an id reaches the layer.
+/// The way in which an id reaches the layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
     /// With the span.
@@ -70,7 +70,7 @@ fn adopting_engines() -> WorkflowContextStorage {
     storage.build().unwrap()
 }
 
-/// In each way and both activation modes, on a new worker.
+/// Runs a check for each way and activation mode, on a new worker.
 fn in_every_way(check: impl Fn(&Worker, Way)) {
     for way in WAYS {
         for worker in both_activations(adopting_engines) {
@@ -81,7 +81,7 @@ fn in_every_way(check: impl Fn(&Worker, Way)) {
     }
 }
 
-/// The id names this instance, or none, and every span is exported in either case.
+/// Asserts that the id names this instance, or none, and that every span is exported in either case.
 fn assert_names(id: &dyn Value, expected: Option<&str>) {
     in_every_way(|worker, way| {
         worker.run(|| way.tag(id));
@@ -105,7 +105,7 @@ fn assert_bounded(storage: &WorkflowContextStorage) {
     );
 }
 
-/// The layer does all it should, the thread is as if nothing had happened.
+/// Asserts that the layer still works, and that no state is left on the thread.
 fn assert_works(worker: &Worker) {
     worker.run(|| Way::Created.tag(&"afterwards"));
     worker.run(|| Way::BelowEngine.tag(&"afterwards"));
@@ -121,7 +121,7 @@ fn assert_works(worker: &Worker) {
 }
 
 #[test]
-fn an_id_of_any_type_names_what_it_prints() {
+fn an_id_of_any_type_is_its_formatted_value() {
     let error = std::io::Error::other("failed");
     let error: &(dyn std::error::Error + 'static) = &error;
     let cases: [(&dyn Value, &str); 25] = [
@@ -158,7 +158,7 @@ fn an_id_of_any_type_names_what_it_prints() {
 
 /// Without a fraction, `Debug` prints `1.0` and `Display` prints `1`.
 #[test]
-fn a_whole_float_names_one_instance_however_it_arrives() {
+fn a_whole_float_names_one_instance_however_it_is_given() {
     for (id, expected) in [
         (1.0_f64, "1"),
         (-0.0, "-0"),
@@ -169,7 +169,7 @@ fn a_whole_float_names_one_instance_however_it_arrives() {
 }
 
 #[test]
-fn what_has_no_value_names_nothing() {
+fn a_field_without_a_value_names_no_instance() {
     let values: [&dyn Value; 6] = [
         &Empty,
         &None::<&str>,
@@ -211,7 +211,7 @@ const ODD_TEXTS: [&str; 24] = [
 ];
 
 #[test]
-fn text_in_every_form_names_itself() {
+fn text_in_every_form_is_the_id() {
     for text in ODD_TEXTS {
         assert_names(&text, Some(text));
         assert_names(&tracing::field::display(text), Some(text));
@@ -220,7 +220,7 @@ fn text_in_every_form_names_itself() {
 }
 
 #[test]
-fn text_that_is_the_debug_form_of_a_string_names_that_string() {
+fn text_that_is_the_debug_form_of_a_string_is_unquoted() {
     for (text, expected) in [
         ("\"quoted\"", "quoted"),
         ("\"\\\"\"", "\""),
@@ -232,7 +232,7 @@ fn text_that_is_the_debug_form_of_a_string_names_that_string() {
 }
 
 #[test]
-fn text_that_is_nearly_the_debug_form_of_a_string_names_itself() {
+fn text_that_is_almost_the_debug_form_of_a_string_is_the_id() {
     for text in [
         "\"a\"b\"",
         "\"\\\"",
@@ -246,7 +246,7 @@ fn text_that_is_nearly_the_debug_form_of_a_string_names_itself() {
 }
 
 #[test]
-fn ids_up_to_the_limit_are_stored_and_longer_ones_counted() {
+fn ids_up_to_the_limit_are_stored_and_longer_ones_are_counted() {
     for (unit, count, fits) in [
         ("a", 1, true),
         ("a", MAX_INSTANCE_ID_BYTES, true),
@@ -298,12 +298,12 @@ fn explicit_calls_refuse_an_id_past_the_limit() {
     assert_bounded(storage);
 }
 
-/// Prints `count` times `chunk`, and counts the bytes that were taken from it.
+/// Formats as `count` times `chunk`, and counts the bytes that the formatter accepted.
 struct Chunks<'a> {
     chunk: &'a str,
     count: usize,
     taken: &'a AtomicUsize,
-    /// Goes on where the formatter has had enough.
+    /// Whether to continue after the formatter's error.
     stubborn: bool,
 }
 
@@ -356,7 +356,7 @@ fn an_id_of_100_megabytes_is_refused_in_every_form() {
 }
 
 #[test]
-fn of_a_huge_id_the_layer_itself_reads_no_more_than_an_id_can_be() {
+fn the_layer_stops_reading_a_huge_id_at_the_limit() {
     let read = |way: Way, ours: bool| {
         let taken = AtomicUsize::new(0);
         let huge = Chunks {
@@ -378,7 +378,7 @@ fn of_a_huge_id_the_layer_itself_reads_no_more_than_an_id_can_be() {
     };
     for way in WAYS {
         let (plain, ours) = (read(way, false), read(way, true));
-        // In its `Debug` form, an id has up to six times its length.
+        // The `Debug` form of an id is up to six times as long.
         assert!(
             ours - plain <= 8 * MAX_INSTANCE_ID_BYTES,
             "{way:?}: {plain}, {ours}"
@@ -387,7 +387,7 @@ fn of_a_huge_id_the_layer_itself_reads_no_more_than_an_id_can_be() {
 }
 
 #[test]
-fn whatever_ids_follow_on_one_span_it_belongs_to_the_first() {
+fn later_ids_on_a_span_are_ignored() {
     for worker in both_activations(WorkflowContextStorage::new) {
         worker.run(|| {
             let span = info_span!("tagged", workflow.instance_id = Empty).entered();
@@ -415,7 +415,7 @@ impl fmt::Display for Panicking {
 }
 
 #[test]
-fn after_an_id_that_panicked_the_layer_works() {
+fn the_layer_works_after_a_panic_while_formatting_an_id() {
     in_every_way(|worker, way| {
         worker.run(|| {
             let tag = || way.tag(&tracing::field::display(Panicking));
@@ -427,7 +427,7 @@ fn after_an_id_that_panicked_the_layer_works() {
 }
 
 #[test]
-fn a_held_span_whose_child_could_not_be_printed_waits_for_the_next() {
+fn a_held_span_stays_held_when_the_id_of_its_child_panics() {
     for worker in both_activations(adopting_engines) {
         worker.run(|| {
             let engine = info_span!("engine").entered();
@@ -446,7 +446,7 @@ fn a_held_span_whose_child_could_not_be_printed_waits_for_the_next() {
 }
 
 #[test]
-fn within_suppressed_telemetry_nothing_is_recorded() {
+fn nothing_is_recorded_while_telemetry_is_suppressed() {
     in_every_way(|worker, way| {
         worker.run(|| {
             let _suppressed = Context::enter_telemetry_suppressed_scope();
@@ -461,7 +461,7 @@ fn within_suppressed_telemetry_nothing_is_recorded() {
 }
 
 #[test]
-fn oversized_run_and_parent_ids_are_as_if_they_were_not_there() {
+fn oversized_run_and_parent_ids_are_ignored() {
     let huge = "x".repeat(MAX_INSTANCE_ID_BYTES + 1);
     for worker in both_activations(WorkflowContextStorage::new) {
         for _ in 0..2 {
@@ -482,7 +482,7 @@ fn oversized_run_and_parent_ids_are_as_if_they_were_not_there() {
 }
 
 #[test]
-fn replay_and_status_fields_of_any_type_do_no_harm() {
+fn replay_and_status_fields_of_any_type_are_harmless() {
     let huge = "x".repeat(1 << 20);
     let values: [&dyn Value; 9] = [
         &"false",
@@ -517,7 +517,7 @@ fn replay_and_status_fields_of_any_type_do_no_harm() {
     }
 }
 
-/// Texts full of what `Debug` escapes, around the limit too.
+/// Texts full of characters that `Debug` escapes, some near the length limit.
 fn texts() -> impl Strategy<Value = String> {
     let odd = prop::sample::select(vec![
         '"', '\'', '\\', '\n', '\0', '\u{7f}', '\u{301}', 'u', '{',

@@ -1,6 +1,6 @@
-//! Nothing leaks: an instance goes when it is completed, idle or one too many, and not before.
+//! Instances are removed when completed, idle or above the limit, and not before.
 //!
-//! Time passes when a test says so. The one test with the real clock waits for what must happen.
+//! All tests but one use a manual clock.
 
 use std::collections::{BTreeSet, HashSet};
 use std::sync::Arc;
@@ -23,14 +23,14 @@ const YEAR: Duration = Duration::from_secs(366 * 24 * 60 * 60);
 const GRACE: Duration = Duration::from_secs(5 * 60);
 const TTL: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// How exact they are.
+/// The precision of expiry.
 const SLACK: Duration = Duration::from_millis(50);
 
 fn built(builder: WorkflowContextStorageBuilder) -> WorkflowContextStorage {
     builder.build().expect("valid settings")
 }
 
-/// A storage whose time passes by the clock.
+/// Returns a storage with a manual clock.
 fn clocked(
     settings: impl FnOnce(WorkflowContextStorageBuilder) -> WorkflowContextStorageBuilder,
 ) -> (WorkflowContextStorage, Arc<ManualClock>) {
@@ -39,22 +39,20 @@ fn clocked(
     (built(settings(builder)), clock)
 }
 
-/// Runs a test of the defaults in each way to make spans.
+/// Runs a test for each way to make spans, with the default settings.
 fn for_each_worker_with_a_clock(test: impl Fn(&Worker, &ManualClock)) {
-    for via in VIAS {
-        labelled(&format!("spans made via {via:?}"), || {
-            let (storage, clock) = clocked(|builder| builder);
-            let worker = Worker::via(via, storage);
-            worker.run(|| test(&worker, &clock));
-        });
-    }
+    for_each_via(|via| {
+        let (storage, clock) = clocked(|builder| builder);
+        let worker = Worker::via(via, storage);
+        worker.run(|| test(&worker, &clock));
+    });
 }
 
 fn step(worker: &Worker, name: &str) {
     worker.step(name, Tags::instance(ID));
 }
 
-/// What is in memory, which to ask is no use of it.
+/// Returns the stored ids, which does not count as use.
 fn ids_of(storage: &WorkflowContextStorage) -> BTreeSet<String> {
     storage.instance_ids().into_iter().collect()
 }
@@ -67,7 +65,7 @@ fn assert_ids(storage: &WorkflowContextStorage, expected: &[&str]) {
     );
 }
 
-/// The instances are there until that time is over, and no longer.
+/// Asserts that the instances are kept for exactly that time.
 #[track_caller]
 fn assert_go_after(time: Duration, storage: &WorkflowContextStorage, clock: &ManualClock) {
     let (ids, expired) = (ids_of(storage), storage.stats().expired);
@@ -79,7 +77,7 @@ fn assert_go_after(time: Duration, storage: &WorkflowContextStorage, clock: &Man
     assert_eq!(storage.stats().expired, expired + ids.len() as u64);
 }
 
-/// The instance does not go after the grace.
+/// Asserts that the instance is not removed after the grace.
 #[track_caller]
 fn assert_is_alive(storage: &WorkflowContextStorage, clock: &ManualClock) {
     clock.advance(2 * GRACE);
@@ -88,9 +86,9 @@ fn assert_is_alive(storage: &WorkflowContextStorage, clock: &ManualClock) {
 
 // Completed instances.
 
-/// When a span tells its status.
+/// The way in which a span is given its status.
 #[derive(Clone, Copy, Debug)]
-enum Told {
+enum StatusGiven {
     AtItsCreation,
     ByRecordBeforeItStarts,
     ByRecord,
@@ -98,66 +96,68 @@ enum Told {
     ByEvent,
 }
 
-const TOLD: [Told; 5] = [
-    Told::AtItsCreation,
-    Told::ByRecordBeforeItStarts,
-    Told::ByRecord,
-    Told::ByEventBeforeItStarts,
-    Told::ByEvent,
+const STATUS_GIVEN: [StatusGiven; 5] = [
+    StatusGiven::AtItsCreation,
+    StatusGiven::ByRecordBeforeItStarts,
+    StatusGiven::ByRecord,
+    StatusGiven::ByEventBeforeItStarts,
+    StatusGiven::ByEvent,
 ];
 
-/// Opens a span of the instance that tells the status.
-fn tell(worker: &Worker, told: Told, status: &str, replaying: bool) {
+/// Opens a span of the instance and gives it the status.
+fn set_status(worker: &Worker, given: StatusGiven, status: &str, replaying: bool) {
     match worker.made_via() {
-        Via::Api => tell_by_api(worker, told, status, replaying),
-        Via::Layer | Via::LayerWithoutActivation => tell_by_layer(told, status, replaying),
+        Via::Api => set_status_by_api(worker, given, status, replaying),
+        Via::Layer | Via::LayerWithoutActivation => set_status_by_layer(given, status, replaying),
     }
 }
 
-fn tell_by_layer(told: Told, status: &str, replaying: bool) {
+fn set_status_by_layer(given: StatusGiven, status: &str, replaying: bool) {
     let span = info_span!(
-        "teller",
+        "reporter",
         workflow.instance_id = ID,
-        workflow.status = matches!(told, Told::AtItsCreation).then_some(status),
+        workflow.status = matches!(given, StatusGiven::AtItsCreation).then_some(status),
         workflow.replaying = replaying.then_some(true),
     );
-    match told {
-        Told::ByRecordBeforeItStarts => drop(span.record("workflow.status", status)),
-        Told::ByEventBeforeItStarts => info!(parent: &span, workflow.status = status),
+    match given {
+        StatusGiven::ByRecordBeforeItStarts => drop(span.record("workflow.status", status)),
+        StatusGiven::ByEventBeforeItStarts => info!(parent: &span, workflow.status = status),
         _ => {}
     }
-    span.in_scope(|| match told {
-        Told::ByRecord => drop(span.record("workflow.status", status)),
-        Told::ByEvent => info!(workflow.status = status),
+    span.in_scope(|| match given {
+        StatusGiven::ByRecord => drop(span.record("workflow.status", status)),
+        StatusGiven::ByEvent => info!(workflow.status = status),
         _ => {}
     });
 }
 
-fn tell_by_api(worker: &Worker, told: Told, status: &str, replaying: bool) {
+fn set_status_by_api(worker: &Worker, given: StatusGiven, status: &str, replaying: bool) {
     let status = KeyValue::new("workflow.status", status.to_owned());
     let mut attributes = vec![KeyValue::new("workflow.instance_id", ID)];
     attributes.extend(replaying.then(|| KeyValue::new("workflow.replaying", true)));
-    let mut builder = SpanBuilder::from_name("teller");
-    match told {
-        Told::AtItsCreation | Told::ByRecordBeforeItStarts => attributes.push(status.clone()),
-        Told::ByEventBeforeItStarts => {
+    let mut builder = SpanBuilder::from_name("reporter");
+    match given {
+        StatusGiven::AtItsCreation | StatusGiven::ByRecordBeforeItStarts => {
+            attributes.push(status.clone())
+        }
+        StatusGiven::ByEventBeforeItStarts => {
             let now = std::time::SystemTime::now();
             builder.events = Some(vec![Event::new("done", now, vec![status.clone()], 0)]);
         }
-        Told::ByRecord | Told::ByEvent => {}
+        StatusGiven::ByRecord | StatusGiven::ByEvent => {}
     }
     builder = builder.with_attributes(attributes);
     let tracer = worker.storage.tracer(worker.tracer());
     let context = Context::current_with_span(tracer.build(builder));
-    match told {
-        Told::ByRecord => context.span().set_attribute(status),
-        Told::ByEvent => context.span().add_event("done", vec![status]),
+    match given {
+        StatusGiven::ByRecord => context.span().set_attribute(status),
+        StatusGiven::ByEvent => context.span().add_event("done", vec![status]),
         _ => {}
     }
 }
 
 fn complete(worker: &Worker) {
-    tell(worker, Told::AtItsCreation, "completed", false);
+    set_status(worker, StatusGiven::AtItsCreation, "completed", false);
 }
 
 #[test]
@@ -174,7 +174,7 @@ fn after_a_terminal_status_an_instance_is_kept_for_the_grace_and_then_removed() 
         for status in [status.to_owned(), status.to_uppercase(), capitalized] {
             labelled(&status, || {
                 for_each_worker_with_a_clock(|worker, clock| {
-                    tell(worker, Told::AtItsCreation, &status, false);
+                    set_status(worker, StatusGiven::AtItsCreation, &status, false);
                     assert_go_after(GRACE, &worker.storage, clock);
                     let reason = worker.storage.explain(ID).reason();
                     assert_eq!(reason, Some(Absence::Completed));
@@ -185,11 +185,11 @@ fn after_a_terminal_status_an_instance_is_kept_for_the_grace_and_then_removed() 
 }
 
 #[test]
-fn a_terminal_status_counts_whenever_a_span_of_the_instance_tells_it() {
-    for told in TOLD {
-        labelled(&format!("it told {told:?}"), || {
+fn a_terminal_status_applies_whenever_a_span_records_it() {
+    for given in STATUS_GIVEN {
+        labelled(&format!("status given {given:?}"), || {
             for_each_worker_with_a_clock(|worker, clock| {
-                tell(worker, told, "completed", false);
+                set_status(worker, given, "completed", false);
                 assert_go_after(GRACE, &worker.storage, clock);
             });
         });
@@ -197,12 +197,12 @@ fn a_terminal_status_counts_whenever_a_span_of_the_instance_tells_it() {
 }
 
 #[test]
-fn a_terminal_status_of_a_replayed_span_counts() {
-    for told in TOLD {
-        labelled(&format!("it told {told:?}"), || {
+fn a_terminal_status_of_a_replayed_span_applies() {
+    for given in STATUS_GIVEN {
+        labelled(&format!("status given {given:?}"), || {
             for_each_worker_with_a_clock(|worker, clock| {
                 step(worker, "recorded");
-                tell(worker, told, "completed", true);
+                set_status(worker, given, "completed", true);
                 assert_eq!(worker.names(), ["recorded"]);
                 assert_go_after(GRACE, &worker.storage, clock);
             });
@@ -211,15 +211,15 @@ fn a_terminal_status_of_a_replayed_span_counts() {
 }
 
 #[test]
-fn a_terminal_status_of_an_unsampled_span_counts() {
-    for (told, via) in TOLD
+fn a_terminal_status_of_an_unsampled_span_applies() {
+    for (given, via) in STATUS_GIVEN
         .into_iter()
-        .flat_map(|told| VIAS.map(|via| (told, via)))
+        .flat_map(|given| VIAS.map(|via| (given, via)))
     {
-        labelled(&format!("it told {told:?} via {via:?}"), || {
+        labelled(&format!("status given {given:?} via {via:?}"), || {
             let (storage, clock) = clocked(|builder| builder);
             let worker = Worker::via_with_sampler(via, storage, Sampler::AlwaysOff);
-            worker.run(|| tell(&worker, told, "completed", false));
+            worker.run(|| set_status(&worker, given, "completed", false));
             assert_eq!(worker.names(), [""; 0]);
             assert_go_after(GRACE, &worker.storage, &clock);
         });
@@ -227,7 +227,7 @@ fn a_terminal_status_of_an_unsampled_span_counts() {
 }
 
 #[test]
-fn a_terminal_status_counts_on_a_span_that_learns_its_instance_late() {
+fn a_terminal_status_applies_on_a_span_whose_id_is_recorded_late() {
     type Tell = fn(&tracing::Span);
     let scenarios: [(&str, Tell); 3] = [
         ("the status first", |span| {
@@ -263,7 +263,7 @@ fn a_terminal_status_counts_on_a_span_that_learns_its_instance_late() {
 }
 
 #[test]
-fn a_status_is_what_it_prints() {
+fn a_status_is_its_formatted_value() {
     let spans: [fn() -> tracing::Span; 3] = [
         || info_span!("step", workflow.instance_id = ID, workflow.status = %"Completed"),
         || info_span!("step", workflow.instance_id = ID, workflow.status = ?"Completed"),
@@ -282,7 +282,7 @@ fn a_status_is_what_it_prints() {
 }
 
 #[test]
-fn any_other_status_leaves_an_instance_alone() {
+fn any_other_status_has_no_effect() {
     for status in [
         "running",
         "suspended",
@@ -292,10 +292,10 @@ fn any_other_status_leaves_an_instance_alone() {
         "completed!",
         "",
     ] {
-        for told in TOLD {
-            labelled(&format!("{status:?} told {told:?}"), || {
+        for given in STATUS_GIVEN {
+            labelled(&format!("{status:?} given {given:?}"), || {
                 for_each_worker_with_a_clock(|worker, clock| {
-                    tell(worker, told, status, false);
+                    set_status(worker, given, status, false);
                     assert_is_alive(&worker.storage, clock);
                 });
             });
@@ -304,7 +304,7 @@ fn any_other_status_leaves_an_instance_alone() {
 }
 
 #[test]
-fn a_status_that_is_no_text_leaves_an_instance_alone() {
+fn a_status_that_is_not_text_has_no_effect() {
     for_each_worker_with_a_clock(|worker, clock| {
         info_span!("step", workflow.instance_id = ID, workflow.status = true).in_scope(|| {});
         info_span!("step", workflow.instance_id = ID, workflow.status = 0).in_scope(|| {});
@@ -322,7 +322,7 @@ fn a_status_that_is_no_text_leaves_an_instance_alone() {
 }
 
 #[test]
-fn a_terminal_status_that_is_not_the_instances_own_leaves_it_alone() {
+fn a_terminal_status_of_another_instance_has_no_effect() {
     let (storage, clock) = clocked(|builder| builder);
     let worker = Worker::with_storage(storage);
     worker.run(|| {
@@ -347,7 +347,7 @@ fn a_terminal_status_that_is_not_the_instances_own_leaves_it_alone() {
 fn late_spans_find_their_trace_and_do_not_extend_the_grace() {
     for_each_worker_with_a_clock(|worker, clock| {
         complete(worker);
-        let recorded = worker.span("teller").span_context;
+        let recorded = worker.span("reporter").span_context;
         clock.advance(GRACE / 2);
         step(worker, "late");
         clock.advance(GRACE / 2 - SLACK);
@@ -370,13 +370,13 @@ fn a_second_terminal_status_does_not_extend_the_grace() {
     for_each_worker_with_a_clock(|worker, clock| {
         complete(worker);
         clock.advance(GRACE / 2);
-        tell(worker, Told::AtItsCreation, "failed", false);
+        set_status(worker, StatusGiven::AtItsCreation, "failed", false);
         assert_go_after(GRACE / 2, &worker.storage, clock);
     });
 }
 
 #[test]
-fn a_new_run_of_a_completed_instance_is_alive_and_late_spans_of_the_old_one_do_not_complete_it() {
+fn a_new_run_of_a_completed_instance_is_active_and_late_spans_of_the_old_one_do_not_complete_it() {
     for_each_worker_with_a_clock(|worker, clock| {
         let of_run = |run: &str, status: Option<&str>| match worker.made_via() {
             Via::Api => {
@@ -408,7 +408,7 @@ fn a_new_run_of_a_completed_instance_is_alive_and_late_spans_of_the_old_one_do_n
 }
 
 #[test]
-fn a_completed_instance_that_is_stored_again_is_alive() {
+fn a_completed_instance_that_is_stored_again_is_active() {
     for_each_worker_with_a_clock(|worker, clock| {
         complete(worker);
         worker.storage.store(ID, context(1)).unwrap();
@@ -428,15 +428,15 @@ fn completed_grace_is_a_setting() {
 
 #[test]
 fn without_a_grace_a_completed_instance_is_forgotten_at_once() {
-    for (told, via) in TOLD
+    for (given, via) in STATUS_GIVEN
         .into_iter()
-        .flat_map(|told| VIAS.map(|via| (told, via)))
+        .flat_map(|given| VIAS.map(|via| (given, via)))
     {
-        labelled(&format!("it told {told:?} via {via:?}"), || {
+        labelled(&format!("status given {given:?} via {via:?}"), || {
             let (storage, _clock) = clocked(|builder| builder.completed_grace(Duration::ZERO));
             let worker = Worker::via(via, storage);
             worker.run(|| {
-                tell(&worker, told, "completed", false);
+                set_status(&worker, given, "completed", false);
                 assert_eq!(worker.storage.get(ID).unwrap(), None);
                 assert_eq!(worker.storage.stats().expired, 1);
                 step(&worker, "again");
@@ -447,7 +447,7 @@ fn without_a_grace_a_completed_instance_is_forgotten_at_once() {
 }
 
 #[test]
-fn cleanup_removes_a_completed_instance_at_once_and_what_comes_then_is_a_new_run() {
+fn cleanup_removes_a_completed_instance_at_once_and_later_spans_start_anew() {
     for_each_worker_with_a_clock(|worker, clock| {
         complete(worker);
         assert!(worker.storage.cleanup(ID).unwrap());
@@ -456,7 +456,7 @@ fn cleanup_removes_a_completed_instance_at_once_and_what_comes_then_is_a_new_run
 
         step(worker, "again");
         assert_root(&worker.span("again"));
-        assert_ne!(worker.trace_of("again"), worker.trace_of("teller"));
+        assert_ne!(worker.trace_of("again"), worker.trace_of("reporter"));
         assert_is_alive(&worker.storage, clock);
     });
 }
@@ -464,7 +464,7 @@ fn cleanup_removes_a_completed_instance_at_once_and_what_comes_then_is_a_new_run
 // Idle instances.
 
 #[test]
-fn an_instance_goes_when_it_was_not_used_for_idle_ttl() {
+fn an_instance_expires_when_unused_for_idle_ttl() {
     for_each_worker_with_a_clock(|worker, clock| {
         step(worker, "recorded");
         assert_go_after(TTL, &worker.storage, clock);
@@ -478,7 +478,7 @@ fn an_instance_goes_when_it_was_not_used_for_idle_ttl() {
 }
 
 #[test]
-fn spans_and_calls_alike_are_uses() {
+fn spans_and_calls_both_count_as_use() {
     for_each_worker_with_a_clock(|worker, clock| {
         let storage = &worker.storage;
         let uses: [(&str, &dyn Fn()); 5] = [
@@ -505,7 +505,7 @@ fn spans_and_calls_alike_are_uses() {
 }
 
 #[test]
-fn looking_at_what_is_stored_is_no_use() {
+fn inspecting_a_storage_does_not_count_as_use() {
     let (storage, clock) = clocked(|builder| builder);
     storage.store(ID, context(1)).unwrap();
     clock.advance(TTL - SLACK);
@@ -518,7 +518,7 @@ fn looking_at_what_is_stored_is_no_use() {
 }
 
 #[test]
-fn what_is_over_is_neither_found_nor_removed_nor_replaced_before_anybody_swept_it() {
+fn an_expired_instance_is_gone_for_every_call_before_it_is_swept() {
     let over = || {
         let (storage, clock) = clocked(|builder| builder);
         storage.store(ID, context(1)).unwrap();
@@ -554,7 +554,7 @@ fn idle_ttl_is_a_setting() {
 }
 
 #[test]
-fn times_that_never_come_keep_everything() {
+fn unreachable_expiry_times_keep_everything() {
     let never = Duration::MAX;
     let (storage, clock) = clocked(|builder| builder.idle_ttl(never).completed_grace(never));
     let worker = Worker::with_storage(storage);
@@ -580,7 +580,7 @@ fn a_process_that_runs_for_years_still_finds_what_it_stores() {
 // Too many instances.
 
 #[test]
-fn up_to_sixteen_instances_the_least_recently_used_goes() {
+fn up_to_sixteen_instances_eviction_is_exactly_least_recently_used() {
     for max in 1..=16 {
         let (storage, clock) = clocked(|builder| builder.max_instances(max));
         // Least recently used first.
@@ -611,7 +611,7 @@ fn up_to_sixteen_instances_the_least_recently_used_goes() {
 }
 
 #[test]
-fn what_is_completed_goes_before_what_is_expired_and_that_before_what_was_used() {
+fn completed_instances_are_evicted_first_then_expired_ones_then_the_least_recently_used() {
     let (storage, clock) = clocked(|builder| builder.max_instances(3).idle_ttl(HOUR));
     let worker = Worker::with_storage(storage);
     let storage = &worker.storage;
@@ -633,7 +633,7 @@ fn what_is_completed_goes_before_what_is_expired_and_that_before_what_was_used()
 }
 
 #[test]
-fn of_one_instance_at_most_the_last_one_is_kept() {
+fn with_a_limit_of_one_the_latest_instance_is_kept() {
     let one = || {
         built(
             WorkflowContextStorage::builder()
@@ -672,9 +672,9 @@ fn spans_within_one_of_an_evicted_instance_stay_in_its_trace() {
     });
 }
 
-/// How old the evicted ones are among all: from 0 for the least recently used to 1 for the one just used.
+/// The rank of evicted instances among all: from 0 for the least recently used to 1 for the most recently used.
 #[test]
-fn of_many_instances_nearly_the_least_recently_used_go() {
+fn with_many_instances_eviction_is_nearly_least_recently_used() {
     const MAX: usize = 10_000;
     const ALL: usize = 2 * MAX;
     const BATCH: usize = 100;
@@ -724,7 +724,7 @@ fn of_many_instances_nearly_the_least_recently_used_go() {
 }
 
 #[test]
-fn however_many_threads_insert_no_more_than_max_instances_stay() {
+fn concurrent_inserts_do_not_exceed_max_instances() {
     const THREADS: usize = 8;
     const EACH: usize = 2_000;
     for max in [1, 10, 1_000] {
@@ -752,15 +752,15 @@ fn however_many_threads_insert_no_more_than_max_instances_stay() {
     }
 }
 
-// The ids of what is stored.
+// Iteration over ids.
 
 #[test]
-fn ids_that_stay_are_shown_while_others_come_and_go() {
+fn ids_that_stay_are_listed_while_others_come_and_go() {
     const STAYING: usize = 100_000;
     let storage = built(WorkflowContextStorage::builder().clock(ManualClock::new()));
     let staying: HashSet<_> = (0..STAYING).map(|id| format!("staying {id}")).collect();
     let passing: Vec<_> = (0..10_000).map(|id| format!("passing {id}")).collect();
-    // Mixed, so that the places of those that go are all over.
+    // Shuffled, so that removed entries are spread over the table.
     let mut passing_by = passing.iter();
     for (nth, id) in staying.iter().enumerate() {
         storage.store(id, context(1)).unwrap();
@@ -800,7 +800,7 @@ fn ids_that_stay_are_shown_while_others_come_and_go() {
 }
 
 #[test]
-fn each_id_is_shown_once_while_nothing_changes() {
+fn each_id_is_listed_once_while_nothing_changes() {
     let storage = built(WorkflowContextStorage::builder().clock(ManualClock::new()));
     let ids: BTreeSet<_> = (0..10_000).map(|id: u32| id.to_string()).collect();
     ids.iter()
@@ -810,7 +810,7 @@ fn each_id_is_shown_once_while_nothing_changes() {
 }
 
 #[test]
-fn whoever_walks_through_the_ids_may_use_the_storage_meanwhile() {
+fn the_storage_can_be_used_while_iterating_ids() {
     let storage = built(WorkflowContextStorage::builder().clock(ManualClock::new()));
     let ids: HashSet<_> = (0..2_000).map(|id: u32| id.to_string()).collect();
     ids.iter()
@@ -871,7 +871,7 @@ fn one_thread_ticks_for_all_storages_while_there_is_one() {
     }
 }
 
-/// `None` where the operating system does not tell.
+/// `None` where the operating system does not say.
 fn ticking_threads() -> Option<usize> {
     let tasks = std::fs::read_dir("/proc/self/task").ok()?.flatten();
     let names = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok());

@@ -17,7 +17,7 @@ use tracing_workflow_context::{
     BackendError, Record, Stats, StorageBackend, WorkflowContextStorage, Write,
 };
 
-/// What is documented, and the counter that each time series reads.
+/// The documented instruments, and the counter that each time series reads.
 const INSTRUMENTS: [(&str, Kind, &str, &[Series]); 14] = [
     (
         COUNT,
@@ -147,7 +147,7 @@ fn every_counter_is_reported_by_the_documented_instrument() {
     assert!(collected.is_empty(), "undocumented: {collected:?}");
 }
 
-/// Else a counter that is reported in the place of another would not be noticed, nor one that is missing.
+/// Asserts that every counter has a different, nonzero value; otherwise a swapped or missing one would go unnoticed.
 fn assert_are_all_and_differ(stats: &Stats) {
     let series: Vec<_> = INSTRUMENTS
         .iter()
@@ -164,7 +164,7 @@ fn assert_are_all_and_differ(stats: &Stats) {
 }
 
 #[test]
-fn what_is_reported_are_the_counters_at_the_time_of_the_collection() {
+fn counters_are_read_at_the_time_of_collection() {
     let metrics = Metrics::new();
     let storage = WorkflowContextStorage::new();
     storage.register_metrics(&metrics.meter());
@@ -187,7 +187,7 @@ fn what_is_reported_are_the_counters_at_the_time_of_the_collection() {
 }
 
 #[test]
-fn a_storage_is_not_kept_alive_and_reports_nothing_when_it_is_gone() {
+fn a_storage_is_not_kept_alive_and_a_dropped_one_reports_nothing() {
     let metrics = Metrics::new();
     let storage = WorkflowContextStorage::new();
     storage.register_metrics(&metrics.meter());
@@ -205,7 +205,7 @@ fn a_storage_is_not_kept_alive_and_reports_nothing_when_it_is_gone() {
 }
 
 #[test]
-fn registering_again_doubles_nothing() {
+fn registering_again_does_not_double_the_counters() {
     let metrics = Metrics::new();
     let storage = WorkflowContextStorage::new();
     storage.store("a", context(8)).unwrap();
@@ -216,7 +216,7 @@ fn registering_again_doubles_nothing() {
 }
 
 #[test]
-fn the_meter_given_last_is_the_one_that_is_reported_to() {
+fn counters_are_reported_to_the_latest_meter() {
     let [first, second] = [Metrics::new(), Metrics::new()];
     let storage = WorkflowContextStorage::new();
     storage.register_metrics(&first.meter());
@@ -226,7 +226,7 @@ fn the_meter_given_last_is_the_one_that_is_reported_to() {
     assert_eq!(second.values(COUNT), [0]);
 }
 
-/// What was collected for one metric.
+/// The collected data of one metric.
 #[derive(Debug)]
 struct Reported {
     name: String,
@@ -276,7 +276,7 @@ fn read<T: Copy + Debug + TryInto<u64, Error: Debug>>(
     (kind, values.collect())
 }
 
-/// A meter provider of the SDK that is read when it is asked to be.
+/// A meter provider of the SDK with a manual reader.
 struct Metrics {
     provider: SdkMeterProvider,
     exporter: InMemoryMetricExporter,
@@ -310,7 +310,7 @@ impl Metrics {
             .collect()
     }
 
-    /// All values that are reported under that name.
+    /// Returns all values that are reported under that name.
     fn values(&self, name: &str) -> Vec<u64> {
         let named = self
             .collect()
@@ -322,7 +322,7 @@ impl Metrics {
     }
 }
 
-/// A worker to which everything that is counted has happened, each thing another number of times.
+/// A worker on which everything that is counted has happened, each a different number of times.
 struct Busy {
     worker: Worker,
     backend: Arc<TroubledBackend>,
@@ -386,7 +386,7 @@ impl Busy {
         (0..9).for_each(store);
         clock.advance(2 * HOUR);
         assert_eq!(storage.stats().expired, 9);
-        // The backend takes no write, and too many wait.
+        // The backend accepts no write, and the queue overflows.
         let mut ids = 0..;
         while storage.stats().dropped_writes < 50 {
             ids.by_ref().take(100).for_each(store);
@@ -407,10 +407,10 @@ impl Drop for Busy {
     }
 }
 
-/// Is not answered.
+/// The key whose lookup times out.
 const UNANSWERED: &str = "unanswered";
 
-/// Takes no write until it is released, and fails a few times.
+/// A backend that blocks writes until it is released, and fails a few times.
 #[derive(Debug, Default)]
 struct TroubledBackend {
     lookups: AtomicU64,
@@ -443,7 +443,7 @@ impl StorageBackend for Shared {
         if key == UNANSWERED {
             self.0.wait_for_release();
         }
-        // Never two in a row, after which it would not be asked any more.
+        // Never two in a row, which would open the circuit.
         match self.0.lookups.fetch_add(1, Ordering::Relaxed) {
             lookup if lookup < 16 && lookup % 2 == 0 => Err(BackendError::new("in trouble", None)),
             _ => Ok(None),

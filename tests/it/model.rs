@@ -1,7 +1,7 @@
-//! Random sequences of what spans go through on three threads, against a model of what is promised.
+//! Random sequences of span operations on three threads, compared with a model of the documented behaviour.
 //!
-//! The threads run in lock step, so that a seed stands for one interleaving. The model knows nothing of how the
-//! layer works: when a span starts, what becomes of it then, and which one is current, as the documentation says.
+//! The threads run in lock step, so that a seed determines the interleaving. The model is independent of the layer's
+//! implementation: it says when a span starts, where it is placed, and which span is current.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -27,7 +27,7 @@ const INSTANCES: [&str; 3] = ["order 1", "order 2", "order 3"];
 const ID: &str = "workflow.instance_id";
 
 #[test]
-fn what_is_exported_is_what_the_model_says() {
+fn exported_spans_match_the_model() {
     for seed in 0..SEQUENCES {
         let worker = worker(true);
         Sequence::perform(seed, &worker, Model::new(true), &[]).compare();
@@ -35,7 +35,7 @@ fn what_is_exported_is_what_the_model_says() {
 }
 
 #[test]
-fn what_is_exported_without_activation_is_what_the_model_says() {
+fn exported_spans_match_the_model_without_activation() {
     for seed in 0..SEQUENCES {
         let worker = worker(false);
         Sequence::perform(seed, &worker, Model::new(false), &LEARN_ACTIVATION).compare();
@@ -44,7 +44,7 @@ fn what_is_exported_without_activation_is_what_the_model_says() {
 
 /// Before its first span a layer does not know that entering starts nothing, and may still start spans early.
 #[test]
-fn a_new_layer_without_activation_neither_loses_nor_tears_apart_anything() {
+fn a_new_layer_without_activation_neither_loses_nor_separates_spans() {
     for seed in 0..SEQUENCES / 2 {
         let worker = worker(false);
         Sequence::perform(seed, &worker, Model::new(false), &[]).compare_roughly();
@@ -93,7 +93,7 @@ enum Step {
     Panic(usize),
 }
 
-/// Has the layer see that entering starts nothing.
+/// Shows the layer that entering a span does not start it.
 const LEARN_ACTIVATION: [Step; 4] = [
     Step::New(0, Kind::Tagged("first"), ParentOf::None),
     Step::Enter(0),
@@ -101,12 +101,12 @@ const LEARN_ACTIVATION: [Step; 4] = [
     Step::Drop(0),
 ];
 
-// The threads that do it.
+// Execution.
 
-/// The spans whose handle was not dropped yet.
+/// The spans whose handle has not been dropped yet.
 type Handles = Mutex<Vec<Option<Span>>>;
 
-/// Takes steps until there are no more, and tells after each which span is current. At the end none may be.
+/// Performs all steps, and reports the current span after each. At the end there must be none.
 fn perform(worker: &Worker, handles: &Handles, steps: Receiver<Step>, current: Sender<SpanId>) {
     worker.run(|| {
         let mut entered = Vec::new();
@@ -181,7 +181,7 @@ fn open(number: Number, kind: Kind, parent: Option<Option<tracing::Id>>) -> Span
 
 // The model.
 
-/// What is promised, for one layer in one activation mode.
+/// The expected state of one layer in one activation mode.
 struct Model {
     activation: bool,
     spans: Vec<Modelled>,
@@ -230,7 +230,7 @@ enum Origin {
 
 struct Entering {
     span: Number,
-    /// Nobody outside of the layer has noticed it.
+    /// Not visible outside the layer yet.
     held: bool,
     /// Tracing does not take an inner entering of the same span for a change of the current span.
     again: bool,
@@ -481,7 +481,7 @@ fn instance(random: &mut Random) -> &'static str {
     INSTANCES[random.below(INSTANCES.len())]
 }
 
-/// What was done, and what to say of it should it fail.
+/// The steps so far, to be printed on failure.
 struct Sequence<'a> {
     seed: u64,
     worker: &'a Worker,
@@ -543,7 +543,7 @@ impl<'a> Sequence<'a> {
         sequence
     }
 
-    /// What the thread might do next; often there is nothing to do it with.
+    /// Returns a random next step of the thread, or `None` if there is no span for it.
     fn next(&mut self, thread: usize) -> Option<Step> {
         let open: Vec<_> = self.open().collect();
         let entered: Vec<_> = self.model.entered[thread].iter().map(|e| e.span).collect();
@@ -588,7 +588,7 @@ impl<'a> Sequence<'a> {
         })
     }
 
-    /// Leaves and drops what is left, in any order.
+    /// Exits and drops the remaining spans in random order.
     fn clear_up(&mut self) -> Option<(usize, Step)> {
         let open: Vec<_> = self.open().collect();
         let entered: Vec<_> = (0..THREADS)
@@ -626,7 +626,7 @@ impl<'a> Sequence<'a> {
         span.kind == Kind::Awaiting && span.id.is_none()
     }
 
-    /// Every span once.
+    /// Returns the exported spans, and asserts that each was exported once.
     fn exported(&self) -> BTreeMap<Number, SpanData> {
         let mut exported = BTreeMap::new();
         for span in self.worker.spans() {
@@ -643,7 +643,7 @@ impl<'a> Sequence<'a> {
         exported
     }
 
-    /// Every span has its parent, and every span of an instance is in its trace or linked to that.
+    /// Asserts that every span has the expected parent and links.
     fn compare_roughly(&self) {
         self.worker.forest().assert_no_orphans();
         for (n, span) in self.exported() {
@@ -758,7 +758,7 @@ impl<'a> Sequence<'a> {
     }
 }
 
-/// Enough to follow the sequence by hand.
+/// Prints enough to reproduce the sequence by hand.
 impl fmt::Display for Sequence<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let activation = self.model.activation;

@@ -1,4 +1,4 @@
-//! Every relation is continued as the setting says, and settings that cannot be are refused with a sentence.
+//! Every relation is continued as configured, and invalid settings are refused with an explanation.
 
 use std::time::Duration;
 
@@ -36,7 +36,7 @@ const CONTINUATIONS: [Continuation; 6] = [
 ];
 
 #[test]
-fn whether_an_instance_is_continued_by_parent_or_by_link_is_a_setting_for_each_relation() {
+fn each_relation_is_continued_as_configured() {
     for (relation, _) in RELATIONS {
         for continuation in CONTINUATIONS {
             let builder = || builder_for(relation).relation(relation, continuation);
@@ -49,13 +49,13 @@ fn whether_an_instance_is_continued_by_parent_or_by_link_is_a_setting_for_each_r
 }
 
 #[test]
-fn without_a_setting_each_relation_is_continued_as_the_table_of_defaults_says() {
+fn each_relation_is_continued_by_default_as_the_table_says() {
     for (relation, continuation) in RELATIONS {
         assert_continued(relation, continuation, || builder_for(relation));
     }
 }
 
-/// What the span under test would be the child of, were it not for this crate.
+/// The parent that the span under test would have without this crate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Natural {
     None,
@@ -122,7 +122,7 @@ struct Facts {
     subject: SpanContext,
 }
 
-/// Opens one span of that relation and with that natural parent, called `subject`.
+/// Opens a span named `subject` in that relation, with that natural parent.
 fn enact(worker: &Worker, relation: Relation, natural: Natural) -> Facts {
     enact_beside(worker, relation, natural, store(worker, relation))
 }
@@ -166,7 +166,7 @@ fn enact_beside(worker: &Worker, relation: Relation, natural: Natural, stored: S
     }
 }
 
-/// What there is to be related to: the span, where one is still open, and its context.
+/// The stored context, and its span if that is still open.
 struct Stored {
     first: Option<Opened>,
     context: SpanContext,
@@ -196,7 +196,7 @@ fn store(worker: &Worker, relation: Relation) -> Stored {
     }
 }
 
-/// Stores what another process recorded.
+/// Stores a context as if another process had recorded it.
 fn store_from_elsewhere(worker: &Worker, flags: &str) -> Stored {
     let traceparent = format!("00-{:032x}-{:016x}-{flags}", 0xa0, 0xa1);
     let context = WorkflowContext::parse(&traceparent, "").expect("a valid traceparent");
@@ -282,7 +282,7 @@ fn expect(worker: &Worker, relation: Relation, continuation: Continuation, facts
 }
 
 #[test]
-fn a_span_that_fits_several_relations_falls_into_the_first_row_of_the_table() {
+fn a_span_that_fits_several_relations_takes_the_first_row_of_the_table() {
     let every_relation_tells_itself_by_a_link = || {
         let builder = WorkflowContextStorage::builder().max_spans(2);
         let relations = RELATIONS.into_iter();
@@ -375,7 +375,7 @@ fn a_span_that_fits_several_relations_falls_into_the_first_row_of_the_table() {
 }
 
 #[test]
-fn an_id_that_comes_late_inside_the_stored_trace_needs_no_link() {
+fn a_late_id_inside_the_stored_trace_needs_no_link() {
     for_each_worker(WorkflowContextStorage::new, |worker| {
         worker.within("stored", Tags::instance(ID), || {
             open_subject(worker, Relation::Late)
@@ -388,7 +388,7 @@ fn an_id_that_comes_late_inside_the_stored_trace_needs_no_link() {
 }
 
 #[test]
-fn a_context_from_another_process_is_resumed_once_and_continued_as_our_own_from_then_on() {
+fn a_context_from_another_process_is_resumed_once_and_continued_as_local_afterwards() {
     for_each_worker(WorkflowContextStorage::new, |worker| {
         let stored = store_from_elsewhere(worker, "01");
         worker.within("poll", UNTAGGED, || {
@@ -426,7 +426,7 @@ fn a_context_from_another_process_is_resumed_once_and_continued_as_our_own_from_
 
 // Sampling.
 
-/// The relations in which something begins anew.
+/// The relations that can start a new trace.
 const RESAMPLED: [Relation; 3] = [Relation::Resumed, Relation::NewRun, Relation::Expired];
 
 /// Stores a context with that sampled flag, and opens a span while the sampler takes what it decides anew on, or not.
@@ -448,25 +448,23 @@ fn enact_sampled(
     enact_beside(worker, relation, natural, stored)
 }
 
-/// Runs a test with a sampler that heeds the parent and else does as it is told.
+/// Runs a test with a parent-based sampler whose decision for roots is a switch.
 fn for_each_worker_with_a_switch(
     make: impl Fn() -> WorkflowContextStorageBuilder,
     test: impl Fn(&Worker, &Switch),
 ) {
-    for via in VIAS {
-        labelled(&format!("spans made via {via:?}"), || {
-            let switch = Switch::default();
-            let sampler = Sampler::ParentBased(Box::new(switch.clone()));
-            let worker =
-                Worker::via_with_sampler(via, make().build().expect("valid settings"), sampler);
-            worker.run(|| test(&worker, &switch));
-        });
-    }
+    for_each_via(|via| {
+        let switch = Switch::default();
+        let sampler = Sampler::ParentBased(Box::new(switch.clone()));
+        let worker =
+            Worker::via_with_sampler(via, make().build().expect("valid settings"), sampler);
+        worker.run(|| test(&worker, &switch));
+    });
 }
 
 #[test]
-fn an_instance_whose_root_was_not_sampled_costs_no_export_and_stays_whole() {
-    // A span whose id comes late was decided on before.
+fn an_instance_with_an_unsampled_root_is_never_exported_and_stays_in_one_trace() {
+    // A span whose id is recorded late was sampled before.
     let relations = RELATIONS
         .into_iter()
         .filter(|(relation, _)| *relation != Relation::Late);
@@ -498,7 +496,7 @@ fn an_instance_whose_root_was_not_sampled_costs_no_export_and_stays_whole() {
 }
 
 #[test]
-fn where_a_relation_is_resampled_a_new_trace_takes_a_fresh_decision() {
+fn a_resampled_relation_takes_a_new_sampling_decision_for_a_new_trace() {
     for relation in RESAMPLED {
         for flags @ [_, is_taken] in [[false, true], [true, false], [true, true], [false, false]] {
             for natural in [Natural::None, Natural::Local, Natural::Remote] {
@@ -540,7 +538,7 @@ fn where_a_relation_is_resampled_a_new_trace_takes_a_fresh_decision() {
 }
 
 #[test]
-fn a_relation_in_which_nothing_begins_anew_cannot_be_resampled() {
+fn a_relation_that_starts_no_trace_cannot_be_resampled() {
     for (relation, _) in RELATIONS {
         match WorkflowContextStorage::builder()
             .resample_on(relation)
@@ -561,7 +559,7 @@ fn a_relation_in_which_nothing_begins_anew_cannot_be_resampled() {
 // Settings.
 
 #[test]
-fn the_last_setting_of_a_relation_counts() {
+fn the_last_setting_of_a_relation_is_used() {
     let make = || {
         let builder = WorkflowContextStorage::builder();
         let builder = builder.relation(Relation::Late, Continuation::NewRoot);
@@ -577,7 +575,7 @@ fn the_last_setting_of_a_relation_counts() {
 }
 
 #[test]
-fn settings_that_cannot_be_are_refused_with_a_sentence() {
+fn invalid_settings_are_refused_with_an_explanation() {
     let builder = WorkflowContextStorage::builder;
     let refused = [
         (
@@ -618,7 +616,7 @@ fn settings_that_cannot_be_are_refused_with_a_sentence() {
 }
 
 #[test]
-fn the_least_settings_that_can_be_are_taken() {
+fn minimal_valid_settings_are_accepted() {
     let builder = WorkflowContextStorage::builder()
         .instance_id_fields(["i"])
         .adopt_spans(["e"])

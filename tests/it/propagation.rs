@@ -1,6 +1,6 @@
-//! What goes out in headers is W3C Trace Context level 2, and what comes in is read by the letter of it.
+//! Outgoing headers follow W3C Trace Context level 2, and incoming ones are parsed strictly by it.
 //!
-//! Three opinions are heard: the specification, as tables of its rules; the vectors of its own test suite
+//! The crate is compared with three references: the specification, as tables of its rules; the vectors of its own test suite
 //! (<https://github.com/w3c/trace-context/tree/main/test>); and the OpenTelemetry SDK's propagator, wherever that one
 //! goes by the rules. Where it does not, [`SDK_READS`] and the tests beside it name the case.
 
@@ -27,7 +27,7 @@ const SENT: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
 
 // traceparent: the rules
 
-/// What is read, and what is written for it then.
+/// Valid traceparents, and how each is written again.
 #[rustfmt::skip]
 const READ: [(&str, &str); 17] = [
     (SENT, SENT),
@@ -53,7 +53,7 @@ const READ: [(&str, &str); 17] = [
     ("\t \t01-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01 \t ", SENT),
 ];
 
-/// What is refused, and why.
+/// Invalid traceparents, and the error for each.
 #[rustfmt::skip]
 const REFUSED: [(&str, ParseContextError); 34] = [
     ("", ParseContextError::Length),
@@ -96,26 +96,32 @@ const REFUSED: [(&str, ParseContextError); 34] = [
 ];
 
 #[test]
-fn a_traceparent_by_the_rules_is_read() {
+fn a_valid_traceparent_is_parsed() {
     for (value, written) in READ {
         let cx =
             WorkflowContext::parse(value, "").unwrap_or_else(|error| panic!("{value:?}: {error}"));
         assert_eq!(cx.traceparent(), written, "{value:?}");
         assert_eq!(cx.is_sampled(), written.ends_with(['1', '3']), "{value:?}");
-        assert!(by_the_book(value), "the test's own reading of {value:?}");
+        assert!(
+            is_valid_by_specification(value),
+            "the test's own reading of {value:?}"
+        );
     }
 }
 
 #[test]
-fn a_traceparent_against_the_rules_is_refused() {
+fn an_invalid_traceparent_is_refused() {
     for (value, why) in REFUSED {
         assert_eq!(WorkflowContext::parse(value, "a=1"), Err(why), "{value:?}");
-        assert!(!by_the_book(value), "the test's own reading of {value:?}");
+        assert!(
+            !is_valid_by_specification(value),
+            "the test's own reading of {value:?}"
+        );
     }
 }
 
 #[test]
-fn what_was_read_can_be_asked_for() {
+fn a_parsed_context_has_accessors() {
     let before = SystemTime::now();
     let cx = WorkflowContext::parse(SENT, "rojo=00f067aa0ba902b7,congo=t61rcWkgMzE").unwrap();
     assert_eq!(cx.trace_id(), TraceId::from_hex(TRACE).unwrap());
@@ -127,7 +133,7 @@ fn what_was_read_can_be_asked_for() {
 }
 
 #[test]
-fn debug_and_errors_print_ids_as_everybody_does_and_never_the_input() {
+fn debug_and_errors_show_ids_in_hex_and_never_the_input() {
     let cx = WorkflowContext::parse(SENT, "a=1").unwrap();
     let printed = format!("{cx:?}");
     assert!(
@@ -147,7 +153,7 @@ fn debug_and_errors_print_ids_as_everybody_does_and_never_the_input() {
 // tracestate: the rules
 
 #[test]
-fn a_tracestate_by_the_rules_is_kept() {
+fn a_valid_tracestate_is_kept() {
     let longest = format!("{}={}", "k".repeat(256), "v".repeat(256));
     let most = numbered(32);
     // `,` and `=` aside, every printable character; the space not at the end.
@@ -208,7 +214,7 @@ fn a_bad_tracestate_is_dropped_as_a_whole_and_never_costs_the_trace() {
 }
 
 #[test]
-fn empty_members_are_no_members() {
+fn empty_members_are_ignored() {
     let spread = numbered(32).replace(',', ", ,,");
     let cx = WorkflowContext::parse(SENT, &spread).unwrap();
     assert_eq!(cx.tracestate(), numbered(32));
@@ -216,11 +222,11 @@ fn empty_members_are_no_members() {
 
 // The suite of the W3C
 
-/// What the suite expects of a service that was sent the headers.
+/// The reaction that the suite expects to the headers.
 enum Expected {
-    /// It goes on with the trace and sends this tracestate.
+    /// The service continues the trace with this tracestate.
     Continued(&'static str),
-    /// It starts a trace of its own.
+    /// The service starts a new trace.
     Restarted,
 }
 
@@ -228,7 +234,7 @@ enum Expected {
 type Vector<'a> = (&'a str, &'a [(&'a str, &'a str)], Expected);
 
 #[test]
-fn the_vectors_of_the_w3c_pass() {
+fn the_w3c_test_vectors_pass() {
     use Expected::{Continued, Restarted};
     const T: &str = "traceparent";
     const S: &str = "tracestate";
@@ -333,7 +339,7 @@ fn the_vectors_of_the_w3c_pass() {
         }
     }
 
-    // What does not fit into a constant.
+    // Vectors that do not fit into a constant.
     let joined = |values: &[&str]| {
         let mut headers = Headers::new(&[(T, P)]);
         headers.0.extend(
@@ -360,7 +366,7 @@ fn the_vectors_of_the_w3c_pass() {
 // Carriers
 
 #[test]
-fn a_map_carries_a_context_over() {
+fn a_context_round_trips_through_a_map() {
     for state in ["", "a=1,b=2"] {
         let cx = WorkflowContext::parse(SENT, state).unwrap();
         let mut headers = HashMap::<String, String>::new();
@@ -375,7 +381,7 @@ fn a_map_carries_a_context_over() {
 }
 
 #[test]
-fn an_empty_carrier_has_no_context_and_two_traceparents_are_none_either() {
+fn an_empty_carrier_and_two_traceparents_are_errors() {
     let extract = |headers: &[(&str, &str)]| WorkflowContext::extract(&Headers::new(headers));
     assert_eq!(extract(&[]), Err(ParseContextError::Missing));
     assert_eq!(
@@ -395,7 +401,7 @@ fn an_empty_carrier_has_no_context_and_two_traceparents_are_none_either() {
 }
 
 #[test]
-fn several_tracestates_are_one_list() {
+fn several_tracestates_are_joined() {
     let extract = |states: &[&str]| {
         let mut headers = Headers::new(&[("traceparent", SENT)]);
         headers.0.extend(
@@ -438,7 +444,7 @@ fn a_span_context_converts_and_an_invalid_one_is_an_error() {
 }
 
 #[test]
-fn flags_and_tracestate_of_a_span_context_are_held_to_the_rules_too() {
+fn flags_and_tracestate_of_a_span_context_are_validated_too() {
     for (flags, written) in [
         (0x00, "00"),
         (0x01, "01"),
@@ -454,7 +460,7 @@ fn flags_and_tracestate_of_a_span_context_are_held_to_the_rules_too() {
             cx.traceparent()
         );
     }
-    // What OpenTelemetry lets into a tracestate and the specification does not.
+    // Members that OpenTelemetry accepts and the specification forbids.
     for member in [
         ("a", ""),
         ("", "1"),
@@ -473,7 +479,7 @@ fn flags_and_tracestate_of_a_span_context_are_held_to_the_rules_too() {
 }
 
 #[test]
-fn to_otel_is_a_remote_parent_and_nothing_else() {
+fn to_otel_returns_only_a_remote_parent() {
     let cx = WorkflowContext::parse(
         "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-03",
         "a=1",
@@ -492,7 +498,7 @@ fn to_otel_is_a_remote_parent_and_nothing_else() {
 }
 
 #[test]
-fn to_otel_is_taken_as_a_parent() {
+fn to_otel_can_be_used_as_a_parent() {
     let cx = WorkflowContext::parse(SENT, "a=1").unwrap();
     in_spans_of(Sampler::ParentBased(Box::new(Sampler::AlwaysOff)), || {
         let span = tracing::info_span!("child");
@@ -508,7 +514,7 @@ fn to_otel_is_taken_as_a_parent() {
 // The current span
 
 #[test]
-fn nothing_is_current_where_nothing_runs() {
+fn without_a_span_there_is_no_current_context() {
     assert_eq!(WorkflowContext::current(), None);
     let _span = tracing::info_span!("nobody listens").entered();
     assert_eq!(WorkflowContext::current(), None);
@@ -541,7 +547,7 @@ fn a_span_made_through_the_opentelemetry_api_is_current() {
 }
 
 #[test]
-fn a_tracing_span_is_current_sampled_or_not() {
+fn a_tracing_span_is_current_whether_sampled_or_not() {
     for (sampler, sampled) in [(Sampler::AlwaysOn, true), (Sampler::AlwaysOff, false)] {
         in_spans_of(sampler, || {
             assert_eq!(WorkflowContext::current(), None);
@@ -561,7 +567,7 @@ fn a_tracing_span_is_current_sampled_or_not() {
 }
 
 #[test]
-fn a_tracing_span_comes_before_an_attached_context() {
+fn a_tracing_span_takes_precedence_over_an_attached_context() {
     in_spans_of(Sampler::AlwaysOn, || {
         let outer = tracing::info_span!("outer").entered();
         let _attached = WorkflowContext::parse(SENT, "").unwrap().to_otel().attach();
@@ -574,9 +580,9 @@ fn a_tracing_span_comes_before_an_attached_context() {
 }
 
 #[test]
-fn a_span_the_opentelemetry_layer_does_not_see_is_passed_over() {
+fn a_span_hidden_from_the_opentelemetry_layer_is_skipped() {
     let cx = WorkflowContext::parse(SENT, "").unwrap();
-    // Some layer wants it, so that it is there; the one that counts filters it out.
+    // Another layer enables the span, and a filter hides it from the OpenTelemetry layer.
     let layer = tracing_opentelemetry::layer().with_tracer(tracer(Sampler::AlwaysOn));
     let subscriber = tracing_subscriber::registry()
         .with(layer.with_filter(LevelFilter::INFO))
@@ -615,7 +621,7 @@ const SDK_READS: [&str; 13] = [
     "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01-",
     // A version in upper case.
     "CC-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
-    // Blanks that are none in HTTP.
+    // Characters that are not blanks in HTTP.
     "\n00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
     "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01\u{3000}",
 ];
@@ -631,7 +637,7 @@ const SDK_KEEPS: [(&str, &str); 6] = [
 ];
 
 #[test]
-fn where_the_sdk_is_laxer_the_specification_decides() {
+fn the_specification_is_followed_where_the_sdk_is_laxer() {
     for value in SDK_READS {
         assert!(
             sdk_extract(value, "").is_some(),
@@ -658,7 +664,7 @@ fn where_the_sdk_is_laxer_the_specification_decides() {
 }
 
 #[test]
-fn where_the_sdk_loses_something_nothing_is_lost() {
+fn nothing_is_lost_where_the_sdk_loses_something() {
     // The random flag of level 2.
     let random = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-03";
     assert_eq!(
@@ -722,7 +728,7 @@ proptest! {
     #[test]
     fn a_traceparent_is_read_exactly_when_it_goes_by_the_book(value in nearly_a_traceparent()) {
         let read = WorkflowContext::parse(&value, "");
-        prop_assert_eq!(read.is_ok(), by_the_book(&value), "{:?}", read);
+        prop_assert_eq!(read.is_ok(), is_valid_by_specification(&value), "{:?}", read);
         if let Ok(cx) = read {
             let sdk = sdk_extract(&value, "").expect("the SDK is never the stricter one");
             prop_assert_eq!(cx.trace_id(), sdk.trace_id());
@@ -741,7 +747,7 @@ proptest! {
 
     #[test]
     fn no_text_is_too_odd(parent in any::<String>(), state in any::<String>()) {
-        prop_assert_eq!(WorkflowContext::parse(&parent, &state).is_ok(), by_the_book(&parent));
+        prop_assert_eq!(WorkflowContext::parse(&parent, &state).is_ok(), is_valid_by_specification(&parent));
         let cx = WorkflowContext::parse(SENT, &state).unwrap();
         prop_assert!(cx.tracestate().is_ascii());
     }
@@ -750,7 +756,7 @@ proptest! {
 // Hostile input
 
 #[test]
-fn characters_of_any_width_in_any_place_are_refused() {
+fn multibyte_characters_are_refused_at_any_position() {
     for at in 0..SENT.len() {
         for wide in ["é", "\u{3000}", "𝟘", "\0", "\u{7f}", "\u{80}"] {
             // Once as long in characters, once in bytes.
@@ -769,7 +775,7 @@ fn characters_of_any_width_in_any_place_are_refused() {
 }
 
 #[test]
-fn size_is_no_weapon() {
+fn huge_headers_are_handled_in_bounded_time() {
     const HUGE: usize = 100_000_000;
     let started = Instant::now();
     for unit in ["0", "é", ",", "a=1,", SENT] {
@@ -778,13 +784,13 @@ fn size_is_no_weapon() {
         let cx = WorkflowContext::parse(SENT, &huge).unwrap();
         assert_eq!(cx.tracestate(), "", "{unit:?}");
     }
-    // What a later version may say behind its flags has no bound, and is not looked at.
+    // Data of a later version after the flags is unbounded, and not read.
     let future = format!("01{}-{}", &SENT[2..], "x".repeat(HUGE));
     assert_eq!(
         WorkflowContext::parse(&future, "").unwrap().traceparent(),
         SENT
     );
-    // Blanks have to be passed over one by one.
+    // Blanks are skipped one by one.
     let blank = " ".repeat(HUGE / 10);
     assert_eq!(
         WorkflowContext::parse(&blank, ""),
@@ -805,7 +811,7 @@ fn size_is_no_weapon() {
         WorkflowContext::extract(&many),
         Err(ParseContextError::Duplicate)
     );
-    // Nearly all of it goes into making the input.
+    // Most of the time is spent building the input.
     assert!(
         started.elapsed() < Duration::from_secs(60),
         "{:?}",
@@ -813,10 +819,10 @@ fn size_is_no_weapon() {
     );
 }
 
-// What the tests have in common
+// Helpers
 
-/// The traceparent rules once more, written as the specification words them, to hold the codec against.
-fn by_the_book(value: &str) -> bool {
+/// Returns whether a traceparent is valid, written as the specification words the rules.
+fn is_valid_by_specification(value: &str) -> bool {
     let hex = |text: &str, length| {
         text.len() == length && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
     };
@@ -834,7 +840,7 @@ fn by_the_book(value: &str) -> bool {
         && hex(flags, 2)
 }
 
-/// Equal but for the time, which is that of the reading.
+/// Returns whether the contexts are equal but for the time of recording.
 fn same(a: &WorkflowContext, b: &WorkflowContext) -> bool {
     let parts = |cx: &WorkflowContext| (cx.traceparent(), cx.tracestate(), cx.is_resumed());
     parts(a) == parts(b)

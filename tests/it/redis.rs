@@ -1,4 +1,4 @@
-//! One Redis server, many workers: they agree, whatever happens to the server.
+//! Workers that share one Redis server agree, whatever happens to the server.
 
 use std::error::Error as _;
 use std::time::{Duration, Instant, SystemTime};
@@ -40,8 +40,8 @@ fn claim(key: &str, record: &Record) -> Write {
     Write::PutIfAbsent(key.to_owned(), record.clone())
 }
 
-/// Each time beneath another prefix.
-fn keeps_the_contract(form: Form, connect: impl Fn() -> RedisBackend) {
+/// Runs the contract suite, with a new key prefix for each backend.
+fn assert_fulfils_the_contract(form: Form, connect: impl Fn() -> RedisBackend) {
     let numbers = std::cell::RefCell::new(0..);
     check_backend(|| {
         let number: u32 = numbers.borrow_mut().next().expect("endless");
@@ -51,10 +51,10 @@ fn keeps_the_contract(form: Form, connect: impl Fn() -> RedisBackend) {
 }
 
 #[test]
-fn redis_keeps_the_contract() {
+fn redis_fulfils_the_contract() {
     for form in [Form::Binary, Form::Json] {
         let server = RedisServer::start();
-        keeps_the_contract(form, || backend(&server));
+        assert_fulfils_the_contract(form, || backend(&server));
     }
 }
 
@@ -114,7 +114,7 @@ fn either_form_is_read_whichever_is_written() {
 }
 
 #[test]
-fn what_cannot_be_decoded_is_counted_and_missing_and_replaced() {
+fn undecodable_values_are_counted_and_replaced() {
     let server = RedisServer::start();
     let mut raw = raw(&server);
     let key = "workflow-context:{id}";
@@ -163,7 +163,7 @@ fn what_cannot_be_decoded_is_counted_and_missing_and_replaced() {
 }
 
 #[test]
-fn one_of_many_replaces_what_cannot_be_decoded() {
+fn one_of_many_writers_replaces_an_undecodable_value() {
     let server = RedisServer::start();
     let mut raw = raw(&server);
     for round in 0..20 {
@@ -195,7 +195,7 @@ fn one_of_many_replaces_what_cannot_be_decoded() {
 }
 
 #[test]
-fn a_value_that_somebody_wrote_without_expiry_is_read() {
+fn a_value_without_expiry_is_read() {
     let server = RedisServer::start();
     let backend = backend(&server);
     let value = format!(r#"{{"traceparent":"{PARENT}","tracestate":null,"resumed":false}}"#);
@@ -206,7 +206,7 @@ fn a_value_that_somebody_wrote_without_expiry_is_read() {
 }
 
 #[test]
-fn no_server_is_needed_to_connect() {
+fn connecting_needs_no_reachable_server() {
     let nobody = RedisBackend::connect("redis://127.0.0.1:1/").unwrap();
     let error = nobody.get("id").unwrap_err();
     assert!(error.to_string().contains("127.0.0.1:1"), "{error}");
@@ -229,7 +229,7 @@ fn no_server_is_needed_to_connect() {
 }
 
 #[test]
-fn a_connection_that_the_server_closed_is_replaced_unnoticed() {
+fn a_connection_closed_by_the_server_is_replaced() {
     let mut server = RedisServer::start();
     let backend = backend(&server);
     for _ in 0..3 {
@@ -265,7 +265,7 @@ fn no_call_waits_longer_than_its_timeouts() {
         let start = Instant::now();
         assert!(backend.write(&writes).is_err());
         assert!(backend.get("id").is_err());
-        // A thousand answers that each wait for the timeout would take 100 seconds.
+        // A thousand replies that each wait for the timeout would take 100 seconds.
         assert!(
             start.elapsed() < Duration::from_secs(20),
             "{:?}",
@@ -278,7 +278,7 @@ fn no_call_waits_longer_than_its_timeouts() {
     proxy.set_replies(Replies::Delay(Duration::from_millis(500)));
     refused(&spoiled);
 
-    // No single answer is late.
+    // No single reply is late.
     proxy.set_replies(Replies::Trickle);
     let start = Instant::now();
     assert!(spoiled.write(&writes).is_err());
@@ -290,7 +290,7 @@ fn no_call_waits_longer_than_its_timeouts() {
 }
 
 #[test]
-fn no_answer_makes_it_panic() {
+fn no_reply_makes_the_backend_panic() {
     let server = RedisServer::start();
     let proxy = Proxy::before(&server);
     let answers: [&[u8]; 14] = [
@@ -325,7 +325,7 @@ fn no_answer_makes_it_panic() {
 }
 
 #[test]
-fn sentinels_name_the_server_and_its_successor() {
+fn sentinels_give_the_master_and_its_successor() {
     let directory = Directory::new();
     let mut master = RedisServer::start();
     let replica = RedisServer::start_replica_of(&master);

@@ -1,4 +1,4 @@
-//! Code that an engine runs again exports nothing again, and what it newly schedules joins the real trace.
+//! Replayed code exports no span again, and work that it newly schedules joins the recorded trace.
 
 use std::collections::HashMap;
 use std::sync::mpsc::channel;
@@ -31,12 +31,12 @@ fn replay() -> Tags<'static> {
     live().replaying(true)
 }
 
-/// Work that is new although it is inside of a replay.
+/// The tags of new work inside a replay.
 fn new_work() -> Tags<'static> {
     UNTAGGED.replaying(false)
 }
 
-/// Records the workflow, and answers its span.
+/// Records the workflow, and returns its span.
 fn recorded(worker: &Worker) -> SpanContext {
     worker.step("workflow", live());
     worker.stored(ID)
@@ -64,7 +64,7 @@ fn replays_do_not_multiply_spans() {
 }
 
 #[test]
-fn a_replay_of_what_nobody_recorded_exports_nothing_and_records_nothing() {
+fn a_replay_of_an_unknown_instance_exports_and_records_nothing() {
     for_each_worker(WorkflowContextStorage::new, |worker| {
         for tags in [replay(), UNTAGGED.replaying(true)] {
             worker.within("replay", tags, || {
@@ -73,7 +73,7 @@ fn a_replay_of_what_nobody_recorded_exports_nothing_and_records_nothing() {
         }
         worker.within("poll", UNTAGGED, || {
             worker.within("replay", replay(), || worker.step("untagged", UNTAGGED));
-            // The stand-in had the poller's ids.
+            // The replayed span has the poller's ids.
             worker.step("polled", UNTAGGED);
         });
         assert_exported(worker, &["poll", "polled"]);
@@ -86,7 +86,7 @@ fn a_replay_of_what_nobody_recorded_exports_nothing_and_records_nothing() {
 }
 
 #[test]
-fn new_work_in_a_replay_of_what_nobody_recorded_is_exported_as_if_there_were_no_replay() {
+fn new_work_in_a_replay_of_an_unknown_instance_is_exported_as_without_the_replay() {
     for_each_worker(WorkflowContextStorage::new, |worker| {
         let turn = worker.open("replay", replay());
         turn.inside(|| {
@@ -339,7 +339,7 @@ fn work_opened_after_the_replay_has_caught_up_is_exported_below_a_replayed_desce
 }
 
 #[test]
-fn a_replay_of_an_old_run_stands_for_the_span_of_that_run() {
+fn a_replay_of_an_old_run_uses_the_span_of_that_run() {
     for_each_worker(WorkflowContextStorage::new, |worker| {
         for run_id in ["run-1", "run-2"] {
             worker.step(run_id, live().run(run_id));
@@ -370,7 +370,7 @@ fn a_replay_of_an_old_run_stands_for_the_span_of_that_run() {
 }
 
 #[test]
-fn replays_do_not_fill_a_trace() {
+fn replays_do_not_count_towards_max_spans() {
     let make = || {
         let builder = WorkflowContextStorage::builder().max_spans(2);
         builder.build().expect("a valid setting")
@@ -391,7 +391,7 @@ fn replays_do_not_fill_a_trace() {
 // The flag.
 
 #[test]
-fn replaying_is_told_by_a_bool_or_by_its_text() {
+fn replaying_is_a_bool_or_its_text() {
     /// The same span, tagged `workflow.replaying` in every form.
     macro_rules! in_every_form {
         ($name:literal, $truth:literal) => {
@@ -428,7 +428,7 @@ fn replaying_is_told_by_a_bool_or_by_its_text() {
 }
 
 #[test]
-fn a_value_that_is_no_truth_is_no_replay() {
+fn a_value_that_is_not_true_is_not_a_replay() {
     let worker = Worker::new();
     worker.run(|| {
         let id = ID;
@@ -452,7 +452,7 @@ fn a_value_that_is_no_truth_is_no_replay() {
 }
 
 #[test]
-fn a_home_made_engine_names_its_own_replay_field_beside_the_reserved_one() {
+fn a_custom_replay_field_works_beside_the_reserved_one() {
     let make = || {
         let builder = WorkflowContextStorage::builder().replay_field("my.replaying");
         builder.build().expect("a valid setting")
@@ -488,7 +488,7 @@ fn a_home_made_engine_names_its_own_replay_field_beside_the_reserved_one() {
 }
 
 #[test]
-fn a_replay_that_learns_its_instance_id_while_it_is_held_stands_for_the_recorded_span() {
+fn a_held_replay_whose_id_is_recorded_uses_the_recorded_span() {
     for via in [Via::Layer, Via::LayerWithoutActivation] {
         let worker = Worker::via(via, WorkflowContextStorage::new());
         let workflow = recorded(&worker);
@@ -512,7 +512,7 @@ fn a_replay_that_learns_its_instance_id_while_it_is_held_stands_for_the_recorded
 }
 
 #[test]
-fn a_replay_that_learns_its_instance_id_after_it_has_started_exports_and_records_nothing() {
+fn a_started_replay_whose_id_is_recorded_exports_and_records_nothing() {
     for_each_worker(WorkflowContextStorage::new, |worker| {
         for (id, recorded_before) in [(ID, true), ("unknown", false)] {
             if recorded_before {
@@ -534,7 +534,7 @@ fn a_replay_that_learns_its_instance_id_after_it_has_started_exports_and_records
 // Samplers.
 
 #[test]
-fn a_replay_is_not_exported_whatever_the_sampler_and_never_shown_to_it() {
+fn a_replay_is_never_exported_and_never_sampled() {
     let root_of = |root: Sampler| Sampler::ParentBased(Box::new(root));
     let samplers = [
         (Sampler::AlwaysOn, Some(true)),
@@ -576,7 +576,7 @@ fn a_replay_is_not_exported_whatever_the_sampler_and_never_shown_to_it() {
             });
         }
     }
-    for via in VIAS {
+    for_each_via(|via| {
         let asked = Arc::new(Mutex::new(Vec::new()));
         let hook = asked.clone();
         let sampler = Hooked(move |name: &str| hook.lock().unwrap().push(name.to_owned()));
@@ -584,10 +584,10 @@ fn a_replay_is_not_exported_whatever_the_sampler_and_never_shown_to_it() {
         recorded(&worker);
         worker.within("replay", replay(), || worker.step("replayed", UNTAGGED));
         assert_eq!(*asked.lock().unwrap(), ["workflow"]);
-    }
+    });
 }
 
-// What is inside.
+// Events and headers inside a replay.
 
 #[test]
 fn events_inside_a_replay_are_dropped_with_it_and_counted() {
@@ -674,7 +674,7 @@ fn headers_injected_inside_a_replay_name_the_recorded_span() {
 // Real spans and stand-ins that have the same ids.
 
 #[test]
-fn a_span_that_is_still_open_keeps_its_children_while_a_replay_of_it_runs_elsewhere() {
+fn an_open_span_keeps_its_children_while_a_replay_of_it_runs_elsewhere() {
     for_each_worker(WorkflowContextStorage::new, |worker| {
         let (go_on, wait) = channel();
         let (is_replaying, replaying) = channel();
@@ -763,7 +763,7 @@ fn the_replay_of_one_storage_suppresses_nothing_of_another() {
     let workflow = recorded(&ours);
     let context = ours.storage.get(ID).expect("a valid id").expect("recorded");
     theirs.storage.store(ID, context).expect("a valid id");
-    // Both stand for the same span.
+    // Both replays have the ids of the same span.
     let (our_replay, their_replay) = (
         ours.open("replay", replay()),
         theirs.open("replay", replay()),
@@ -782,7 +782,7 @@ fn the_replay_of_one_storage_suppresses_nothing_of_another() {
     assert_child_of(&theirs.span("their live"), &workflow);
 }
 
-/// Opens a span while another one is being exported, as an exporter does whose HTTP client is instrumented.
+/// Opens a span while another one is exported, like an exporter with an instrumented HTTP client.
 #[derive(Debug)]
 struct OpensSpans;
 
@@ -806,8 +806,7 @@ impl SpanProcessor for OpensSpans {
 }
 
 #[test]
-fn an_exporter_that_opens_spans_beneath_the_exported_one_does_not_hang_while_a_replay_stands_for_it()
- {
+fn an_exporter_that_opens_spans_beneath_the_exported_one_does_not_hang_during_a_replay() {
     type OpenAndReplay = fn() -> [Span; 2];
     let cases: [(&str, OpenAndReplay); 2] = [
         ("a recorded span", || {
@@ -831,7 +830,7 @@ fn an_exporter_that_opens_spans_beneath_the_exported_one_does_not_hang_while_a_r
     ];
     for (label, open) in cases {
         let (finished, wait) = channel();
-        // Not joined: where it hangs it does so for ever.
+        // Not joined: on failure the thread never ends.
         thread::spawn(move || {
             let provider = SdkTracerProvider::builder()
                 .with_span_processor(OpensSpans)
@@ -851,7 +850,7 @@ fn an_exporter_that_opens_spans_beneath_the_exported_one_does_not_hang_while_a_r
     }
 }
 
-// Odd orders.
+// Unusual orders of entering and ending.
 
 #[test]
 fn replays_may_end_in_any_order() {
@@ -923,7 +922,7 @@ fn a_span_is_a_replay_by_its_parent_and_not_by_where_it_is_entered() {
 }
 
 #[test]
-fn new_work_in_a_replay_obeys_the_relations() {
+fn new_work_in_a_replay_follows_the_relations() {
     let make = || {
         let builder = WorkflowContextStorage::builder();
         let builder = builder.relation(Relation::SameTrace, Continuation::NewRootAndLink);
@@ -967,7 +966,7 @@ fn orchestrate(worker: &Worker, turn: usize) {
 
 #[test]
 fn an_orchestrator_that_is_run_again_on_each_turn_exports_each_span_once() {
-    for via in VIAS {
+    for_each_via(|via| {
         let before = Worker::via(via, WorkflowContextStorage::new());
         (0..TURNS / 2).for_each(|turn| orchestrate(&before, turn));
         // The worker is replaced; what was recorded survives.
@@ -1011,5 +1010,5 @@ fn an_orchestrator_that_is_run_again_on_each_turn_exports_each_span_once() {
         let replayed_steps = TURNS * (TURNS - 1) / 2;
         let replayed = TURNS - 1 + 2 * replayed_steps;
         assert_eq!(before.storage.stats().replayed, replayed as u64);
-    }
+    });
 }

@@ -1,4 +1,4 @@
-//! What survives the end of a process, however it ends, and what becomes of files that are not as they should be.
+//! The redb file survives the end of a process, however it ends; damaged and foreign files are refused.
 
 use std::collections::BTreeSet;
 use std::error::Error as _;
@@ -43,32 +43,30 @@ fn span_of(record: &Record) -> u64 {
     u64::from_be_bytes(record.context.span_id().to_bytes())
 }
 
-// The same trace.
+// Continuity.
 
 #[test]
-fn an_instance_goes_on_in_its_trace_after_a_restart() {
-    for via in VIAS {
-        labelled(&format!("spans made via {via:?}"), || {
-            let directory = Directory::new();
-            let path = directory.file("contexts");
-            let before = Worker::via(via, storage(&path));
-            before.step("first", Tags::instance(ID));
-            let first = before.span("first").span_context;
-            drop(before);
+fn an_instance_continues_its_trace_after_a_restart() {
+    for_each_via(|via| {
+        let directory = Directory::new();
+        let path = directory.file("contexts");
+        let before = Worker::via(via, storage(&path));
+        before.step("first", Tags::instance(ID));
+        let first = before.span("first").span_context;
+        drop(before);
 
-            let after = Worker::via(via, storage(&path));
-            assert_eq!(after.storage.instance_ids(), [ID]);
-            after.step("second", Tags::instance(ID));
-            after.step("third", Tags::instance(ID));
-            assert_continues(&after.span("second"), &first);
-            assert_continues(&after.span("third"), &first);
-            let resumed = |name| attribute(&after.span(name), "workflow.resumed").is_some();
-            assert_eq!((resumed("second"), resumed("third")), (true, false));
-            let explanation = after.storage.explain(ID).to_string();
-            assert!(explanation.contains("by another process"), "{explanation}");
-            assert_eq!(after.storage.stats().malformed, 0);
-        });
-    }
+        let after = Worker::via(via, storage(&path));
+        assert_eq!(after.storage.instance_ids(), [ID]);
+        after.step("second", Tags::instance(ID));
+        after.step("third", Tags::instance(ID));
+        assert_continues(&after.span("second"), &first);
+        assert_continues(&after.span("third"), &first);
+        let resumed = |name| attribute(&after.span(name), "workflow.resumed").is_some();
+        assert_eq!((resumed("second"), resumed("third")), (true, false));
+        let explanation = after.storage.explain(ID).to_string();
+        assert!(explanation.contains("by another process"), "{explanation}");
+        assert_eq!(after.storage.stats().malformed, 0);
+    });
 }
 
 #[test]
@@ -101,7 +99,7 @@ fn runs_and_generations_survive_a_restart() {
 }
 
 #[test]
-fn all_that_a_record_says_survives_a_restart() {
+fn every_part_of_a_record_survives_a_restart() {
     let directory = Directory::new();
     let path = directory.file("contexts");
     let parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-03";
@@ -151,14 +149,14 @@ fn the_last_handle_of_a_storage_closes_the_file() {
     }
 }
 
-/// All that there is was loaded, and nobody else writes to the file.
+/// All records were loaded at the start, and no other process writes to the file.
 #[test]
 fn an_instance_that_is_new_is_not_looked_up_in_the_file() {
     let directory = Directory::new();
     let path = directory.file("contexts");
     storage(&path).store("old", context(1)).unwrap();
     let backend = RedbBackend::open(&path).unwrap();
-    // Nothing that is asked would be answered within that.
+    // Any lookup would exceed this budget.
     let storage = patient(backend).lookup_budget(Duration::from_nanos(1));
     let worker = Worker::with_storage(storage.build().unwrap());
     for n in 0..100 {
@@ -170,7 +168,7 @@ fn an_instance_that_is_new_is_not_looked_up_in_the_file() {
 }
 
 #[test]
-fn a_hundred_thousand_instances_are_there_at_once() {
+fn a_hundred_thousand_instances_are_loaded() {
     const INSTANCES: u64 = 100_000;
     let directory = Directory::new();
     let path = directory.file("contexts");
@@ -198,7 +196,7 @@ fn a_hundred_thousand_instances_are_there_at_once() {
 // Expiry.
 
 #[test]
-fn what_is_over_is_gone_after_a_restart() {
+fn expired_instances_are_gone_after_a_restart() {
     let directory = Directory::new();
     let path = directory.file("contexts");
     let clock = Past::new(Duration::from_secs(7200));
@@ -222,7 +220,7 @@ fn what_is_over_is_gone_after_a_restart() {
     assert!(after.get("idle").unwrap().is_some());
 }
 
-/// A clock that is behind by as much as it is told.
+/// A clock that is behind the system clock by a settable amount.
 #[derive(Debug)]
 struct Past(std::sync::Mutex<Duration>);
 
@@ -243,7 +241,7 @@ impl tracing_workflow_context::Clock for Past {
 }
 
 #[test]
-fn later_writes_free_the_space_of_what_is_over() {
+fn later_writes_free_the_space_of_expired_records() {
     let directory = Directory::new();
     let path = directory.file("contexts");
     let backend = RedbBackend::open_with(&path, RedbSync::Eventual).unwrap();
@@ -271,12 +269,12 @@ fn later_writes_free_the_space_of_what_is_over() {
 }
 
 #[test]
-fn a_file_that_is_mostly_empty_is_made_smaller() {
+fn a_mostly_empty_file_is_compacted() {
     let directory = Directory::new();
     let path = directory.file("contexts");
     let backend = RedbBackend::open(&path).unwrap();
     backend.write(&puts(1..60_000)).unwrap();
-    // Those that stay lie all over the file.
+    // The remaining records are spread over the file.
     let removed = (1..60_000_u64).filter(|span| span % 100 != 0);
     let removed: Vec<_> = removed
         .map(|span| Write::Remove(span.to_string()))
@@ -297,7 +295,7 @@ fn a_file_that_is_mostly_empty_is_made_smaller() {
     assert!(found.into_iter().eq((100..60_000).step_by(100)));
 }
 
-/// How many records lie in the file.
+/// Returns the number of records in the file.
 fn rows(path: &Path) -> u64 {
     let database = redb::Database::open(path).unwrap();
     let records = database.begin_read().unwrap().open_table(RECORDS).unwrap();
@@ -307,7 +305,7 @@ fn rows(path: &Path) -> u64 {
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("tracing-workflow-context");
 const RECORDS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("records");
 
-// Files that are not as they should be.
+// Foreign and damaged files.
 
 #[test]
 fn a_file_that_another_process_has_open_is_refused() {
@@ -357,7 +355,7 @@ fn another_backend_of_this_process_is_refused() {
 }
 
 #[test]
-fn a_file_of_somebody_else_is_refused_and_left_as_it_is() {
+fn a_file_of_another_application_is_refused_and_unchanged() {
     let directory = Directory::new();
     let other: TableDefinition<'_, &str, &str> = TableDefinition::new("other");
     let same_name: TableDefinition<'_, u64, &[u8]> =
@@ -467,7 +465,7 @@ fn insert<'a, K: redb::Key, V: redb::Value>(
 }
 
 #[test]
-fn what_is_no_file_is_refused() {
+fn a_path_that_is_not_a_file_is_refused() {
     let directory = Directory::new();
     let error = RedbBackend::open(directory.path()).unwrap_err();
     assert!(matches!(&error, OpenError::NotOurs { .. }), "{error:?}");
@@ -486,7 +484,7 @@ fn what_is_no_file_is_refused() {
 }
 
 #[test]
-fn an_empty_file_becomes_one_of_ours() {
+fn an_empty_file_is_initialised() {
     let directory = Directory::new();
     let path = directory.file("contexts");
     fs::write(&path, "").unwrap();
@@ -495,7 +493,7 @@ fn an_empty_file_becomes_one_of_ours() {
 }
 
 #[test]
-fn a_file_of_a_newer_version_is_refused_and_left_as_it_is() {
+fn a_file_of_a_newer_version_is_refused_and_unchanged() {
     let directory = Directory::new();
     let path = directory.file("contexts");
     storage(&path).store(ID, context(1)).unwrap();
@@ -515,7 +513,7 @@ fn a_file_of_a_newer_version_is_refused_and_left_as_it_is() {
 }
 
 #[test]
-fn a_truncated_file_is_refused_and_left_as_it_is() {
+fn a_truncated_file_is_refused_and_unchanged() {
     let directory = Directory::new();
     let path = directory.file("contexts");
     let backend = RedbBackend::open(&path).unwrap();
@@ -555,7 +553,7 @@ fn a_truncated_file_is_refused_and_left_as_it_is() {
 }
 
 #[test]
-fn a_damaged_file_is_refused_and_left_as_it_is() {
+fn a_damaged_file_is_refused_and_unchanged() {
     const RECORDS: u64 = 3_000;
     let directory = Directory::new();
     let path = directory.file("contexts");
@@ -600,7 +598,7 @@ fn a_damaged_file_is_refused_and_left_as_it_is() {
                 assert!(expected, "seed {seed}: {error:?}");
                 assert!(fs::read(&path).unwrap() == damaged, "seed {seed}");
             }
-            // Where nothing lies that matters.
+            // The damage hit unused bytes.
             Ok(backend) => {
                 for span in (1..RECORDS).step_by(7) {
                     let found = backend.get(&span.to_string()).unwrap();
@@ -619,7 +617,7 @@ fn a_damaged_file_is_refused_and_left_as_it_is() {
 }
 
 #[test]
-fn what_cannot_be_decoded_is_counted_and_left_out() {
+fn undecodable_records_are_counted_and_skipped() {
     let directory = Directory::new();
     let path = directory.file("contexts");
     storage(&path).store("known", context(1)).unwrap();
@@ -663,7 +661,7 @@ fn what_cannot_be_decoded_is_counted_and_left_out() {
 // The end of a process.
 
 #[test]
-fn eventually_is_within_a_second() {
+fn eventual_sync_writes_within_a_second() {
     let directory = Directory::new();
     let path = directory.file("contexts");
     let backend = RedbBackend::open_with(&path, RedbSync::Eventual).unwrap();
@@ -671,7 +669,7 @@ fn eventually_is_within_a_second() {
     let copy = directory.file("copy");
     let start = Instant::now();
     loop {
-        // What a process would find that opens the file after this one was killed; a copy may come out torn.
+        // A copy is what another process would find if this one were killed now; it may be torn.
         fs::copy(&path, &copy).unwrap();
         let found = RedbBackend::open(&copy)
             .ok()
@@ -685,7 +683,7 @@ fn eventually_is_within_a_second() {
     println!("on the disk within {:?}", start.elapsed());
 }
 
-/// What a process that dies leaves behind: files by files, kill by kill.
+/// Kills a writing process many times, and checks the file after each kill.
 #[test]
 fn kill_9_at_any_moment_loses_nothing_that_was_flushed_and_the_file_always_opens() {
     const KILLS: u64 = 200;
@@ -707,7 +705,7 @@ fn kill_9_at_any_moment_loses_nothing_that_was_flushed_and_the_file_always_opens
             acknowledged = 0;
         }
         let mut worker = Role::Work { from: acknowledged }.start(&path);
-        // The time that a process takes to begin is part of it: some die while they create or repair the file.
+        // The delay includes the start of the process: some are killed while they create or repair the file.
         let moment = [10_000, 50_000, 200_000][random.below(3)];
         thread::sleep(Duration::from_micros(random.below(moment) as u64));
         worker.kill().unwrap();
@@ -749,7 +747,7 @@ fn kill_9_at_any_moment_loses_nothing_that_was_flushed_and_the_file_always_opens
     assert!(total > 20, "hardly anybody came to work: {total}");
 }
 
-/// What this test file does as another process.
+/// The task of a child process.
 enum Role {
     Hold,
     /// Stores and flushes without end, from that number on.
@@ -775,7 +773,7 @@ impl Role {
     }
 }
 
-/// Does nothing but in a process that a test has started.
+/// The body of a child process; without a role it does nothing.
 #[test]
 fn another_process() {
     let (Ok(role), Ok(path)) = (std::env::var("RESTART_ROLE"), std::env::var("RESTART_PATH"))
@@ -785,7 +783,7 @@ fn another_process() {
     if role == "hold" {
         let _backend = RedbBackend::open(path).unwrap();
         say("it is open");
-        // Until it is killed, or whoever has started it is gone.
+        // Until it is killed, or its parent has ended.
         let _ = std::io::stdin().read(&mut [0]);
         return;
     }
@@ -804,7 +802,7 @@ fn another_process() {
     }
 }
 
-/// In one system call, so that a line is there or not. Ends the process when nobody is left to read it.
+/// Writes a line in one system call, so that it is complete or missing. Panics when the reader is gone.
 fn say(what: &str) {
     let line = format!("\n{what}\n");
     std::io::stdout().write_all(line.as_bytes()).unwrap();

@@ -1,4 +1,4 @@
-//! Runs of one instance id are told apart, and child workflows hang beneath their parents.
+//! Runs of one instance id are kept apart, and child workflows are nested in their parents.
 
 use std::collections::HashSet;
 use std::sync::{Arc, Barrier};
@@ -25,7 +25,7 @@ fn child() -> Tags<'static> {
     Tags::instance(CHILD_ID).child_of(ID)
 }
 
-/// A link that tells of this relation to that span.
+/// Returns the expected links: one of that relation to that span.
 fn link_to(relation: &str, span: &SpanContext) -> Vec<(String, (TraceId, SpanId))> {
     vec![(relation.to_owned(), ids(span))]
 }
@@ -175,7 +175,7 @@ fn a_context_without_a_run_id_is_joined_by_the_first_run_and_by_no_other() {
 }
 
 #[test]
-fn of_many_runs_the_latest_and_eight_older_ones_are_kept() {
+fn the_latest_run_and_eight_older_ones_are_kept() {
     for_each_worker(WorkflowContextStorage::new, |worker| {
         let runs: Vec<_> = (0..100).map(|n| format!("run-{n}")).collect();
         for run_id in &runs {
@@ -189,7 +189,7 @@ fn of_many_runs_the_latest_and_eight_older_ones_are_kept() {
         }
         assert_eq!(worker.storage.stats().stored_instances, 1);
 
-        // What is forgotten is a new run, which pushes the oldest out.
+        // A forgotten run counts as new, and displaces the oldest.
         let (latest, pushed_out) = (kept.last().unwrap(), kept.first().unwrap());
         let mut last_run = worker.span(latest).span_context;
         for run_id in [forgotten.last().unwrap(), pushed_out] {
@@ -209,8 +209,8 @@ fn of_many_runs_the_latest_and_eight_older_ones_are_kept() {
 }
 
 #[test]
-fn two_threads_that_start_the_same_run_at_once_agree_on_one() {
-    for via in VIAS {
+fn two_threads_that_start_the_same_run_agree_on_one_trace() {
+    for_each_via(|via| {
         // The sampler lets both threads see that the run is new before either has recorded it.
         let both_are_starting = Arc::new(Rendezvous::default());
         let sampler = Hooked(move |name: &str| {
@@ -246,7 +246,7 @@ fn two_threads_that_start_the_same_run_at_once_agree_on_one() {
         );
         assert_continues(&worker.span("later"), &winner.span_context);
         assert_eq!(worker.storage.stats().conflicts, 1);
-    }
+    });
 }
 
 #[test]
@@ -283,7 +283,7 @@ fn many_threads_that_start_many_runs_agree_on_one_trace_for_each() {
 }
 
 #[test]
-fn a_new_run_nested_in_the_old_ones_trace_keeps_its_place_and_is_recorded() {
+fn a_new_run_nested_in_the_old_ones_trace_keeps_its_parent_and_is_recorded() {
     for_each_worker(WorkflowContextStorage::new, |worker| {
         worker.within("run-1", run("run-1"), || {
             worker.within("continue as new", UNTAGGED, || {
@@ -323,7 +323,7 @@ fn a_context_that_is_stored_replaces_all_runs() {
 }
 
 #[test]
-fn a_run_id_is_what_it_prints() {
+fn a_run_id_is_its_formatted_value() {
     let worker = Worker::new();
     worker.run(|| {
         let id = ID;
@@ -402,7 +402,7 @@ fn temporal_activities_which_record_their_workflow_id_and_then_their_run_id_join
 }
 
 #[test]
-fn a_started_span_that_learns_its_instance_id_is_linked_to_the_run_that_it_names() {
+fn a_started_span_whose_id_is_recorded_late_is_linked_to_its_run() {
     for_each_worker(WorkflowContextStorage::new, |worker| {
         worker.step("run-1", run("run-1"));
         worker.step("run-2", run("run-2"));
@@ -427,7 +427,7 @@ fn record(span: &Span, field: &str, value: &str) {
 // Children.
 
 #[test]
-fn child_workflows_do_not_fall_apart_but_join_their_parents_trace() {
+fn child_workflows_join_their_parents_trace() {
     for_each_worker(WorkflowContextStorage::new, |worker| {
         worker.step("parent", Tags::instance(ID));
         // As a rule another worker runs the child.
@@ -467,7 +467,7 @@ fn a_child_that_a_poller_starts_joins_its_parents_trace_and_is_linked_to_the_pol
 }
 
 #[test]
-fn a_child_that_is_nested_in_its_parents_trace_keeps_its_place() {
+fn a_child_nested_in_its_parents_trace_keeps_its_parent() {
     for_each_worker(WorkflowContextStorage::new, |worker| {
         worker.within("parent", Tags::instance(ID), || {
             worker.within("schedule", UNTAGGED, || worker.step("child", child()));
@@ -515,7 +515,7 @@ fn a_child_of_an_unknown_parent_is_the_first_span_of_its_own_trace() {
 }
 
 #[test]
-fn only_the_first_span_of_a_child_asks_for_the_parent_instance() {
+fn only_the_first_span_of_a_child_looks_up_the_parent_instance() {
     for_each_worker(WorkflowContextStorage::new, |worker| {
         worker.step("child", child());
         worker.step("parent", Tags::instance(ID));

@@ -14,7 +14,7 @@ use tracing_workflow_context::{
 
 use crate::support::*;
 
-/// By how much a span may exceed the budget here, where threads share few cores with others.
+/// How much a span may exceed the budget on a busy machine.
 const SLACK: Duration = Duration::from_millis(100);
 
 const ID: &str = "order-42";
@@ -27,7 +27,7 @@ fn worker_on(backend: impl StorageBackend) -> Worker {
     Worker::with_storage(storage(backend))
 }
 
-/// What the backend has under a key.
+/// Returns the backend's record for a key.
 #[track_caller]
 fn kept(backend: &impl StorageBackend, key: &str) -> Record {
     let record = backend.get(key).unwrap();
@@ -44,23 +44,21 @@ fn timed<R>(run: impl FnOnce() -> R) -> (Duration, R) {
 
 #[test]
 fn another_worker_continues_the_trace_after_a_flush() {
-    for via in VIAS {
-        labelled(&format!("spans made via {via:?}"), || {
-            let backend = MemoryBackend::new();
-            let [a, b] = [(); 2].map(|()| Worker::via(via, storage(backend.clone())));
-            a.step("first", Tags::instance(ID));
-            a.storage.flush().unwrap();
+    for_each_via(|via| {
+        let backend = MemoryBackend::new();
+        let [a, b] = [(); 2].map(|()| Worker::via(via, storage(backend.clone())));
+        a.step("first", Tags::instance(ID));
+        a.storage.flush().unwrap();
 
-            b.step("second", Tags::instance(ID));
-            let first = a.span("first").span_context;
-            assert_continues(&b.span("second"), &first);
-            assert_eq!(b.storage.get(ID).unwrap(), a.storage.get(ID).unwrap());
-        });
-    }
+        b.step("second", Tags::instance(ID));
+        let first = a.span("first").span_context;
+        assert_continues(&b.span("second"), &first);
+        assert_eq!(b.storage.get(ID).unwrap(), a.storage.get(ID).unwrap());
+    });
 }
 
 #[test]
-fn what_a_call_stores_is_found_by_another_worker() {
+fn a_context_stored_by_a_call_is_found_by_another_worker() {
     let backend = MemoryBackend::new();
     let [a, b] = [(); 2].map(|()| storage(backend.clone()));
     a.store(ID, context(1)).unwrap();
@@ -98,48 +96,46 @@ fn a_parent_instance_is_found_where_another_worker_recorded_it() {
 
 /// Both record the instance before either has written, and B writes first.
 #[test]
-fn two_workers_that_record_at_once_agree_as_soon_as_their_writers_settle() {
-    for via in VIAS {
-        labelled(&format!("spans made via {via:?}"), || {
-            let backend = MemoryBackend::new();
-            let controlled = ControlledBackend::over(backend.clone());
-            controlled.set(Call::Write, Behaviour::Blocks);
-            let [a, b] = [storage(controlled.clone()), storage(backend.clone())]
-                .map(|storage| Worker::via(via, storage));
-            let (of_a, of_b) = (
-                a.open("a", Tags::instance(ID)),
-                b.open("b", Tags::instance(ID)),
-            );
-            of_a.start();
-            of_b.start();
-            b.storage.flush().unwrap();
-            controlled.set(Call::Write, Behaviour::Works);
-            a.storage.flush().unwrap();
+fn two_workers_that_record_at_once_agree_once_their_writes_are_done() {
+    for_each_via(|via| {
+        let backend = MemoryBackend::new();
+        let controlled = ControlledBackend::over(backend.clone());
+        controlled.set(Call::Write, Behaviour::Blocks);
+        let [a, b] = [storage(controlled.clone()), storage(backend.clone())]
+            .map(|storage| Worker::via(via, storage));
+        let (of_a, of_b) = (
+            a.open("a", Tags::instance(ID)),
+            b.open("b", Tags::instance(ID)),
+        );
+        of_a.start();
+        of_b.start();
+        b.storage.flush().unwrap();
+        controlled.set(Call::Write, Behaviour::Works);
+        a.storage.flush().unwrap();
 
-            let winner = of_b.span_context();
-            for worker in [&a, &b] {
-                assert_same_span(&worker.stored(ID), &winner);
-                worker.step("later", Tags::instance(ID));
-                assert_continues(&worker.span("later"), &winner);
-            }
-            assert_eq!(kept(&backend, ID).context.span_id(), winner.span_id());
-            // A span of the API that is merely dropped ends without a last word.
-            for opened in [of_a, of_b] {
-                opened.otel_context().span().end();
-            }
-            let (relation, target) = link(&a.span("a"));
-            assert_eq!(relation, "late");
-            assert_same_span(&target, &winner);
-            assert!(b.span("b").links.is_empty());
-            assert_eq!(
-                (a.storage.stats().conflicts, b.storage.stats().conflicts),
-                (1, 0)
-            );
-        });
-    }
+        let winner = of_b.span_context();
+        for worker in [&a, &b] {
+            assert_same_span(&worker.stored(ID), &winner);
+            worker.step("later", Tags::instance(ID));
+            assert_continues(&worker.span("later"), &winner);
+        }
+        assert_eq!(kept(&backend, ID).context.span_id(), winner.span_id());
+        // A span of the OpenTelemetry API that is dropped without `end` is not updated at its end.
+        for opened in [of_a, of_b] {
+            opened.otel_context().span().end();
+        }
+        let (relation, target) = link(&a.span("a"));
+        assert_eq!(relation, "late");
+        assert_same_span(&target, &winner);
+        assert!(b.span("b").links.is_empty());
+        assert_eq!(
+            (a.storage.stats().conflicts, b.storage.stats().conflicts),
+            (1, 0)
+        );
+    });
 }
 
-/// The loser's span lives on: its children stay in its trace, and the link tells of the other one.
+/// The losing span is still open: its children stay in its trace, and a link points to the winner.
 #[test]
 fn a_span_that_ended_before_it_lost_has_no_link_and_later_ones_follow_the_winner() {
     let backend = MemoryBackend::new();
@@ -157,7 +153,7 @@ fn a_span_that_ended_before_it_lost_has_no_link_and_later_ones_follow_the_winner
 }
 
 #[test]
-fn write_through_has_many_workers_agree_at_once() {
+fn write_through_makes_many_workers_agree_at_once() {
     const WORKERS: usize = 8;
     let backend = MemoryBackend::new();
     let make = |_| {
@@ -236,7 +232,7 @@ fn runs_agree_between_workers() {
 }
 
 #[test]
-fn a_run_that_two_workers_begin_at_once_is_one() {
+fn two_workers_that_begin_a_run_at_once_agree_on_it() {
     let backend = MemoryBackend::new();
     let controlled = ControlledBackend::over(backend.clone());
     let (a, b) = (worker_on(controlled.clone()), worker_on(backend.clone()));
@@ -289,7 +285,7 @@ fn generations_agree_between_workers() {
 
 /// Each has the first trace in memory, finds it full, and opens the next one.
 #[test]
-fn a_generation_that_two_workers_open_at_once_is_one() {
+fn two_workers_that_open_a_generation_at_once_agree_on_it() {
     let backend = MemoryBackend::new();
     let controlled = ControlledBackend::over(backend.clone());
     let (a, b) = (rolling(controlled.clone()), rolling(backend.clone()));
@@ -314,9 +310,9 @@ fn a_generation_that_two_workers_open_at_once_is_one() {
     }
 }
 
-/// What was claimed for an earlier instance of the same id has nothing to say to this one.
+/// A claim for an earlier instance of the same id is ignored.
 #[test]
-fn an_id_that_is_used_again_rolls_into_a_trace_of_its_own() {
+fn a_reused_id_rolls_over_into_a_trace_of_its_own() {
     let backend = MemoryBackend::new();
     let worker = rolling(backend.clone());
     for life in ["first", "second"] {
@@ -362,9 +358,9 @@ fn cleanup_on_one_worker_removes_for_the_others() {
     assert!(!worker_on(MemoryBackend::new()).storage.cleanup(ID).unwrap());
 }
 
-/// What is cleaned up is gone at once, though the backend still has it.
+/// A cleaned up instance is gone at once, although the backend still has it.
 #[test]
-fn what_was_cleaned_up_does_not_come_back_from_a_slow_backend() {
+fn a_cleaned_up_instance_does_not_come_back_from_a_slow_backend() {
     let controlled = ControlledBackend::new();
     let worker = worker_on(controlled.clone());
     worker.step("first", Tags::instance(ID));
@@ -445,9 +441,9 @@ fn a_terminal_status_has_the_backends_entry_expire_with_the_grace() {
     }
 }
 
-/// The old one is over by then, also if the backend has not been told.
+/// The old record has expired by then, even if the backend was not updated.
 #[test]
-fn an_id_that_is_used_again_after_its_end_does_not_lose_to_what_is_over() {
+fn a_reused_id_does_not_lose_to_its_expired_record() {
     let controlled = ControlledBackend::new();
     let storage = patient(controlled.clone())
         .completed_grace(Duration::ZERO)
@@ -480,7 +476,7 @@ fn an_id_that_is_used_again_after_its_end_does_not_lose_to_what_is_over() {
 }
 
 #[test]
-fn what_memory_has_evicted_is_found_in_the_backend() {
+fn an_evicted_instance_is_found_in_the_backend() {
     let controlled = ControlledBackend::new();
     let storage = patient(controlled.clone())
         .max_instances(1)
@@ -499,9 +495,9 @@ fn what_memory_has_evicted_is_found_in_the_backend() {
     }
 }
 
-/// It is on its way to the backend, which does not have it yet.
+/// The write is queued; the backend does not have it yet.
 #[test]
-fn what_memory_has_evicted_is_found_though_the_backend_is_slow_or_down() {
+fn an_evicted_instance_is_found_while_the_backend_is_slow_or_down() {
     for behaviour in [Behaviour::Blocks, Behaviour::Fails] {
         let controlled = ControlledBackend::new();
         controlled.set(Call::Write, behaviour);
@@ -527,9 +523,9 @@ fn what_memory_has_evicted_is_found_though_the_backend_is_slow_or_down() {
     }
 }
 
-/// It was recorded again because nobody could know better; then its first recording turns out to have won.
+/// It was recorded again because the lookup timed out; then the first record wins.
 #[test]
-fn what_was_recorded_twice_while_the_backend_was_slow_is_one() {
+fn an_instance_recorded_twice_while_the_backend_was_slow_is_one() {
     let controlled = ControlledBackend::new();
     controlled.set(Call::Write, Behaviour::Blocks);
     let storage = patient(controlled.clone())
@@ -553,7 +549,7 @@ fn what_was_recorded_twice_while_the_backend_was_slow_is_one() {
 }
 
 #[test]
-fn ids_with_separators_are_not_mixed_up() {
+fn ids_with_separators_are_kept_apart() {
     let backend = MemoryBackend::new();
     let a = worker_on(backend.clone());
     a.step("run", Tags::instance("a").run("b"));
@@ -574,9 +570,9 @@ fn ids_with_separators_are_not_mixed_up() {
     }
 }
 
-/// As one does that keeps milliseconds, or no times at all.
+/// Such a backend keeps milliseconds, or no times at all.
 #[test]
-fn a_backend_that_rounds_times_names_no_false_winner() {
+fn a_backend_that_rounds_times_reports_no_false_conflict() {
     #[derive(Debug)]
     struct Rounding(MemoryBackend);
     impl StorageBackend for Rounding {
@@ -620,7 +616,7 @@ fn a_backend_that_rounds_times_names_no_false_winner() {
 }
 
 #[test]
-fn a_new_storage_loads_what_a_local_backend_has_as_far_as_there_is_room() {
+fn a_new_storage_loads_a_local_backend_up_to_its_capacity() {
     let backend = MemoryBackend::new();
     let a = storage(backend.clone());
     let ids: Vec<_> = (0..100).map(|n| format!("order-{n}")).collect();
@@ -648,11 +644,11 @@ fn a_new_storage_loads_what_a_local_backend_has_as_far_as_there_is_room() {
     }
 }
 
-// What spans cost.
+// The cost of spans.
 
 #[test]
 fn a_span_that_hits_memory_calls_no_backend() {
-    for via in VIAS {
+    for_each_via(|via| {
         let controlled = ControlledBackend::new();
         let worker = Worker::via(via, storage(controlled.clone()));
         worker.step("first", Tags::instance(ID));
@@ -668,11 +664,11 @@ fn a_span_that_hits_memory_calls_no_backend() {
         }
         worker.storage.flush().unwrap();
         assert_eq!(calls(), before, "{via:?}");
-    }
+    });
 }
 
 #[test]
-fn a_miss_is_asked_once_in_a_while() {
+fn a_missing_instance_is_looked_up_only_once_in_a_while() {
     let controlled = ControlledBackend::new();
     let storage = storage(controlled.clone());
     let worker = Worker::with_sampler(storage, true, opentelemetry_sdk::trace::Sampler::AlwaysOff);
@@ -682,7 +678,7 @@ fn a_miss_is_asked_once_in_a_while() {
         worker.run(|| info_span!("step", workflow.instance_id = n).in_scope(|| {}));
     }
     assert_eq!(controlled.calls(Call::Get), 10);
-    // Replays of what nobody has recorded find nothing, and record nothing.
+    // Replays of unknown instances miss, and record nothing.
     for _ in 0..100 {
         let replay = || {
             info_span!(
@@ -719,7 +715,7 @@ fn a_zero_budget_never_asks_and_never_waits() {
 }
 
 #[test]
-fn the_budget_bounds_what_a_span_or_a_call_waits_for_a_backend_that_hangs() {
+fn the_budget_bounds_how_long_a_span_or_call_waits_for_a_hanging_backend() {
     for budget in [5, 20, 200].map(Duration::from_millis) {
         let controlled = ControlledBackend::new();
         controlled.set_all(Behaviour::Blocks);
@@ -757,7 +753,7 @@ fn the_budget_bounds_what_a_span_or_a_call_waits_for_a_backend_that_hangs() {
 }
 
 #[test]
-fn a_backend_that_fails_is_left_alone_and_comes_back_by_itself() {
+fn a_failing_backend_opens_the_circuit_which_closes_by_itself() {
     for behaviour in [Behaviour::Fails, Behaviour::Panics, Behaviour::Blocks] {
         let backend = MemoryBackend::new();
         storage(backend.clone()).store("known", context(1)).unwrap();
@@ -767,7 +763,7 @@ fn a_backend_that_fails_is_left_alone_and_comes_back_by_itself() {
         controlled.set(Call::Get, behaviour);
         let start = Instant::now();
         let spans = (0..1_000).map(|n| {
-            // What is recorded is written without trouble all the while.
+            // Writes succeed all the while.
             timed(|| worker.step("first", Tags::instance(&n.to_string()))).0
         });
         let waited: Duration = spans
@@ -797,7 +793,7 @@ fn a_backend_that_fails_is_left_alone_and_comes_back_by_itself() {
         let errors = || worker.storage.stats().backend_errors;
         match behaviour {
             Behaviour::Blocks => assert_eq!(errors(), 0),
-            // A panic is counted when it has been printed, which may take longer than any budget.
+            // A panic is counted after its message was printed, which may take longer than the budget.
             _ => wait_until("the failures are counted", || errors() > 0),
         }
 
@@ -814,9 +810,9 @@ fn a_backend_that_fails_is_left_alone_and_comes_back_by_itself() {
     }
 }
 
-/// Whatever befell all of them at one moment.
+/// All workers fail at the same moment, and must not reconnect at the same moment.
 #[test]
-fn a_fleet_comes_back_little_by_little() {
+fn a_fleet_reconnects_with_jitter() {
     #[derive(Clone, Debug, Default)]
     struct Dead(Arc<Mutex<Vec<Instant>>>);
     impl StorageBackend for Dead {
@@ -861,13 +857,13 @@ fn a_fleet_comes_back_little_by_little() {
         pauses.sort();
         println!("{pause:?} at most: {pauses:?}");
         assert!(pauses[0] >= pause / 2, "{pauses:?}");
-        // By chance all of them lie so near once in many trillions of times.
+        // With jitter, the probability that all are this close is below one in 10^12.
         assert!(pauses[29] - pauses[0] >= pause / 8, "{pauses:?}");
     }
 }
 
 #[test]
-fn a_lookup_that_is_not_answered_in_time_is_counted() {
+fn a_lookup_that_times_out_is_counted() {
     let controlled = ControlledBackend::new();
     let budget = Duration::from_millis(20);
     let storage = patient(controlled.clone()).lookup_budget(budget).build();
@@ -884,19 +880,19 @@ fn a_lookup_that_is_not_answered_in_time_is_counted() {
         lookup();
         assert_eq!(timeouts(), before + 1);
     }
-    // From now on it is left alone for a while, and nobody waits.
+    // From now on the circuit is open, and no call waits.
     worker.storage.get("unknown").unwrap();
     assert_eq!((timeouts(), worker.storage.stats().backend_errors), (3, 0));
     controlled.set_all(Behaviour::Works);
 }
 
-// A part of the backend is away.
+// A part of the backend is unavailable.
 
-/// Two parts, of which the second has the keys that begin with `~`.
+/// A backend of two parts, of which the second has the keys that begin with `~`.
 #[derive(Clone, Debug, Default)]
-struct InParts(Arc<[(MemoryBackend, AtomicBool); 2]>);
+struct Partitioned(Arc<[(MemoryBackend, AtomicBool); 2]>);
 
-impl InParts {
+impl Partitioned {
     fn part(&self, key: &str) -> &(MemoryBackend, AtomicBool) {
         &self.0[usize::from(key.starts_with('~'))]
     }
@@ -914,7 +910,7 @@ impl InParts {
     }
 }
 
-impl StorageBackend for InParts {
+impl StorageBackend for Partitioned {
     fn write(&self, writes: &[Write]) -> Result<Vec<Option<Record>>, BackendError> {
         let answer = |write: &Write| match self.part(write.key()) {
             (_, is_away) if is_away.load(Relaxed) => Ok(None),
@@ -947,8 +943,8 @@ impl StorageBackend for InParts {
 }
 
 #[test]
-fn what_a_part_does_not_take_is_held_and_the_rest_goes_on() {
-    let backend = InParts::default();
+fn writes_to_a_failing_part_are_held_while_the_rest_proceeds() {
+    let backend = Partitioned::default();
     let worker = worker_on(backend.clone());
     backend.set_away(true);
     for round in 1..=20 {
@@ -967,7 +963,7 @@ fn what_a_part_does_not_take_is_held_and_the_rest_goes_on() {
     let errors = worker.storage.flush().unwrap_err();
     assert!(causes(&errors).contains("a part is away"), "{errors}");
     assert!(backend.there("~10").is_none());
-    // What is held is known.
+    // Held writes are visible to lookups.
     let evicted = patient(backend.clone()).max_instances(1).build().unwrap();
     let small = Worker::with_storage(evicted);
     small.step("first", Tags::instance("~small"));
@@ -993,10 +989,10 @@ fn what_a_part_does_not_take_is_held_and_the_rest_goes_on() {
     assert!(backend.there("~claimed\u{1f}run").is_some());
 }
 
-/// Nobody flushes: it is tried again by itself, and who lost meanwhile is told.
+/// Without a flush, the writer retries by itself, and the loser learns of the winner.
 #[test]
-fn what_is_held_is_written_as_soon_as_its_part_is_back() {
-    let backend = InParts::default();
+fn held_writes_are_written_once_their_part_is_back() {
+    let backend = Partitioned::default();
     let [a, b] = [(); 2].map(|()| worker_on(backend.clone()));
     backend.set_away(true);
     a.step("a", Tags::instance("~1"));
@@ -1026,8 +1022,8 @@ fn what_is_held_is_written_as_soon_as_its_part_is_back() {
 }
 
 #[test]
-fn a_part_that_is_away_keeps_nobody_from_asking_the_rest() {
-    let backend = InParts::default();
+fn an_unavailable_part_does_not_block_lookups_in_the_rest() {
+    let backend = Partitioned::default();
     let other = worker_on(backend.clone());
     other.step("first", Tags::instance("known"));
     other.storage.flush().unwrap();
@@ -1044,10 +1040,10 @@ fn a_part_that_is_away_keeps_nobody_from_asking_the_rest() {
     }
 }
 
-/// A part comes and goes all the while; what is there in the end was written last.
+/// A part fails and recovers repeatedly; the last write must be the final value.
 #[test]
-fn what_is_held_is_written_in_its_order() {
-    let backend = InParts::default();
+fn held_writes_keep_their_order() {
+    let backend = Partitioned::default();
     let storage = storage(backend.clone());
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
@@ -1080,8 +1076,8 @@ fn what_is_held_is_written_in_its_order() {
 }
 
 #[test]
-fn dropping_the_last_handle_writes_what_the_rest_takes() {
-    let backend = InParts::default();
+fn dropping_the_last_handle_writes_to_the_available_part() {
+    let backend = Partitioned::default();
     backend.set_away(true);
     for held in [false, true] {
         let storage = storage(backend.clone());
@@ -1098,7 +1094,7 @@ fn dropping_the_last_handle_writes_what_the_rest_takes() {
     }
 }
 
-// What is not lost.
+// Durability of writes.
 
 #[test]
 fn flush_fails_with_the_backend_and_succeeds_later_with_nothing_lost() {
@@ -1151,9 +1147,9 @@ fn causes(error: &dyn std::error::Error) -> String {
         .join(": ")
 }
 
-/// Nobody flushes: it is tried again by itself.
+/// Without a flush, the writer retries by itself.
 #[test]
-fn writes_that_failed_are_tried_again_in_order() {
+fn failed_writes_are_retried_in_order() {
     let backend = MemoryBackend::new();
     let controlled = ControlledBackend::over(backend.clone());
     let storage = storage(controlled.clone());
@@ -1172,7 +1168,7 @@ fn writes_that_failed_are_tried_again_in_order() {
 }
 
 #[test]
-fn flush_waits_for_what_was_stored_before_it_and_for_the_backends_own_flush() {
+fn flush_waits_for_earlier_writes_and_for_the_backends_own_flush() {
     let controlled = ControlledBackend::new();
     let storage = storage(controlled.clone());
     for call in [Call::Write, Call::Flush] {
@@ -1195,9 +1191,9 @@ fn flush_waits_for_what_was_stored_before_it_and_for_the_backends_own_flush() {
     );
 }
 
-/// While one flush is under way, more is stored and flushed by others.
+/// While one flush is in progress, other threads store and flush.
 #[test]
-fn many_can_flush_at_once() {
+fn several_threads_can_flush_at_once() {
     let backend = MemoryBackend::new();
     let storage = storage(ControlledBackend::over(backend.clone()));
     at_once(8, |thread| {
@@ -1211,7 +1207,7 @@ fn many_can_flush_at_once() {
 }
 
 #[test]
-fn writes_are_grouped_and_one_key_is_written_once() {
+fn writes_are_batched_and_each_key_is_written_once() {
     let controlled = ControlledBackend::new();
     let storage = storage(controlled.clone());
     controlled.set(Call::Write, Behaviour::Blocks);
@@ -1236,7 +1232,7 @@ fn writes_are_grouped_and_one_key_is_written_once() {
 }
 
 #[test]
-fn a_queue_that_is_full_drops_the_oldest_and_counts_it() {
+fn a_full_queue_drops_the_oldest_write_and_counts_it() {
     const MOST: usize = 64 * 1024;
     const WRITES: usize = 70_000;
     let backend = MemoryBackend::new();
@@ -1260,7 +1256,7 @@ fn a_queue_that_is_full_drops_the_oldest_and_counts_it() {
 }
 
 #[test]
-fn dropping_the_last_handle_flushes_and_lets_go_of_the_backend() {
+fn dropping_the_last_handle_flushes_and_releases_the_backend() {
     let backend = MemoryBackend::new();
     let controlled = ControlledBackend::over(backend.clone());
     let storage = storage(controlled.clone());
@@ -1275,7 +1271,7 @@ fn dropping_the_last_handle_flushes_and_lets_go_of_the_backend() {
 }
 
 #[test]
-fn dropping_the_last_handle_waits_for_a_backend_no_longer_than_a_few_seconds() {
+fn dropping_the_last_handle_waits_a_few_seconds_at_most() {
     let controlled = ControlledBackend::new();
     for behaviour in [Behaviour::Fails, Behaviour::Panics] {
         let storage = storage(controlled.clone());
@@ -1300,7 +1296,7 @@ fn dropping_the_last_handle_waits_for_a_backend_no_longer_than_a_few_seconds() {
 }
 
 #[test]
-fn a_backend_that_cannot_be_scanned_costs_the_warm_start_alone() {
+fn a_failing_scan_costs_only_the_warm_start() {
     let backend = MemoryBackend::new();
     storage(backend.clone()).store(ID, context(1)).unwrap();
     for behaviour in [Behaviour::Fails, Behaviour::Panics] {
@@ -1318,7 +1314,7 @@ fn a_backend_that_cannot_be_scanned_costs_the_warm_start_alone() {
 }
 
 #[test]
-fn what_the_backend_could_not_decode_is_counted() {
+fn undecodable_records_of_the_backend_are_counted() {
     let controlled = ControlledBackend::new();
     let storage = storage(controlled.clone());
     assert_eq!(storage.stats().malformed, 0);
@@ -1329,7 +1325,7 @@ fn what_the_backend_could_not_decode_is_counted() {
 // Inside a runtime with one thread.
 
 #[test]
-fn it_works_on_the_one_thread_of_a_runtime() {
+fn a_single_threaded_runtime_is_not_blocked_for_long() {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -1371,7 +1367,7 @@ fn it_works_on_the_one_thread_of_a_runtime() {
 }
 
 #[test]
-fn what_is_over_in_the_backend_by_the_storages_clock_is_not_found() {
+fn records_expired_by_the_storages_clock_are_not_found() {
     let clock = ManualClock::new();
     // The backend's clock is behind.
     let backend = MemoryBackend::new();

@@ -1,4 +1,4 @@
-//! The layer composes like any other, and works the same wherever it stands.
+//! The layer composes with filters and other layers like any layer, and behaves the same in every position.
 
 use std::io;
 
@@ -18,7 +18,7 @@ use tracing_workflow_context::{WorkflowContextLayer, WorkflowContextStorage};
 
 type Stack = fn(WorkflowContextStorage, bool) -> Worker;
 
-/// Every place in which OpenTelemetry's own layer can be found from outside.
+/// Every way of stacking in which the OpenTelemetry layer can be found by `downcast_ref`.
 const STACKINGS: [(&str, Stack); 20] = [
     ("alone", |s, on| Worker::stacked(s, on, subscriber)),
     ("LevelFilter", |s, on| {
@@ -125,7 +125,7 @@ fn subscriber(layer: impl Layer<Registry> + Send + Sync) -> Dispatch {
     Dispatch::new(registry().with(layer))
 }
 
-/// The fmt layer, writing into the void.
+/// A fmt layer that discards its output.
 fn sink<S>() -> impl Layer<S> + Send + Sync
 where
     S: tracing::Subscriber + for<'span> LookupSpan<'span>,
@@ -133,7 +133,7 @@ where
     tracing_subscriber::fmt::layer().with_writer(io::sink)
 }
 
-/// Each stacking, with and without context activation.
+/// Runs a check for each way of stacking, with and without context activation.
 fn in_every_stacking(storage: fn() -> WorkflowContextStorage, check: impl Fn(&Worker)) {
     for (name, stack) in STACKINGS {
         for on in [true, false] {
@@ -273,8 +273,8 @@ fn get_otel_context_reaches_the_inner_layer() {
     });
 }
 
-/// Its layer does not see spans of the target `hidden`, which a fmt layer keeps alive.
-fn half_blind(storage: fn() -> WorkflowContextStorage) -> [Worker; 2] {
+/// Returns workers whose layer does not see spans of the target `hidden`, which a fmt layer enables.
+fn partially_filtered(storage: fn() -> WorkflowContextStorage) -> [Worker; 2] {
     [true, false].map(|on| {
         Worker::stacked(storage(), on, |ours| {
             let seen = filter_fn(|metadata| metadata.target() != "hidden");
@@ -284,8 +284,8 @@ fn half_blind(storage: fn() -> WorkflowContextStorage) -> [Worker; 2] {
 }
 
 #[test]
-fn a_tagged_span_that_the_filter_hides_is_as_if_it_were_not_there() {
-    for worker in half_blind(WorkflowContextStorage::new) {
+fn a_tagged_span_hidden_by_a_filter_has_no_effect() {
+    for worker in partially_filtered(WorkflowContextStorage::new) {
         worker.run(|| {
             let named = info_span!(target: "hidden", "named", workflow.instance_id = "a");
             let empty = info_span!(target: "hidden", "empty", workflow.instance_id = Empty);
@@ -310,8 +310,8 @@ fn a_tagged_span_that_the_filter_hides_is_as_if_it_were_not_there() {
 }
 
 #[test]
-fn children_of_a_hidden_tagged_span_are_placed_without_it() {
-    for worker in half_blind(WorkflowContextStorage::new) {
+fn children_of_a_hidden_tagged_span_are_parented_without_it() {
+    for worker in partially_filtered(WorkflowContextStorage::new) {
         worker.run(|| {
             let hidden = info_span!(target: "hidden", "hidden", workflow.instance_id = "a");
             hidden.in_scope(|| {
@@ -332,8 +332,8 @@ fn children_of_a_hidden_tagged_span_are_placed_without_it() {
 }
 
 #[test]
-fn a_hidden_span_between_two_of_an_instance_does_not_part_them() {
-    for worker in half_blind(WorkflowContextStorage::new) {
+fn a_hidden_span_between_two_of_an_instance_does_not_separate_them() {
+    for worker in partially_filtered(WorkflowContextStorage::new) {
         worker.run(|| {
             let outer = info_span!("outer", workflow.instance_id = "a").entered();
             info_span!(target: "hidden", "between", workflow.instance_id = "z")
@@ -346,7 +346,7 @@ fn a_hidden_span_between_two_of_an_instance_does_not_part_them() {
 
 #[test]
 fn a_hidden_engine_span_is_not_held_back() {
-    for worker in half_blind(adopting_engines) {
+    for worker in partially_filtered(adopting_engines) {
         worker.run(|| info_span!(target: "hidden", "engine").in_scope(|| step("a")));
         worker.run(|| info_span!(target: "hidden", "engine").in_scope(inner));
         let stats = worker.storage.stats();
@@ -358,7 +358,7 @@ fn a_hidden_engine_span_is_not_held_back() {
 
 #[test]
 fn a_hidden_child_does_not_release_a_held_engine_span() {
-    for worker in half_blind(adopting_engines) {
+    for worker in partially_filtered(adopting_engines) {
         worker.run(|| late("a"));
         worker.run(|| {
             let engine = info_span!("engine").entered();
@@ -372,7 +372,7 @@ fn a_hidden_child_does_not_release_a_held_engine_span() {
 }
 
 #[test]
-fn a_filter_that_changes_while_spans_are_open_loses_none_that_it_let_through() {
+fn a_filter_that_changes_while_spans_are_open_loses_no_enabled_span() {
     for on in [true, false] {
         let (filter, handle) = reload::Layer::new(LevelFilter::INFO);
         let worker = Worker::stacked(adopting_engines(), on, |ours| {
@@ -423,10 +423,10 @@ fn a_layer_that_is_none_does_nothing() {
     assert_eq!(worker.storage.stats().stored_instances, 0);
 }
 
-/// tracing-subscriber lets nobody look into a reloadable layer: `OpenTelemetrySpanExt` finds it no more than
+/// tracing-subscriber does not expose the inside of a reloadable layer: `OpenTelemetrySpanExt` finds it no more than
 /// OpenTelemetry's own there, and without context activation a span starts with its first child at the earliest.
 #[test]
-fn in_a_reloadable_layer_spans_are_placed_as_ever() {
+fn spans_in_a_reloadable_layer_are_parented_as_usual() {
     for on in [true, false] {
         let worker = Worker::stacked(adopting_engines(), on, |ours| {
             subscriber(reload::Layer::new(ours).0)
@@ -441,7 +441,7 @@ fn in_a_reloadable_layer_spans_are_placed_as_ever() {
 }
 
 #[test]
-fn in_a_reloadable_layer_engine_spans_are_adopted_as_ever() {
+fn engine_spans_in_a_reloadable_layer_are_adopted_as_usual() {
     for on in [true, false] {
         let worker = Worker::stacked(adopting_engines(), on, |ours| {
             subscriber(reload::Layer::new(ours).0)
@@ -475,7 +475,7 @@ fn a_layer_can_be_put_into_a_running_subscriber() {
     worker.forest().assert_one_trace().assert_no_orphans();
 }
 
-/// A worker in each stacking that tells the layer its dispatch, and that does not.
+/// Returns workers whose stacking gives the layer its dispatch, and ones whose stacking does not.
 fn with_and_without_known_dispatch() -> [Worker; 4] {
     let stacks: [Stack; 2] = [
         |s, on| Worker::stacked(s, on, subscriber),
@@ -487,7 +487,7 @@ fn with_and_without_known_dispatch() -> [Worker; 4] {
 }
 
 #[test]
-fn another_subscriber_without_the_layer_neither_sees_nor_disturbs_it() {
+fn a_subscriber_without_the_layer_does_not_disturb_it() {
     let other = Dispatch::new(registry().with(sink()));
     let elsewhere = |run: &dyn Fn()| dispatcher::with_default(&other, run);
     for worker in with_and_without_known_dispatch() {
@@ -497,7 +497,7 @@ fn another_subscriber_without_the_layer_neither_sees_nor_disturbs_it() {
             elsewhere(&|| {
                 late("x");
                 step("y");
-                // Their span, entered where it is not at home.
+                // A span of the other subscriber, entered in this one.
                 empty.in_scope(|| {});
                 empty.record("workflow.instance_id", "a");
                 assert_eq!(
@@ -517,7 +517,7 @@ fn another_subscriber_without_the_layer_neither_sees_nor_disturbs_it() {
 }
 
 #[test]
-fn two_subscribers_on_one_thread_keep_to_their_own_storage() {
+fn two_subscribers_on_one_thread_use_their_own_storages() {
     for on in [true, false] {
         let [a, b] =
             [(); 2].map(|()| Worker::stacked(WorkflowContextStorage::new(), on, subscriber));

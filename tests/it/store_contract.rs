@@ -1,4 +1,4 @@
-//! The written contract of `StorageBackend`: every backend keeps it, and the suite finds each way to break it.
+//! Every backend fulfils the contract of `StorageBackend`, and the contract suite detects each violation.
 
 use crate::support::*;
 
@@ -14,13 +14,13 @@ use tracing_workflow_context::{
 };
 
 #[test]
-fn memory_keeps_the_contract() {
+fn memory_fulfils_the_contract() {
     check_backend(MemoryBackend::new);
 }
 
 #[cfg(feature = "redb")]
 #[test]
-fn redb_keeps_the_contract() {
+fn redb_fulfils_the_contract() {
     use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
     use tracing_workflow_context::{RedbBackend, RedbSync};
 
@@ -32,7 +32,7 @@ fn redb_keeps_the_contract() {
 }
 
 #[test]
-fn a_backend_that_works_by_the_book_is_let_pass() {
+fn a_correct_backend_passes() {
     check_backend(|| Broken::new(Fault::None));
 }
 
@@ -203,9 +203,9 @@ enum Fault {
 #[derive(Debug)]
 struct Broken {
     fault: Fault,
-    /// Under each key as it is kept: the key as it was given, and the record.
+    /// The records, each with its original key, by the key under which it is kept.
     records: RwLock<HashMap<String, (String, Record)>>,
-    /// A decision takes this, where decisions are atomic.
+    /// Held while deciding, if decisions are atomic.
     deciding: Mutex<()>,
 }
 

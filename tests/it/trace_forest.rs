@@ -1,4 +1,4 @@
-//! `TraceForest` draws what was exported, asserts on it, and survives whatever it is given.
+//! `TraceForest` draws exported spans, asserts on them, and accepts any input.
 
 use std::borrow::Cow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -18,7 +18,7 @@ const A: u128 = 0x4bf9_2f35_77b3_4da6_a3ce_929d_0e0e_4736;
 const B: u128 = 0x0af7_6519_16cd_43dd_8448_eb21_1c80_319c;
 
 #[test]
-fn nothing_is_drawn_as_no_spans() {
+fn an_empty_forest_is_drawn_as_no_spans() {
     let forest = TraceForest::from_spans(&[]);
 
     assert_eq!(forest.to_string(), "no spans");
@@ -201,7 +201,7 @@ fn walking_finds_names_and_parents() {
 }
 
 #[test]
-fn one_trace_is_asserted() {
+fn assert_one_trace_passes_and_fails() {
     let forest = TraceForest::from_spans(&[span(A, 1, 0, "one"), span(A, 2, 0, "two")]);
     assert_eq!(forest.assert_one_trace().span_count(), 2);
 
@@ -217,7 +217,7 @@ fn one_trace_is_asserted() {
 }
 
 #[test]
-fn no_orphans_is_asserted() {
+fn assert_no_orphans_passes_and_fails() {
     let whole = [
         span(A, 1, 0, "root"),
         span(A, 2, 1, "child"),
@@ -251,7 +251,7 @@ fn no_orphans_is_asserted() {
 }
 
 #[test]
-fn no_duplicates_is_asserted() {
+fn assert_no_duplicates_passes_and_fails() {
     let retried = [
         span(A, 1, 0, "root"),
         span(A, 2, 1, "charge"),
@@ -303,7 +303,7 @@ fn failures_point_at_the_test() {
 }
 
 #[test]
-fn cycles_of_parents_are_drawn_once_and_can_be_climbed() {
+fn cycles_of_parents_are_drawn_once_and_can_be_walked() {
     let spans = [
         span(A, 1, 1, "own parent").at(0, 9),
         span(A, 2, 4, "first").at(1, 9),
@@ -347,7 +347,7 @@ fn repeated_ids_share_their_children_out_to_the_earliest() {
 }
 
 #[test]
-fn thousands_of_children_are_no_burden() {
+fn thousands_of_children_are_drawn_quickly() {
     let children = (2..=20_000).map(|id| span(A, id, 1, "child").at(id as i64, 0));
     let spans: Vec<_> = std::iter::once(span(A, 1, 0, "root"))
         .chain(children)
@@ -362,7 +362,7 @@ fn thousands_of_children_are_no_burden() {
 }
 
 #[test]
-fn nesting_without_end_is_no_burden() {
+fn deep_nesting_is_drawn_quickly() {
     const DEPTH: u64 = 100_000;
     let mut spans: Vec<_> = (1..=DEPTH)
         .map(|id| span(A, id, id - 1, "deeper"))
@@ -385,7 +385,7 @@ fn nesting_without_end_is_no_burden() {
     let climbed = std::iter::successors(Some(&spans[0]), |span| forest.parent_of(span)).count();
     assert_eq!(climbed as u64, DEPTH);
 
-    // The same chain bent into one great cycle.
+    // The same chain closed to a cycle.
     spans.last_mut().expect("not empty").parent_span_id = SpanId::from_bytes(DEPTH.to_be_bytes());
     let forest = TraceForest::from_spans(&spans);
     assert_eq!(forest.to_string().lines().count() as u64, DEPTH + 1);
@@ -400,7 +400,7 @@ fn invalid_ids_are_drawn_like_any_other() {
 }
 
 #[test]
-fn what_the_sdk_exports_is_drawn() {
+fn spans_exported_by_the_sdk_are_drawn() {
     let exporter = InMemorySpanExporter::default();
     let provider = SdkTracerProvider::builder()
         .with_simple_exporter(exporter.clone())

@@ -27,11 +27,13 @@ impl RedisServer {
     }
 
     /// Starts a server that also speaks TLS; returns the TLS port too.
+    #[cfg(feature = "redis-tls")]
     pub(crate) fn start_with_tls(certificate: &str, key: &str) -> (Self, u16) {
         Self::start_with_tls_and(certificate, key, &[])
     }
 
     /// Starts the first node of a Cluster, which also speaks TLS; returns the TLS port too.
+    #[cfg(feature = "redis-tls")]
     pub(crate) fn start_in_cluster_with_tls(certificate: &str, key: &str) -> (Self, u16) {
         let bus_port = free_port().to_string();
         let arguments = [
@@ -42,6 +44,7 @@ impl RedisServer {
         Self::start_with_tls_and(certificate, key, arguments.as_flattened())
     }
 
+    #[cfg(feature = "redis-tls")]
     fn start_with_tls_and(certificate: &str, key: &str, more: &[&str]) -> (Self, u16) {
         (0..10)
             .find_map(|_| {

@@ -26,7 +26,7 @@ fn an_engine_span_joins_the_instance_of_its_first_child_however_often_it_was_lef
 }
 
 #[test]
-fn an_engine_span_is_what_is_recorded_where_nothing_is_stored() {
+fn an_adopted_engine_span_is_recorded_for_a_new_instance() {
     in_both_modes(|worker| {
         engine("engine").in_scope(|| tagged_step("handler", "order"));
 
@@ -43,7 +43,7 @@ fn an_engine_span_is_what_is_recorded_where_nothing_is_stored() {
 }
 
 #[test]
-fn an_untagged_first_child_releases_an_engine_span_untouched() {
+fn an_untagged_first_child_releases_an_engine_span_unchanged() {
     in_both_modes(|worker| {
         let stored = stored_first(worker, "order");
         engine("engine").in_scope(|| {
@@ -52,7 +52,7 @@ fn an_untagged_first_child_releases_an_engine_span_untouched() {
         });
 
         let span = worker.span("engine");
-        assert_untouched(&span);
+        assert_unchanged_root(&span);
         assert_nested(&worker.span("untagged"), &span);
         let handler = worker.span("handler");
         assert_continues(&handler, &stored);
@@ -71,7 +71,7 @@ fn an_engine_span_without_children_is_exported_once_when_it_closes() {
         assert!(worker.spans().iter().all(|span| span.name != "engine"));
         drop(span);
 
-        assert_untouched(&worker.span("engine"));
+        assert_unchanged_root(&worker.span("engine"));
         let stats = worker.storage.stats();
         assert_eq!((stats.deferred, stats.adopted), (1, 0));
     });
@@ -95,7 +95,7 @@ fn a_span_without_an_id_is_adopted_by_its_first_child_too() {
 }
 
 #[test]
-fn an_adopted_span_that_then_names_another_instance_is_linked_to_that() {
+fn an_adopted_span_that_then_names_another_instance_is_linked_to_it() {
     in_both_modes(|worker| {
         let stored = stored_first(worker, "order");
         let parent = stored_first(worker, "parent of the order");
@@ -112,7 +112,7 @@ fn an_adopted_span_that_then_names_another_instance_is_linked_to_that() {
 }
 
 #[test]
-fn an_adopted_span_that_then_names_an_unknown_instance_is_recorded_for_that() {
+fn an_adopted_span_that_then_names_an_unknown_instance_is_recorded_for_it() {
     in_both_modes(|worker| {
         awaiting("span").in_scope(|| {
             tagged_step("child", "order");
@@ -124,7 +124,7 @@ fn an_adopted_span_that_then_names_an_unknown_instance_is_recorded_for_that() {
     });
 }
 
-/// Notes the names of spans in the order in which they start.
+/// Returns a worker, and the names of its spans in the order in which they start.
 fn noting_starts(activation: bool) -> (Worker, Arc<Mutex<Vec<String>>>) {
     let starts = Arc::new(Mutex::new(Vec::new()));
     let noted = starts.clone();
@@ -136,7 +136,7 @@ fn noting_starts(activation: bool) -> (Worker, Arc<Mutex<Vec<String>>>) {
 }
 
 #[test]
-fn nested_held_spans_are_released_outermost_first_each_beneath_the_one_before() {
+fn nested_held_spans_are_released_outermost_first_each_nested_in_the_previous() {
     for activation in [true, false] {
         let (worker, starts) = noting_starts(activation);
         let _drawing = DrawnOnPanic(&worker, format!("activation: {activation}"));
@@ -155,7 +155,7 @@ fn nested_held_spans_are_released_outermost_first_each_beneath_the_one_before() 
 }
 
 #[test]
-fn an_id_recorded_on_a_held_span_holds_for_the_held_spans_around_it() {
+fn an_id_recorded_on_a_held_span_applies_to_the_held_spans_around_it() {
     in_both_modes(|worker| {
         let stored = stored_first(worker, "order");
         {
@@ -173,7 +173,7 @@ fn an_id_recorded_on_a_held_span_holds_for_the_held_spans_around_it() {
 }
 
 #[test]
-fn an_id_recorded_on_a_held_span_leaves_the_held_spans_inside_it_alone() {
+fn an_id_recorded_on_a_held_span_does_not_affect_the_held_spans_inside_it() {
     in_both_modes(|worker| {
         let stored = stored_first(worker, "order");
         let other = stored_first(worker, "other order");
@@ -195,7 +195,7 @@ fn an_id_recorded_on_a_held_span_leaves_the_held_spans_inside_it_alone() {
 }
 
 #[test]
-fn an_explicit_child_leaves_the_held_spans_inside_its_parent_alone() {
+fn an_explicit_child_does_not_affect_the_held_spans_inside_its_parent() {
     in_both_modes(|worker| {
         let stored = stored_first(worker, "order");
         let other = stored_first(worker, "other order");
@@ -217,12 +217,12 @@ fn an_explicit_child_leaves_the_held_spans_inside_its_parent_alone() {
 }
 
 #[test]
-fn a_held_span_is_the_first_child_that_releases_the_held_span_around_it() {
+fn a_held_span_releases_the_held_span_around_it() {
     in_both_modes(|worker| {
         engine("outer").in_scope(|| learns_its_id("order"));
 
         let outer = worker.span("outer");
-        assert_untouched(&outer);
+        assert_unchanged_root(&outer);
         let inner = worker.span("learns_its_id");
         assert_nested(&inner, &outer);
         assert_unlinked(&inner);
@@ -232,14 +232,14 @@ fn a_held_span_is_the_first_child_that_releases_the_held_span_around_it() {
 }
 
 #[test]
-fn a_span_made_before_releases_what_is_held_when_it_is_entered() {
+fn entering_an_existing_span_releases_held_spans() {
     with_activation(|worker| {
         let (made_before, held) = (ordinary("made before"), engine("engine"));
         let (inside, left) = held.in_scope(|| (made_before.in_scope(current), current()));
         drop((made_before, held));
 
         let held = worker.span("engine");
-        assert_untouched(&held);
+        assert_unchanged_root(&held);
         assert_root(&worker.span("made before"));
         assert_same_span(&inside, &worker.span("made before").span_context);
         assert_same_span(&left, &held.span_context);
@@ -247,7 +247,7 @@ fn a_span_made_before_releases_what_is_held_when_it_is_entered() {
 }
 
 #[test]
-fn a_span_without_parent_is_no_child_of_the_held_span_it_opens_in() {
+fn an_explicit_root_does_not_release_the_held_span_it_opens_in() {
     in_both_modes(|worker| {
         let stored = stored_first(worker, "order");
         engine("engine").in_scope(|| {
@@ -261,7 +261,7 @@ fn a_span_without_parent_is_no_child_of_the_held_span_it_opens_in() {
 }
 
 #[test]
-fn an_explicit_child_releases_and_is_nested_in_the_held_span_it_names() {
+fn an_explicit_child_releases_its_held_parent_and_is_nested_in_it() {
     in_both_modes(|worker| {
         let stored = stored_first(worker, "order");
         let span = engine("engine");
@@ -279,7 +279,7 @@ fn an_explicit_child_releases_and_is_nested_in_the_held_span_it_names() {
 }
 
 #[test]
-fn a_child_made_on_another_thread_adopts_the_span_held_here() {
+fn a_child_created_on_another_thread_adopts_a_held_span() {
     in_both_modes(|worker| {
         let stored = stored_first(worker, "order");
         let span = engine("engine");
@@ -303,7 +303,7 @@ fn a_child_made_on_another_thread_adopts_the_span_held_here() {
 }
 
 #[test]
-fn a_child_adopts_a_span_that_nobody_has_entered() {
+fn a_child_adopts_a_span_that_was_never_entered() {
     in_both_modes(|worker| {
         let stored = stored_first(worker, "order");
         for span in [engine("engine"), awaiting("awaiting")] {

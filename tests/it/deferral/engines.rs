@@ -106,7 +106,7 @@ fn the_handler_span_of_restate_joins_the_instance_of_the_handler() {
 }
 
 #[test]
-fn a_span_of_another_crate_that_is_named_like_an_engines_is_not_held_back() {
+fn a_span_with_the_name_but_not_the_target_of_an_engine_span_is_not_held() {
     let builder = WorkflowContextStorage::builder()
         .engine(Engine::Temporal)
         .engine(Engine::Restate);
@@ -127,7 +127,7 @@ fn a_span_of_another_crate_that_is_named_like_an_engines_is_not_held_back() {
 }
 
 #[test]
-fn an_engine_that_is_not_named_has_no_say() {
+fn engines_that_are_not_configured_have_no_effect() {
     with_activation(|worker| {
         for span in [run_workflow(), run_activity(), restate_handle()] {
             assert!(span.in_scope(current).is_valid());
@@ -140,7 +140,7 @@ fn an_engine_that_is_not_named_has_no_say() {
 }
 
 #[test]
-fn several_engines_may_be_named() {
+fn several_engines_can_be_configured() {
     let make = || {
         let builder = WorkflowContextStorage::builder()
             .engine(Engine::Temporal)
@@ -165,7 +165,7 @@ fn several_engines_may_be_named() {
 }
 
 #[test]
-fn the_instance_id_that_duroxide_speaks_of_is_an_id() {
+fn the_instance_id_field_of_duroxide_is_read() {
     in_both_modes_of(
         || knowing(Engine::Duroxide),
         |worker| {
@@ -182,7 +182,7 @@ fn the_instance_id_that_duroxide_speaks_of_is_an_id() {
 }
 
 #[test]
-fn the_spans_of_dapr_join_their_instance_and_keep_their_good_parents() {
+fn spans_of_dapr_join_their_instance_and_keep_local_parents() {
     let worker = Worker::with_storage(knowing(Engine::Dapr));
     // dapr-durabletask makes its spans through the OpenTelemetry API.
     let tracer = worker.storage.tracer(worker.tracer());

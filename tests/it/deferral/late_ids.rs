@@ -17,7 +17,7 @@ fn an_id_recorded_in_the_body_puts_the_span_and_its_children_into_the_stored_tra
 }
 
 #[test]
-fn an_id_recorded_in_the_body_is_recorded_where_none_is_stored() {
+fn an_id_recorded_in_the_body_stores_the_span_for_a_new_instance() {
     in_both_modes(|worker| {
         learns_its_id("order");
 
@@ -30,7 +30,7 @@ fn an_id_recorded_in_the_body_is_recorded_where_none_is_stored() {
 }
 
 #[test]
-fn an_id_recorded_in_the_first_poll_holds_for_later_polls_on_other_threads() {
+fn an_id_recorded_in_the_first_poll_applies_to_later_polls_on_other_threads() {
     in_both_modes(|worker| {
         let stored = stored_first(worker, "order");
         {
@@ -68,7 +68,7 @@ fn an_id_recorded_after_the_first_child_becomes_a_link() {
 }
 
 #[test]
-fn an_id_recorded_after_the_first_child_is_recorded_where_none_is_stored() {
+fn an_id_recorded_after_the_first_child_stores_the_span_for_a_new_instance() {
     in_both_modes(|worker| {
         awaiting("span").in_scope(|| {
             step("child");
@@ -102,7 +102,7 @@ fn an_id_recorded_in_the_second_poll_becomes_a_link() {
     });
 }
 
-/// Leaving a span starts it only where entering it would have.
+/// Exiting a span starts it only if entering would have.
 #[test]
 fn without_activation_an_id_recorded_in_the_second_poll_is_in_time() {
     for seen_before in [false, true] {
@@ -127,7 +127,7 @@ fn without_activation_an_id_recorded_in_the_second_poll_is_in_time() {
 }
 
 #[test]
-fn a_span_that_the_sampler_drops_learns_its_id_too() {
+fn unsampled_spans_are_deferred_too() {
     for activation in [true, false] {
         let worker = Worker::with_sampler(adopting(), activation, Sampler::AlwaysOff);
         worker.run(|| {
@@ -149,7 +149,7 @@ fn a_span_that_the_sampler_drops_learns_its_id_too() {
 }
 
 #[test]
-fn an_empty_id_is_no_id() {
+fn an_empty_id_is_ignored() {
     type Record = fn(&Span);
     let empty: [(&str, Record); 3] = [
         ("str", |span| {
@@ -178,7 +178,7 @@ fn an_empty_id_is_no_id() {
 }
 
 #[test]
-fn a_span_whose_id_is_an_empty_text_at_its_creation_awaits_one() {
+fn a_span_created_with_an_empty_id_awaits_one() {
     in_both_modes(|worker| {
         let stored = stored_first(worker, "order");
         info_span!("span", workflow.instance_id = "").in_scope(|| record_id("order"));
@@ -189,7 +189,7 @@ fn a_span_whose_id_is_an_empty_text_at_its_creation_awaits_one() {
 }
 
 #[test]
-fn the_first_id_of_a_started_span_counts() {
+fn the_first_id_of_a_started_span_is_used() {
     in_both_modes(|worker| {
         let stored = stored_first(worker, "order");
         stored_first(worker, "other order");
@@ -215,7 +215,7 @@ fn awaiting_a_run(name: &str) -> Span {
 }
 
 #[test]
-fn a_span_that_declares_a_run_waits_for_that_too() {
+fn a_span_that_declares_a_run_id_waits_for_it_too() {
     const RUN: &str = "workflow.run_id";
     in_both_modes(|worker| {
         let first = info_span!(
@@ -252,7 +252,7 @@ fn a_span_that_declares_a_run_waits_for_that_too() {
 }
 
 #[test]
-fn a_run_that_never_comes_is_the_latest() {
+fn a_run_id_that_is_never_recorded_means_the_latest_run() {
     in_both_modes(|worker| {
         let stored = stored_first(worker, "order");
         awaiting_a_run("span").in_scope(|| {
@@ -269,7 +269,7 @@ fn a_run_that_never_comes_is_the_latest() {
 }
 
 #[test]
-fn other_fields_recorded_first_release_nothing() {
+fn recording_other_fields_does_not_release_a_span() {
     in_both_modes(|worker| {
         let stored = stored_first(worker, "order");
         let span = info_span!("span", workflow.instance_id = Empty, attempt = Empty);
@@ -288,7 +288,7 @@ fn other_fields_recorded_first_release_nothing() {
 }
 
 #[test]
-fn an_id_recorded_before_the_span_is_entered_leaves_nothing_to_hold_back() {
+fn a_span_whose_id_is_recorded_before_it_is_entered_is_not_deferred() {
     in_both_modes(|worker| {
         let stored = stored_first(worker, "order");
         let span = awaiting("span");
@@ -312,20 +312,20 @@ fn a_span_that_is_never_entered_is_exported_once() {
         drop(engine("engine"));
         awaiting("with an id").record(ID, "order");
 
-        assert_untouched(&worker.span("without an id"));
-        assert_untouched(&worker.span("engine"));
+        assert_unchanged_root(&worker.span("without an id"));
+        assert_unchanged_root(&worker.span("engine"));
         assert_joined(&worker.span("with an id"), &stored);
         assert_eq!(worker.storage.stats().deferred, 0);
     });
 }
 
 #[test]
-fn a_span_that_never_learns_its_id_is_exported_untouched() {
+fn a_span_that_never_gets_an_id_is_exported_unchanged() {
     in_both_modes(|worker| {
         awaiting("span").in_scope(|| info!("an event"));
 
         let span = worker.span("span");
-        assert_untouched(&span);
+        assert_unchanged_root(&span);
         assert_eq!(span.events.len(), 1);
         assert_eq!(worker.storage.stats().deferred, 1);
     });

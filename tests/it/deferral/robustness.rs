@@ -22,8 +22,8 @@ fn a_panic_unwinds_through_held_spans() {
         }
         learns_its_id("order");
 
-        assert_untouched(&worker.span("held engine"));
-        assert_untouched(&worker.span("held awaiting"));
+        assert_unchanged_root(&worker.span("held engine"));
+        assert_unchanged_root(&worker.span("held awaiting"));
         assert_joined(&worker.span("released engine"), &stored);
         assert_joined(&worker.span("released awaiting"), &stored);
         assert_joined(&worker.span("learns_its_id"), &stored);
@@ -31,7 +31,7 @@ fn a_panic_unwinds_through_held_spans() {
 }
 
 #[test]
-fn a_panic_unwinds_from_one_task_and_leaves_what_is_held_around_it() {
+fn a_panic_in_one_task_does_not_release_the_held_spans_around_it() {
     in_both_modes(|worker| {
         let stored = stored_first(worker, "order");
         engine("engine").in_scope(|| {
@@ -43,7 +43,7 @@ fn a_panic_unwinds_from_one_task_and_leaves_what_is_held_around_it() {
             tagged_step("handler", "order");
         });
 
-        assert_untouched(&worker.span("panics"));
+        assert_unchanged_root(&worker.span("panics"));
         assert_joined(&worker.span("engine"), &stored);
         assert_nested(&worker.span("handler"), &worker.span("engine"));
     });
@@ -58,7 +58,7 @@ fn a_held_span_may_be_entered_twice() {
         ] {
             span.in_scope(|| span.in_scope(|| ()));
             drop(span);
-            assert_untouched(&worker.span(name));
+            assert_unchanged_root(&worker.span(name));
         }
     });
 }
@@ -96,7 +96,7 @@ fn held_spans_may_be_left_in_any_order() {
             drop(stays_entered);
         }
 
-        assert_untouched(&worker.span("left first"));
+        assert_unchanged_root(&worker.span("left first"));
         assert_joined(&worker.span("stays"), &stored);
         assert_nested(&worker.span("handler"), &worker.span("stays"));
     });
@@ -119,7 +119,7 @@ fn released_spans_may_be_left_in_any_order() {
 }
 
 #[test]
-fn an_id_recorded_elsewhere_counts_for_the_span_held_here() {
+fn an_id_recorded_on_another_thread_applies_to_a_held_span() {
     in_both_modes(|worker| {
         let stored = stored_first(worker, "order");
         let span = awaiting("span");
@@ -139,7 +139,7 @@ fn an_id_recorded_elsewhere_counts_for_the_span_held_here() {
 }
 
 #[test]
-fn a_span_held_on_two_threads_has_its_children_of_both_beneath() {
+fn a_span_held_on_two_threads_has_the_children_of_both() {
     in_both_modes(|worker| {
         let stored = stored_first(worker, "order");
         let span = awaiting("span");
@@ -163,7 +163,7 @@ fn a_span_held_on_two_threads_has_its_children_of_both_beneath() {
 }
 
 #[test]
-fn a_span_released_here_is_released_for_a_thread_that_still_holds_it() {
+fn a_span_released_on_one_thread_is_released_on_a_thread_that_still_holds_it() {
     with_activation(|worker| {
         let span = engine("engine");
         let there = span.in_scope(|| {
@@ -185,7 +185,7 @@ fn a_span_released_here_is_released_for_a_thread_that_still_holds_it() {
     });
 }
 
-/// An id that cannot be printed.
+/// An id whose formatting panics.
 struct Unprintable;
 
 impl fmt::Display for Unprintable {
@@ -195,7 +195,7 @@ impl fmt::Display for Unprintable {
 }
 
 #[test]
-fn a_panic_while_the_id_is_printed_releases_nothing() {
+fn a_panic_while_formatting_the_id_releases_nothing() {
     in_both_modes(|worker| {
         let stored = stored_first(worker, "order");
         awaiting("span").in_scope(|| {
@@ -210,7 +210,7 @@ fn a_panic_while_the_id_is_printed_releases_nothing() {
     });
 }
 
-/// An id that opens a span while it is printed.
+/// An id that opens a span while it is formatted.
 struct Instrumented(&'static str);
 
 impl fmt::Display for Instrumented {
@@ -221,14 +221,14 @@ impl fmt::Display for Instrumented {
 }
 
 #[test]
-fn printing_the_id_may_open_spans() {
+fn formatting_the_id_may_open_spans() {
     in_both_modes(|worker| {
         let stored = stored_first(worker, "order");
         awaiting("recorded").in_scope(|| {
             Span::current().record(ID, display(Instrumented("order")));
         });
 
-        // What printing opens is the first child: the span starts before its id is known.
+        // The span opened by formatting is the first child: its parent starts before the id is known.
         let span = worker.span("recorded");
         assert_linked(&span, "late", &stored);
         for printing in worker.spans().iter().filter(|span| span.name == "printing") {
@@ -237,9 +237,9 @@ fn printing_the_id_may_open_spans() {
     });
 }
 
-/// Within the creation of a span tracing itself ignores all others.
+/// While a span is created, tracing ignores all others on the thread.
 #[test]
-fn printing_the_id_of_a_new_span_may_try_to_open_spans() {
+fn formatting_the_id_of_a_new_span_may_try_to_open_spans() {
     in_both_modes(|worker| {
         let stored = stored_first(worker, "order");
         engine("engine").in_scope(|| {
@@ -252,7 +252,7 @@ fn printing_the_id_of_a_new_span_may_try_to_open_spans() {
     });
 }
 
-/// A sampler that opens a span of its own when the span of that name starts.
+/// Returns a worker whose sampler opens a span when the span of that name starts.
 fn sampling_opens_a_span(when: &'static str) -> Worker {
     let sampler = Hooked(move |name: &str| {
         if name == when {
@@ -373,9 +373,9 @@ fn two_layers_on_one_thread_do_not_release_each_others_spans() {
         assert_id(&held, "order");
         assert_same_span(&one.stored("order"), &held.span_context);
         assert_nested(&one.span("handler"), &held);
-        assert_untouched(&other.span("engine"));
+        assert_unchanged_root(&other.span("engine"));
         assert_nested(&other.span("child"), &other.span("engine"));
-        assert_untouched(&other.span("awaiting"));
+        assert_unchanged_root(&other.span("awaiting"));
         let (one, other) = (one.storage.stats(), other.storage.stats());
         assert_eq!((one.deferred, one.adopted), (1, 1));
         assert_eq!((other.deferred, other.adopted), (2, 0));
@@ -383,13 +383,13 @@ fn two_layers_on_one_thread_do_not_release_each_others_spans() {
 }
 
 #[test]
-fn what_is_held_on_one_thread_while_another_makes_spans_is_left_right() {
+fn spans_of_another_thread_do_not_release_a_held_span() {
     in_both_modes(|worker| {
         let span = engine("engine");
         span.in_scope(|| elsewhere(worker, || tagged_step("there", "order")));
         drop(span);
 
-        assert_untouched(&worker.span("engine"));
+        assert_unchanged_root(&worker.span("engine"));
     });
 }
 

@@ -2,7 +2,7 @@
 
 use super::*;
 
-/// Answers for how long.
+/// Keeps a core busy, and returns for how long.
 fn spin() -> Duration {
     let start = Instant::now();
     while start.elapsed() < BUSY {
@@ -11,8 +11,8 @@ fn spin() -> Duration {
     start.elapsed()
 }
 
-/// Runs what a span goes through, and checks its timings against the clock on the wall. `live` answers for
-/// how long it certainly kept the span busy.
+/// Checks the timings of a span against the wall clock. `live` uses the span, and returns for how long it was busy
+/// at least.
 #[track_caller]
 fn assert_timings(worker: &Worker, open: fn(&str) -> Span, live: impl FnOnce(&Span) -> Duration) {
     let start = Instant::now();

@@ -3,7 +3,7 @@
 use super::*;
 
 #[test]
-fn a_held_span_is_current_from_its_release_to_its_exit_and_not_longer() {
+fn a_held_span_is_current_from_its_release_until_its_exit() {
     type Release = fn(&Span);
     let ways: [(&str, Release); 3] = [
         ("id", |span| {
@@ -76,7 +76,7 @@ fn a_held_span_keeps_the_foreign_parent_it_opened_under() {
 }
 
 #[test]
-fn a_context_attached_inside_a_held_span_is_gone_with_its_guard() {
+fn a_context_attached_inside_a_held_span_is_detached_with_its_guard() {
     with_activation(|worker| {
         let span = engine("engine");
         let (within, after) = span.in_scope(|| {
@@ -95,7 +95,7 @@ fn a_context_attached_inside_a_held_span_is_gone_with_its_guard() {
 }
 
 #[test]
-fn an_ordinary_root_span_sees_itself_at_once() {
+fn an_ordinary_root_span_is_current_at_once() {
     with_activation(|worker| {
         let (inside, sent) =
             ordinary("ordinary").in_scope(|| (current(), headers(&Context::current())));
@@ -108,7 +108,7 @@ fn an_ordinary_root_span_sees_itself_at_once() {
 }
 
 #[test]
-fn a_span_with_an_id_sees_itself_at_once() {
+fn a_span_with_an_id_is_current_at_once() {
     with_activation(|worker| {
         let stored = stored_first(worker, "order");
         let (inside, sent) =
@@ -123,7 +123,7 @@ fn a_span_with_an_id_sees_itself_at_once() {
 }
 
 #[test]
-fn a_held_span_is_missing_from_the_current_context_until_it_is_asked_for_its_own() {
+fn a_held_span_is_not_current_until_its_context_is_requested() {
     in_both_modes(|worker| {
         let span = awaiting("span");
         let (before, sent) = span.in_scope(|| {
@@ -155,7 +155,7 @@ fn the_current_workflow_context_inside_a_held_span_is_its_own() {
 }
 
 #[test]
-fn a_held_span_that_was_asked_for_its_context_has_started() {
+fn requesting_the_context_of_a_held_span_starts_it() {
     in_both_modes(|worker| {
         let stored = stored_first(worker, "order");
         awaiting("awaiting").in_scope(|| {
@@ -173,14 +173,14 @@ fn a_held_span_that_was_asked_for_its_context_has_started() {
         assert_linked(&awaiting, "late", &stored);
         assert_nested(&worker.span("child of awaiting"), &awaiting);
         let engine = worker.span("engine");
-        assert_untouched(&engine);
+        assert_unchanged_root(&engine);
         assert_continues(&worker.span("handler"), &stored);
         assert_linked(&worker.span("handler"), "foreign", &engine.span_context);
     });
 }
 
 #[test]
-fn a_held_span_may_be_asked_for_its_context_from_another_thread() {
+fn the_context_of_a_held_span_can_be_requested_on_another_thread() {
     in_both_modes(|worker| {
         let span = awaiting("span");
         let there = span.in_scope(|| {
@@ -198,7 +198,7 @@ fn a_held_span_may_be_asked_for_its_context_from_another_thread() {
 
 /// As `future.instrument(span.clone()).with_context(span.context())` does.
 #[test]
-fn a_span_entered_beneath_its_own_context_does_not_confuse_the_layer() {
+fn a_span_can_be_entered_beneath_its_own_context() {
     with_activation(|worker| {
         let span = tagged("first ever", "order");
         let own = span.context().attach();
@@ -220,7 +220,7 @@ fn a_span_entered_beneath_its_own_context_does_not_confuse_the_layer() {
 }
 
 #[test]
-fn what_follows_from_a_held_span_links_to_it() {
+fn a_span_that_follows_from_a_held_span_links_to_it() {
     in_both_modes(|worker| {
         let follower = ordinary("follower");
         let held = awaiting("held");

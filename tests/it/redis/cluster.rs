@@ -1,4 +1,4 @@
-//! Several servers that share the slots: an instance lies on one of them, and needs no other.
+//! Redis Cluster: an instance is on one node, and is independent of the others.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use super::*;
 
 const SLOTS: usize = 16_384;
 
-/// A Cluster of masters, with equal shares of the slots, and replicas of the first.
+/// A Cluster of masters with equal shares of the slots, and replicas of the first.
 struct Cluster {
     nodes: Vec<RedisServer>,
     directories: Vec<Directory>,
@@ -21,11 +21,11 @@ struct Cluster {
 
 impl Cluster {
     fn start() -> Self {
-        // Nobody is to be taken for dead because the machine is busy.
+        // No node may be considered failed because the machine is busy.
         Self::with_replicas(0, Duration::from_secs(15))
     }
 
-    /// Its servers take one another for dead after that time.
+    /// Starts a Cluster whose nodes consider each other failed after that time.
     fn with_replicas(replicas: usize, patience: Duration) -> Self {
         const MASTERS: usize = 3;
         let directories: Vec<_> = (0..MASTERS + replicas).map(|_| Directory::new()).collect();
@@ -119,7 +119,7 @@ impl Cluster {
         }
     }
 
-    /// The first few ids of which each lies on that node.
+    /// Returns the first ids that belong to that node.
     fn ids_on(&self, number: usize, count: usize) -> Vec<String> {
         let share = SLOTS * number / 3..SLOTS * (number + 1) / 3;
         let ids = (0..).map(|n| format!("order-{n}"));
@@ -137,7 +137,7 @@ impl Cluster {
     }
 }
 
-/// `redis::Connection` has it under a name that a trait of the contract takes too.
+/// Calls `req_command`, whose name is ambiguous on `redis::Connection` otherwise.
 trait Req {
     fn req(&mut self, command: &redis::Cmd) -> redis::RedisResult<Value>;
 }
@@ -158,10 +158,10 @@ fn text(value: Value) -> String {
 }
 
 #[test]
-fn a_cluster_keeps_the_contract() {
+fn a_cluster_fulfils_the_contract() {
     for form in [Form::Binary, Form::Json] {
         let cluster = Cluster::start();
-        keeps_the_contract(form, || cluster.backend());
+        assert_fulfils_the_contract(form, || cluster.backend());
         for number in 0..3 {
             assert!(!cluster.keys(number).is_empty(), "nothing is on {number}");
         }
@@ -169,7 +169,7 @@ fn a_cluster_keeps_the_contract() {
 }
 
 #[test]
-fn an_instance_lies_in_one_slot_and_instances_on_all_servers() {
+fn an_instance_is_in_one_slot_and_instances_are_on_all_nodes() {
     let cluster = Cluster::start();
     let backend = cluster.backend();
     let record = record(PARENT);
@@ -211,7 +211,7 @@ fn an_instance_lies_in_one_slot_and_instances_on_all_servers() {
             keys.len()
         );
     }
-    // As the server itself tells it.
+    // According to the server.
     let prefix = "workflow-context:";
     for id in strange.iter().copied().chain(["order-1", "order-2"]) {
         let slots: BTreeSet<_> = on
@@ -224,7 +224,7 @@ fn an_instance_lies_in_one_slot_and_instances_on_all_servers() {
             })
             .map(|key| cluster.slot(key))
             .collect();
-        // Where one id is another with the sign before it, the keys of both are found.
+        // If one id is another one with a prefix, the keys of both are found.
         let most = if id.starts_with(['}', '\u{1e}']) {
             2
         } else {
@@ -247,7 +247,7 @@ fn an_instance_lies_in_one_slot_and_instances_on_all_servers() {
 }
 
 #[test]
-fn a_slot_that_moves_is_followed() {
+fn a_migrating_slot_is_followed() {
     let cluster = Cluster::start();
     let backend = cluster.backend();
     let mine = record(PARENT);
@@ -275,7 +275,7 @@ fn a_slot_that_moves_is_followed() {
         cluster.ask(from, &migrate);
     };
     move_key(ids[0]);
-    // One has moved, one has not, and one is new: written where the slot is going.
+    // One key has moved, one has not, and a new one is written to the slot's destination.
     for round in 0..2 {
         let winners = backend.write(&ids.map(|id| claim(id, &mine))).unwrap();
         let taken: Vec<_> = winners.iter().map(Option::is_some).collect();
@@ -304,7 +304,7 @@ fn a_slot_that_moves_is_followed() {
 }
 
 #[test]
-fn what_cannot_be_decoded_is_replaced_wherever_it_lies() {
+fn undecodable_values_are_replaced_on_every_node() {
     let cluster = Cluster::start();
     let backend = cluster.backend();
     let mine = record(PARENT);
@@ -329,7 +329,7 @@ fn what_cannot_be_decoded_is_replaced_wherever_it_lies() {
 }
 
 #[test]
-fn many_claim_the_same_and_one_wins() {
+fn one_of_many_concurrent_claims_wins() {
     let cluster = Cluster::start();
     let ids: Vec<_> = (0..300).map(|n| n.to_string()).collect();
     let winners = at_once(4, |thread| {
@@ -348,7 +348,7 @@ fn many_claim_the_same_and_one_wins() {
 }
 
 #[test]
-fn a_user_needs_no_more_than_is_documented() {
+fn the_documented_permissions_suffice() {
     let cluster = Cluster::start();
     let commands =
         "set get del pexpireat pexpiretime ping watch unwatch multi exec scan cluster|slots asking";
@@ -364,7 +364,7 @@ fn a_user_needs_no_more_than_is_documented() {
         }
         cluster.ask(number, &user);
     }
-    // What the first URL has holds for all of them.
+    // The settings of the first URL apply to all of them.
     let first = cluster.nodes[0].url().replace("//", "//worker:secret@");
     let backend = RedisBackend::connect_cluster([&*first]).unwrap();
     let backend = backend.with_response_timeout(PATIENCE);
@@ -381,7 +381,7 @@ fn a_user_needs_no_more_than_is_documented() {
 }
 
 #[test]
-fn no_cluster_is_needed_to_connect() {
+fn connecting_needs_no_reachable_cluster() {
     assert!(matches!(
         RedisBackend::connect_cluster([]),
         Err(ConnectError::NoUrl)
@@ -393,7 +393,7 @@ fn no_cluster_is_needed_to_connect() {
     assert!(nobody.get("id").is_err() && nobody.flush().is_err());
     assert!(nobody.write(&[claim("id", &record(PARENT))]).is_err());
 
-    // Nor is a single server one.
+    // A single server is not a Cluster either.
     let server = RedisServer::start();
     let single = RedisBackend::connect_cluster([&*server.url()]).unwrap();
     let error = single.get("id").unwrap_err();
@@ -401,7 +401,7 @@ fn no_cluster_is_needed_to_connect() {
 }
 
 #[test]
-fn some_urls_may_lead_nowhere() {
+fn some_nodes_may_be_unreachable() {
     let cluster = Cluster::start();
     let urls = ["redis://127.0.0.1:1/".to_owned(), cluster.nodes[2].url()];
     let backend = RedisBackend::connect_cluster(urls.iter().map(String::as_str)).unwrap();
@@ -415,7 +415,7 @@ fn some_urls_may_lead_nowhere() {
     assert_eq!(cluster.keys(0).len(), 3);
 }
 
-/// One worker's storage, which waits for a while only.
+/// Returns a worker with limited timeouts.
 fn worker(cluster: &Cluster) -> Worker {
     let timeout = Duration::from_millis(300);
     let backend = cluster.backend();
@@ -433,8 +433,8 @@ fn step(worker: &Worker, id: &str) {
     worker.run(|| tracing::info_span!("step", workflow.instance_id = %id).in_scope(|| {}));
 }
 
-/// How one of three is away, and comes back.
-fn one_is_away(away: impl FnOnce(&mut Cluster), back: impl FnOnce(&mut Cluster)) {
+/// Makes one of three nodes unavailable, and available again.
+fn with_one_node_unavailable(away: impl FnOnce(&mut Cluster), back: impl FnOnce(&mut Cluster)) {
     let mut cluster = Cluster::start();
     let [one, other] = [(); 2].map(|()| worker(&cluster));
     let lost = cluster.ids_on(0, 40);
@@ -454,7 +454,7 @@ fn one_is_away(away: impl FnOnce(&mut Cluster), back: impl FnOnce(&mut Cluster))
     let errors = || one.storage.stats().backend_errors;
     step(&one, &during[0]);
     wait_until("that it is away is noticed", || errors() > 0);
-    // The spans of its instances start, and are one trace here.
+    // Spans of its instances still start, and share one trace within this worker.
     let start = Instant::now();
     for id in during {
         step(&one, id);
@@ -464,7 +464,7 @@ fn one_is_away(away: impl FnOnce(&mut Cluster), back: impl FnOnce(&mut Cluster))
     }
     let took = start.elapsed();
     assert!(one.storage.flush().is_err(), "not all is written");
-    // Those of the others reach the other worker, though more waits for the one that is away.
+    // Instances of the other nodes reach the other worker, although writes for the unavailable one are queued.
     step(&other, &during[0]);
     wait_until("it is left alone there too", || {
         other.storage.stats().backend_errors > 0
@@ -506,16 +506,16 @@ fn one_is_away(away: impl FnOnce(&mut Cluster), back: impl FnOnce(&mut Cluster))
 }
 
 #[test]
-fn one_of_three_is_dead_and_the_others_go_on() {
-    one_is_away(
+fn with_one_of_three_nodes_down_the_others_go_on() {
+    with_one_node_unavailable(
         |cluster| cluster.nodes[0].stop(),
         |cluster| cluster.start_again(0),
     );
 }
 
 #[test]
-fn one_of_three_is_frozen_and_the_others_go_on() {
-    one_is_away(
+fn with_one_of_three_nodes_frozen_the_others_go_on() {
+    with_one_node_unavailable(
         |cluster| cluster.nodes[0].freeze(),
         |cluster| cluster.nodes[0].thaw(),
     );
@@ -535,7 +535,7 @@ fn a_replica_takes_over() {
             .is_ok()
     });
     assert!(backend.get(&id).unwrap().is_some());
-    // The old one comes back as a replica of the new one.
+    // The old master comes back as a replica of the new one.
     cluster.start_again(0);
     wait_until("it has learned so", || {
         backend.get(&id).is_ok_and(|found| found.is_some())
@@ -543,7 +543,7 @@ fn a_replica_takes_over() {
 }
 
 #[test]
-fn masters_that_are_restarted_are_found_again() {
+fn restarted_masters_are_found_again() {
     let mut cluster = Cluster::start();
     let backend = cluster.backend();
     let writes: Vec<_> = (0..30)

@@ -1,4 +1,4 @@
-//! What happens to the server in the middle of load costs continuity for a while, and nothing else.
+//! A server failure under load costs continuity for a while, and nothing else.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -12,25 +12,24 @@ use super::*;
 
 const BUDGET: Duration = Duration::from_millis(5);
 
-/// How much later than the budget a span may start.
+/// The tolerance above the budget for the start of a span.
 const MORE: Duration = Duration::from_millis(1);
 
-/// How long each of many things took, without what the thread spent ready to run while other threads had all cores:
-/// that tells of the machine, and not of what was done.
+/// Durations, without the time that the thread was runnable but waited for a core, which depends on the machine.
 #[derive(Default)]
 struct Times(Mutex<Vec<Duration>>);
 
 impl Times {
     fn time<R>(&self, run: impl FnOnce() -> R) -> R {
-        let (ready_before, start) = (ready_without_a_core(), Instant::now());
+        let (ready_before, start) = (runnable_but_waiting(), Instant::now());
         let result = run();
         let took = start.elapsed();
-        let ready = ready_without_a_core().saturating_sub(ready_before);
+        let ready = runnable_but_waiting().saturating_sub(ready_before);
         self.0.lock().unwrap().push(took.saturating_sub(ready));
         result
     }
 
-    /// By how much they exceed that, the shortest first.
+    /// Returns by how much each exceeds the limit, the shortest first.
     fn beyond(&self, limit: Duration) -> Vec<Duration> {
         let times = self.0.lock().unwrap();
         let mut beyond: Vec<_> = times
@@ -42,9 +41,9 @@ impl Times {
     }
 }
 
-/// As the kernel tells it of this thread. Where it does not, nothing is known of other threads, and only the comparison
-/// with what happens beside it is left.
-fn ready_without_a_core() -> Duration {
+/// Returns how long this thread was runnable but waited for a core, or zero where the kernel does not say: only the
+/// comparison with the reference threads remains then.
+fn runnable_but_waiting() -> Duration {
     let told = std::fs::read_to_string("/proc/thread-self/schedstat");
     let nanoseconds = told
         .ok()
@@ -56,15 +55,15 @@ fn quantile(sorted: &[Duration], part: f64) -> Duration {
     sorted[((sorted.len() - 1) as f64 * part) as usize]
 }
 
-/// A worker with spans on several threads, and beside it one without a backend, and somebody who waits for the budget in
-/// the same way: they tell what is not the backend's doing.
+/// A worker with spans on several threads; for reference, a worker without a backend and a thread that waits for the
+/// budget in the same way show which delays the backend did not cause.
 struct Load {
     worker: Worker,
     alone: Worker,
     starts: Times,
     starts_alone: Times,
     waits_alone: Times,
-    /// The instance that each thread recorded last.
+    /// The latest instance of each thread.
     last: [Mutex<String>; 2],
     over: AtomicBool,
 }
@@ -121,7 +120,7 @@ impl Load {
         }
     }
 
-    /// No span starts later than the budget and a little more.
+    /// Asserts that no span starts later than the budget plus the tolerance.
     fn assert_in_time(&self, what: &str) {
         let (beyond, spans) = (
             self.starts.beyond(BUDGET),
@@ -153,7 +152,7 @@ impl Load {
         );
     }
 
-    /// Waits until each thread has recorded many more instances; answers some of them.
+    /// Waits until each thread has recorded many more instances; returns some of them.
     fn goes_on(&self) -> Vec<String> {
         let last = || {
             self.last
@@ -177,7 +176,7 @@ impl Load {
     }
 }
 
-/// Breaks something in the middle of load, lets it be broken until that was noticed, and mends it.
+/// Causes a failure under load, waits until it was noticed, and repairs it.
 fn under_load(
     what: &str,
     url: &str,
@@ -188,7 +187,7 @@ fn under_load(
     let load = &Load::new(url);
     let storage = &load.worker.storage;
     thread::scope(|scope| {
-        // Whatever fails ends the load too.
+        // A failed assertion ends the load too.
         struct Over<'a>(&'a AtomicBool);
         impl Drop for Over<'_> {
             fn drop(&mut self) {
@@ -209,7 +208,7 @@ fn under_load(
         let recorded = load.goes_on();
         mend_it();
 
-        // By itself: what was recorded meanwhile reaches the others, and what they record is found.
+        // Without help, records made meanwhile reach the others, and theirs are found.
         wait_until("what was recorded is written", || storage.flush().is_ok());
         let other = WorkflowContextStorage::builder()
             .backend(backend(&server.lock().unwrap()))
@@ -275,7 +274,7 @@ fn a_server_that_answers_garbage() {
     );
 }
 
-/// Slower than any span waits, and never so slow that a call fails.
+/// Replies slower than the lookup budget, and faster than the call timeout.
 #[test]
 fn a_server_that_is_a_little_slow() {
     let server = RedisServer::start();

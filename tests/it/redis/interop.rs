@@ -1,4 +1,4 @@
-//! Workers in Python read and write the same keys, with the client that they have: `tests/interop.py`.
+//! Workers in Python read and write the same keys with their own client: `tests/interop.py`.
 
 use std::path::Path;
 use std::process::Command;
@@ -38,7 +38,7 @@ fn storage(server: &RedisServer) -> WorkflowContextStorage {
 }
 
 #[test]
-fn python_reads_what_a_span_recorded() {
+fn python_reads_a_context_recorded_by_a_span() {
     let server = RedisServer::start();
     let worker = Worker::with_storage(storage(&server));
     worker.run(|| tracing::info_span!("step", workflow.instance_id = "order-42").in_scope(|| {}));
@@ -64,7 +64,7 @@ fn python_reads_what_a_span_recorded() {
 }
 
 #[test]
-fn a_span_continues_what_python_recorded() {
+fn a_span_continues_a_context_recorded_by_python() {
     let server = RedisServer::start();
     let worker = Worker::with_storage(storage(&server));
     for (id, tracestate, expiry) in [("order-42", "", "3600"), ("agent ü}", "vendor=1", "")] {

@@ -1,4 +1,4 @@
-//! Two processes at once, and one after the other.
+//! Two processes that record the same instances, at once and one after the other.
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::{Child, Stdio};
@@ -23,7 +23,7 @@ fn two_processes_agree_on_every_instance() {
             BufReader::new(process.stdout.take().expect("piped"))
                 .lines()
                 .map(|line| line.expect("text"))
-                // The test harness writes too, and not always a whole line.
+                // The test harness writes to stdout too, not always whole lines.
                 .filter_map(|line| Some(line.split_once("race: ")?.1.to_owned()))
         });
         for lines in &mut lines {
@@ -97,7 +97,7 @@ fn one_process_of_the_race() {
 }
 
 #[test]
-fn what_is_flushed_is_found_by_the_next_worker() {
+fn a_flushed_context_is_found_by_the_next_worker() {
     let server = RedisServer::start();
     let [one, other] = [0, 1].map(|_| {
         let storage = WorkflowContextStorage::builder()

@@ -1,4 +1,4 @@
-//! A server by TLS: its certificate is checked.
+//! Connections by TLS: the server's certificate is verified.
 
 use std::path::Path;
 use std::process::Command;
@@ -8,7 +8,7 @@ use tracing_workflow_context::{RedisBackend, StorageBackend as _};
 
 use super::*;
 
-/// The URL, what is there, and whether it is to be trusted, for a process with certificates of its own.
+/// The environment variable with URL, kind of server and expected trust, for a process with its own certificates.
 const TLS: &str = "WORKFLOW_CONTEXT_TLS";
 
 #[test]
@@ -60,7 +60,7 @@ fn one_process_by_tls() {
         .with_response_timeout(PATIENCE);
     if trusted == "trusted" {
         let deadline = Instant::now() + PATIENCE;
-        // A Cluster takes nothing for a moment after its start.
+        // A Cluster refuses writes for a moment after its start.
         while backend.write(&[claim("first", &record(PARENT))]).is_err() {
             assert!(
                 Instant::now() < deadline,
@@ -80,7 +80,7 @@ fn one_process_by_tls() {
     }
 }
 
-/// A directory with an authority, and a server that it vouches for.
+/// Creates a directory with a certificate authority and a server certificate that it signed.
 fn make_authority(directory: &Path) -> String {
     let script = r#"
         set -e
