@@ -1,4 +1,4 @@
-//! The layer adds no allocation to a span that is not tagged.
+//! The layer adds no allocation to an untagged span; a binary of its own, because its allocator counts.
 #![allow(
     unsafe_code,
     reason = "an allocator that counts is one of unsafe methods"
@@ -20,7 +20,7 @@ static ALLOCATOR: Counting = Counting;
 struct Counting;
 
 thread_local! {
-    /// How often this thread has asked for memory.
+    /// The number of allocations of this thread.
     static ALLOCATIONS: Cell<usize> = const { Cell::new(0) };
 }
 
@@ -28,7 +28,7 @@ fn count() {
     let _ = ALLOCATIONS.try_with(|count| count.set(count.get() + 1));
 }
 
-// SAFETY: whatever is asked for, `System` does; counting neither allocates nor unwinds.
+// SAFETY: every call is forwarded to `System`; counting neither allocates nor unwinds.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count();
@@ -69,7 +69,7 @@ fn ours(storage: &WorkflowContextStorage, context_activation: bool) -> Dispatch 
     Dispatch::new(registry().with(layer))
 }
 
-/// What one life allocates, once whatever is made once has been made.
+/// Returns the allocations of one span's life, after a few lives have filled caches.
 fn allocations(dispatch: &Dispatch, life: impl Fn()) -> usize {
     dispatcher::with_default(dispatch, || {
         (0..100).for_each(|_| life());
@@ -122,7 +122,7 @@ fn recorded() {
     span.record("workflow.instance_id", "order-00000000-0000-0000-0000-42");
 }
 
-/// A storage in every state that could matter to an ordinary span.
+/// Returns a storage in every state that could affect an ordinary span.
 fn storages() -> [(&'static str, WorkflowContextStorage); 3] {
     let busy = WorkflowContextStorage::builder()
         .adopt_spans(["engine"])
@@ -144,7 +144,7 @@ fn storages() -> [(&'static str, WorkflowContextStorage); 3] {
     ]
 }
 
-/// In each state of the storage and both activation modes.
+/// Asserts that no allocation is added, in each state of the storage and both activation modes.
 fn assert_adds_nothing(life: fn()) {
     for (state, storage) in storages() {
         for on in [true, false] {
@@ -167,7 +167,7 @@ fn an_untagged_span_with_fields_allocates_what_it_does_without_the_layer() {
 }
 
 #[test]
-fn untagged_spans_in_each_other_allocate_what_they_do_without_the_layer() {
+fn nested_untagged_spans_allocate_what_they_do_without_the_layer() {
     assert_adds_nothing(with_children);
 }
 
@@ -194,7 +194,7 @@ fn an_untagged_span_below_a_tagged_one_allocates_what_it_does_without_the_layer(
     }
 }
 
-/// A bound with room to spare: what is added is a copy of the id, its watch and the parent context.
+/// A generous bound: the additions are a copy of the id, its watch and the parent context.
 #[test]
 fn a_tagged_span_adds_few_allocations() {
     for on in [true, false] {

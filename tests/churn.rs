@@ -1,11 +1,17 @@
-//! Ten million instances pass through a storage of a hundred thousand, and memory stays as it is.
+//! Memory stays bounded while ten million instances pass through a storage of a hundred thousand; a binary of its own,
+//! because its allocator counts.
 //!
-//! A debug build lets two million pass. All of them: `cargo test --release --test churn`.
+//! A debug build uses two million; for all of them run `cargo test --release --test churn`.
 #![allow(
     unsafe_code,
     reason = "an allocator that counts is one of unsafe methods"
 )]
 
+#[allow(
+    dead_code,
+    unused_imports,
+    reason = "`it` uses all of it, this binary a part"
+)]
 mod support;
 
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -29,7 +35,7 @@ const ALL: u64 = if cfg!(debug_assertions) {
 };
 const KEPT: u64 = 100_000;
 
-/// Instances that are used over and over, once while a fifth of what is kept passes.
+/// Instances that are used repeatedly, each time after a fifth of the capacity has passed.
 const BUSY: u64 = 1_000;
 const BETWEEN_USES: u64 = KEPT / 5;
 
@@ -38,10 +44,10 @@ static ALLOCATOR: Counting = Counting;
 
 struct Counting;
 
-/// Bytes that were asked for and not given back.
+/// Bytes that are allocated and not freed.
 static LIVE: AtomicUsize = AtomicUsize::new(0);
 
-// SAFETY: whatever is asked for, `System` does; counting neither allocates nor unwinds.
+// SAFETY: every call is forwarded to `System`; counting neither allocates nor unwinds.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         LIVE.fetch_add(layout.size(), Relaxed);
@@ -60,22 +66,22 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-/// Bytes of this process that are in memory, where the operating system tells.
+/// Returns the resident bytes of this process, where the operating system reports them.
 fn resident() -> Option<usize> {
     let statm = std::fs::read_to_string("/proc/self/statm").ok()?;
     Some(statm.split(' ').nth(1)?.parse::<usize>().ok()? * 4096)
 }
 
-/// More than five percent above what it was.
+/// Returns whether a size has grown by more than five percent.
 fn has_grown(first: usize, now: usize) -> bool {
     now > first + first / 20
 }
 
-/// What one test allocates must not be counted by the other.
+/// Allocations of one test must not be counted by the other.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 #[test]
-fn while_instances_pass_through_memory_stays_flat_and_the_counters_add_up() {
+fn memory_stays_bounded_while_instances_churn_and_the_counters_add_up() {
     let _alone = ONE_AT_A_TIME.lock();
     let clock = ManualClock::new();
     let builder = WorkflowContextStorage::builder().clock(clock.clone());
@@ -92,7 +98,7 @@ fn while_instances_pass_through_memory_stays_flat_and_the_counters_add_up() {
     for instance in 0..ALL {
         let name = id.of(instance);
         if instance % 10 == 0 {
-            // It is looked up, and recorded.
+            // The instance is looked up, and recorded.
             let status = (instance % 100 == 0).then_some("completed");
             let span = || {
                 info_span!(
@@ -142,7 +148,7 @@ fn while_instances_pass_through_memory_stays_flat_and_the_counters_add_up() {
             );
             assert!(stats.stored_instances <= KEPT && stats.stored_instances > KEPT * 9 / 10);
 
-            // What is kept is found, as it was stored; the rest is not.
+            // Kept instances are found as they were stored; the rest is missing.
             let mut kept = 0;
             for name in storage.iter_instance_ids() {
                 let instance = Id::number(&name);
@@ -169,7 +175,7 @@ fn while_instances_pass_through_memory_stays_flat_and_the_counters_add_up() {
 
 #[test]
 #[cfg_attr(debug_assertions, ignore = "a debug build takes too long")]
-fn without_a_setting_a_million_instances_are_kept() {
+fn by_default_a_million_instances_are_kept() {
     let _alone = ONE_AT_A_TIME.lock();
     let storage = WorkflowContextStorage::new();
     let mut id = Id::default();
@@ -181,7 +187,7 @@ fn without_a_setting_a_million_instances_are_kept() {
     }
 }
 
-/// A context that tells which instance it is of.
+/// Returns a context whose trace id is derived from the instance.
 fn context(instance: u64) -> WorkflowContext {
     WorkflowContext::try_from(&remote(u128::from(instance) + 1, 1)).unwrap()
 }
@@ -192,7 +198,7 @@ fn trace(storage: &WorkflowContextStorage, id: &str) -> Option<u64> {
     Some((trace - 1) as u64)
 }
 
-/// Ids of the length of a UUID, one after the other in one place.
+/// A buffer for consecutive ids of the length of a UUID.
 #[derive(Default)]
 struct Id(String);
 

@@ -1,4 +1,9 @@
-//! The process-wide storage, and the process-wide tracer provider: state that no other test file may share.
+//! The process-wide storage and tracer provider; a binary of its own, because other tests must not share them.
+#[allow(
+    dead_code,
+    unused_imports,
+    reason = "`it` uses all of it, this binary a part"
+)]
 mod support;
 use support::*;
 
@@ -13,7 +18,7 @@ use tracing_workflow_context::{
     store_workflow_context,
 };
 
-/// Everything about the process-wide storage in one test, so that nothing else moves its counters.
+/// One test for the whole process-wide storage, so that no other test changes its counters.
 #[test]
 fn the_free_functions_act_on_the_process_wide_storage() {
     let context = WorkflowContext::try_from(&remote(7, 8)).unwrap();
@@ -46,12 +51,12 @@ fn the_free_functions_act_on_the_process_wide_storage() {
         ));
     }
 
-    // It is one storage, on every thread and for every layer.
+    // Every thread and layer uses the same storage.
     let elsewhere = std::thread::spawn(WorkflowContextStorage::global)
         .join()
         .unwrap();
     assert!(std::ptr::eq(elsewhere, storage));
-    let worker = Worker::of(WorkflowContextStorage::global().clone());
+    let worker = Worker::with_storage(WorkflowContextStorage::global().clone());
     store_workflow_context("a", context).unwrap();
     worker.run(|| info_span!("step", workflow.instance_id = "a").in_scope(|| {}));
     worker.run(|| info_span!("step", workflow.instance_id = "b").in_scope(|| {}));
@@ -64,7 +69,7 @@ fn the_free_functions_act_on_the_process_wide_storage() {
 }
 
 #[test]
-fn other_storages_know_nothing_of_the_process_wide_one() {
+fn other_storages_are_independent_of_the_process_wide_one() {
     let context = WorkflowContext::try_from(&remote(7, 8)).unwrap();
     WorkflowContextStorage::new()
         .store("of another storage", context)
@@ -75,7 +80,7 @@ fn other_storages_know_nothing_of_the_process_wide_one() {
 }
 
 #[test]
-fn a_storage_without_a_tracer_resumes_with_the_global_one() {
+fn a_storage_without_a_tracer_resumes_with_the_global_tracer() {
     let exporter = globally_exported();
     let storage = WorkflowContextStorage::new();
     let resumed = storage
@@ -87,7 +92,7 @@ fn a_storage_without_a_tracer_resumes_with_the_global_one() {
 }
 
 #[test]
-fn the_layers_tracer_goes_before_the_global_one_until_the_layer_is_gone() {
+fn the_layers_tracer_takes_precedence_over_the_global_one_until_the_layer_is_dropped() {
     let exporter = globally_exported();
     let worker = Worker::new();
     let storage = worker.storage.clone();
@@ -128,7 +133,7 @@ fn assert_exported(exporter: &InMemorySpanExporter, agent: &str, resumed: &Workf
     );
 }
 
-/// What the global tracer provider exports; it is set on the first call.
+/// Returns the exporter of the global tracer provider, which is set on the first call.
 fn globally_exported() -> &'static InMemorySpanExporter {
     static EXPORTER: OnceLock<InMemorySpanExporter> = OnceLock::new();
     EXPORTER.get_or_init(|| {

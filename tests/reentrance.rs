@@ -1,8 +1,14 @@
-//! Ids, samplers and span processors that open tagged spans themselves, from within the layer.
+//! Ids, samplers and span processors that open tagged spans from within the layer; a binary of its own, because it sets
+//! the global subscriber.
 //!
-//! With a global subscriber, as most programs have: where it is scoped, tracing disables spans that are opened while
-//! another one is being created.
+//! Most programs have a global subscriber. With a scoped one, tracing disables spans that are opened while another one is
+//! created.
 
+#[allow(
+    dead_code,
+    unused_imports,
+    reason = "`it` uses all of it, this binary a part"
+)]
 mod support;
 
 use std::cell::Cell;
@@ -47,17 +53,20 @@ static WORKER: LazyLock<Mutex<Worker>> = LazyLock::new(|| {
     Mutex::new(worker)
 });
 
-/// One test after the other, each as if on a new worker.
+/// Runs tests one after the other, each on a worker without stored contexts and exported spans.
 fn with_worker(scenario: impl FnOnce(&Worker)) {
     let worker = WORKER.lock().unwrap_or_else(PoisonError::into_inner);
-    worker.forget();
+    worker.exporter.reset();
+    for id in worker.storage.instance_ids() {
+        worker.storage.cleanup(&id).unwrap();
+    }
     let _drawing = DrawnOnPanic(&worker, format!("context activation {}", with_activation()));
     scenario(&worker);
     assert_context_stack_is_empty();
 }
 
 #[test]
-fn without_context_activation_all_is_the_same() {
+fn without_context_activation_all_tests_pass_too() {
     if with_activation() {
         let mut tests = Command::new(std::env::current_exe().unwrap());
         let output = tests.env(WITHOUT_ACTIVATION, "1").output().unwrap();
@@ -92,8 +101,8 @@ fn inner() {
     info_span!("inner").in_scope(|| info!("inside"));
 }
 
-/// Each of the instances is stored, and all its spans are in its trace or linked to it, as those are that lost the
-/// race for being recorded.
+/// Asserts that each instance is stored, and that its spans are in its trace, or linked to it if they lost the race to
+/// be recorded.
 fn assert_instances(worker: &Worker, expected: [&'static str; 2]) {
     worker.forest().assert_no_orphans().assert_no_duplicates();
     let mut ids = worker.storage.instance_ids();
@@ -114,7 +123,7 @@ fn assert_instances(worker: &Worker, expected: [&'static str; 2]) {
     }
 }
 
-/// Opens, enters and records spans while it is printed, and prints others of its kind within them.
+/// An id that opens, enters and records spans while it is formatted, with ids of its kind within them.
 struct Reentrant {
     depth: u64,
     elsewhere: Span,
@@ -144,7 +153,7 @@ impl fmt::Display for Reentrant {
 }
 
 #[test]
-fn an_id_may_open_spans_while_it_is_printed() {
+fn an_id_may_open_spans_while_it_is_formatted() {
     for way in WAYS {
         with_worker(|worker| {
             way(&display(Reentrant::new(2)));
@@ -153,7 +162,7 @@ fn an_id_may_open_spans_while_it_is_printed() {
     }
 }
 
-/// Names the instance of the span that it is recorded on while it is printed.
+/// An id that records another id on its span while it is formatted.
 struct Forestalled;
 
 impl fmt::Display for Forestalled {
@@ -164,7 +173,7 @@ impl fmt::Display for Forestalled {
 }
 
 #[test]
-fn an_id_that_records_another_one_on_its_span_comes_second() {
+fn an_id_recorded_while_another_is_formatted_takes_precedence() {
     for way in [recorded, recorded_late] {
         with_worker(|worker| {
             way(&display(Forestalled));
@@ -174,7 +183,7 @@ fn an_id_that_records_another_one_on_its_span_comes_second() {
     }
 }
 
-/// Opens a span that could be adopted while it is printed.
+/// An id that opens a span that could be adopted while it is formatted.
 struct Bystander;
 
 impl fmt::Display for Bystander {
@@ -185,10 +194,10 @@ impl fmt::Display for Bystander {
 }
 
 #[test]
-fn a_span_opened_while_an_id_is_printed_does_not_join_its_instance() {
+fn a_span_opened_while_an_id_is_formatted_does_not_join_its_instance() {
     with_worker(|worker| {
         let engine = info_span!("engine");
-        // Starts it, so that nothing is left to be adopted.
+        // Starts the span, so that it cannot be adopted any more.
         assert!(engine.context().has_active_span());
         let id = display(Bystander);
         info_span!(parent: &engine, "tagged", workflow.instance_id = id).in_scope(|| {});
@@ -206,7 +215,7 @@ fn a_span_opened_while_an_id_is_printed_does_not_join_its_instance() {
     });
 }
 
-/// Where the SDK calls code that opens spans.
+/// The callback of the SDK that opens spans.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Hook {
     ShouldSample,
@@ -214,7 +223,7 @@ enum Hook {
     OnEnd,
 }
 
-/// Where these spans are.
+/// The parent of these spans.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Where {
     /// Without a parent.
@@ -224,13 +233,13 @@ enum Where {
 }
 
 thread_local! {
-    static MEDDLING: Cell<Option<(Hook, Where)>> = const { Cell::new(None) };
+    static ACTIVE_HOOK: Cell<Option<(Hook, Where)>> = const { Cell::new(None) };
     static DEPTH: Cell<usize> = const { Cell::new(0) };
 }
 
 /// Opens spans of the same and of another instance, to a bounded depth.
-fn meddle(hook: Hook) {
-    let (meddling, depth) = (MEDDLING.get(), DEPTH.get());
+fn run_hook(hook: Hook) {
+    let (meddling, depth) = (ACTIVE_HOOK.get(), DEPTH.get());
     let place = match meddling {
         Some((at, place)) if at == hook && depth < 2 => place,
         _ => return,
@@ -266,18 +275,18 @@ impl ShouldSample for Hooked {
         attributes: &[KeyValue],
         links: &[Link],
     ) -> SamplingResult {
-        meddle(Hook::ShouldSample);
+        run_hook(Hook::ShouldSample);
         Sampler::AlwaysOn.should_sample(parent, trace_id, name, kind, attributes, links)
     }
 }
 
 impl SpanProcessor for Hooked {
     fn on_start(&self, _: &mut SdkSpan, _: &Context) {
-        meddle(Hook::OnStart);
+        run_hook(Hook::OnStart);
     }
 
     fn on_end(&self, _: SpanData) {
-        meddle(Hook::OnEnd);
+        run_hook(Hook::OnEnd);
     }
 
     fn force_flush(&self) -> OTelSdkResult {
@@ -289,13 +298,13 @@ impl SpanProcessor for Hooked {
     }
 }
 
-fn assert_meddling_does_no_harm(hook: Hook, place: Where) {
+fn assert_hook_is_harmless(hook: Hook, place: Where) {
     for way in WAYS {
         with_worker(|worker| {
-            MEDDLING.set(Some((hook, place)));
+            ACTIVE_HOOK.set(Some((hook, place)));
             way(&"order");
             way(&"order");
-            MEDDLING.set(None);
+            ACTIVE_HOOK.set(None);
             assert_instances(worker, ["meddler", "order"]);
         });
     }
@@ -303,25 +312,25 @@ fn assert_meddling_does_no_harm(hook: Hook, place: Where) {
 
 #[test]
 fn a_sampler_may_open_spans() {
-    assert_meddling_does_no_harm(Hook::ShouldSample, Where::Apart);
+    assert_hook_is_harmless(Hook::ShouldSample, Where::Apart);
 }
 
 #[test]
 fn a_span_processor_may_open_spans_when_one_starts() {
-    assert_meddling_does_no_harm(Hook::OnStart, Where::Apart);
+    assert_hook_is_harmless(Hook::OnStart, Where::Apart);
 }
 
-/// Children of an open span would keep that from ever closing: so tracing-subscriber's registry has it.
+/// In tracing-subscriber's registry, children of an open span would keep it from closing.
 #[test]
 fn a_span_processor_may_open_spans_when_one_ends() {
-    assert_meddling_does_no_harm(Hook::OnEnd, Where::Apart);
+    assert_hook_is_harmless(Hook::OnEnd, Where::Apart);
 }
 
-/// Without context activation, tracing-opentelemetry has the current span locked.
+/// Without context activation, tracing-opentelemetry holds the lock of the current span.
 #[test]
 fn with_context_activation_a_sampler_may_open_spans_below_the_current_one() {
     if with_activation() {
-        assert_meddling_does_no_harm(Hook::ShouldSample, Where::Nested);
-        assert_meddling_does_no_harm(Hook::OnStart, Where::Nested);
+        assert_hook_is_harmless(Hook::ShouldSample, Where::Nested);
+        assert_hook_is_harmless(Hook::OnStart, Where::Nested);
     }
 }

@@ -1,5 +1,4 @@
-//! What is said to the process-wide subscriber, and how often: own file, because that is process-wide.
-#![cfg(feature = "testing")]
+//! Warnings to the global subscriber are rate limited; a binary of its own, because both are process-wide.
 
 use std::io;
 use std::sync::{Arc, Mutex, OnceLock};
@@ -42,7 +41,7 @@ impl Log {
     }
 }
 
-/// What this process is told, from all tests of this file.
+/// Returns the log of this process, which all tests of this file share.
 fn log() -> &'static Log {
     static LOG: OnceLock<Log> = OnceLock::new();
     LOG.get_or_init(|| {
@@ -53,7 +52,7 @@ fn log() -> &'static Log {
     })
 }
 
-/// The lines with that text, once there is one.
+/// Waits for lines with that text, and returns them.
 fn told(text: &str) -> Vec<String> {
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
@@ -71,7 +70,7 @@ fn told(text: &str) -> Vec<String> {
 }
 
 #[test]
-fn an_oversized_id_is_told_once_and_without_control_characters() {
+fn an_oversized_id_is_logged_once_without_control_characters() {
     log();
     let storage = WorkflowContextStorage::new();
     let tracer = storage.tracer(SdkTracerProvider::builder().build().tracer("test"));
@@ -128,7 +127,7 @@ impl StorageBackend for Refusing {
 }
 
 #[test]
-fn a_backend_that_refuses_is_told_once_and_without_control_characters() {
+fn a_failing_backend_is_logged_once_without_control_characters() {
     log();
     let storage = WorkflowContextStorage::builder().backend(Refusing);
     let storage = storage.build().expect("good settings");

@@ -1,4 +1,4 @@
-//! A Redis server of one test, and a proxy that spoils what it says.
+//! Redis servers for one test, and a proxy that delays or replaces their replies.
 
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -7,34 +7,34 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::Directory;
+use super::{Directory, PATIENCE};
 
-const PATIENCE: Duration = Duration::from_secs(30);
-
-/// A server of its own on this machine, empty, which ends with this.
+/// A new, empty server on this machine, which is stopped when this is dropped.
 #[derive(Debug)]
-pub struct RedisServer {
+pub(crate) struct RedisServer {
     process: Child,
     port: u16,
-    /// Where a replica keeps what it was sent; a server that starts there has it.
+    /// The working directory: a replica stores its copy there, and each server must have its own.
     _directory: Directory,
 }
 
 impl RedisServer {
-    pub fn start() -> Self {
-        // Somebody else may take a port between its choice and its use.
+    pub(crate) fn start() -> Self {
+        // Another process may take the port between its choice and its use.
         (0..10)
             .find_map(|_| Self::try_start(free_port(), &[]))
             .expect("redis-server starts on one of ten free ports")
     }
 
-    /// A server that speaks TLS too, on a port of its own, which is answered.
-    pub fn start_with_tls(certificate: &str, key: &str) -> (Self, u16) {
+    /// Starts a server that also speaks TLS; returns the TLS port too.
+    #[cfg(feature = "redis-tls")]
+    pub(crate) fn start_with_tls(certificate: &str, key: &str) -> (Self, u16) {
         Self::start_with_tls_and(certificate, key, &[])
     }
 
-    /// The same, of a Cluster, of which it is the first.
-    pub fn start_in_cluster_with_tls(certificate: &str, key: &str) -> (Self, u16) {
+    /// Starts the first node of a Cluster, which also speaks TLS; returns the TLS port too.
+    #[cfg(feature = "redis-tls")]
+    pub(crate) fn start_in_cluster_with_tls(certificate: &str, key: &str) -> (Self, u16) {
         let bus_port = free_port().to_string();
         let arguments = [
             ["--cluster-enabled", "yes"],
@@ -44,6 +44,7 @@ impl RedisServer {
         Self::start_with_tls_and(certificate, key, arguments.as_flattened())
     }
 
+    #[cfg(feature = "redis-tls")]
     fn start_with_tls_and(certificate: &str, key: &str, more: &[&str]) -> (Self, u16) {
         (0..10)
             .find_map(|_| {
@@ -63,24 +64,28 @@ impl RedisServer {
             .expect("redis-server starts with TLS")
     }
 
-    /// A server that follows another one.
-    pub fn start_replica_of(master: &Self) -> Self {
+    /// Starts a replica of another server.
+    pub(crate) fn start_replica_of(master: &Self) -> Self {
         let of = format!("127.0.0.1 {}", master.port);
         (0..10)
             .find_map(|_| Self::try_start(free_port(), &["--replicaof", &of]))
             .expect("redis-server starts as a replica")
     }
 
-    /// A server of a Cluster, by itself as yet, which keeps in that directory what it knows of the others, and takes them
-    /// for dead after that time.
-    pub fn start_in_cluster(directory: &std::path::Path, patience: Duration) -> Self {
+    /// Starts a node of a Cluster that has not met others yet. It keeps its configuration in that directory, and
+    /// considers others failed after that time.
+    pub(crate) fn start_in_cluster(directory: &std::path::Path, patience: Duration) -> Self {
         (0..10)
             .find_map(|_| Self::try_start_in_cluster(free_port(), directory, patience))
-            .expect("redis-server starts as a part of a Cluster")
+            .expect("redis-server starts as a node of a Cluster")
     }
 
-    /// Starts a server of a Cluster again, empty, with what it knows of the others.
-    pub fn start_again_in_cluster(&mut self, directory: &std::path::Path, patience: Duration) {
+    /// Restarts a node of a Cluster, empty but with its configuration.
+    pub(crate) fn start_again_in_cluster(
+        &mut self,
+        directory: &std::path::Path,
+        patience: Duration,
+    ) {
         self.stop();
         let deadline = Instant::now() + PATIENCE;
         *self = loop {
@@ -98,7 +103,7 @@ impl RedisServer {
     ) -> Option<Self> {
         let patience = patience.as_millis().to_string();
         let directory = directory.to_str().expect("text");
-        // The usual bus port, 10,000 above, may be none.
+        // The default bus port is 10,000 above, which may exceed 65,535.
         let bus_port = free_port().to_string();
         let arguments = [
             ["--cluster-enabled", "yes"],
@@ -110,8 +115,8 @@ impl RedisServer {
         Self::try_start(port, arguments.as_flattened())
     }
 
-    /// A sentinel that watches over a server, and takes it for dead after half a second.
-    pub fn start_sentinel(file: &std::path::Path, service: &str, master: &Self) -> Self {
+    /// Starts a sentinel that monitors a server, and considers it failed after half a second.
+    pub(crate) fn start_sentinel(file: &std::path::Path, service: &str, master: &Self) -> Self {
         let settings = format!(
             "sentinel monitor {service} 127.0.0.1 {} 1\n\
              sentinel down-after-milliseconds {service} 500\n\
@@ -130,14 +135,14 @@ impl RedisServer {
             .expect("redis-server starts as a sentinel")
     }
 
-    /// Ends the process at once, as a crash would.
-    pub fn stop(&mut self) {
+    /// Kills the process, as a crash would.
+    pub(crate) fn stop(&mut self) {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
 
-    /// Starts it again, empty.
-    pub fn start_again(&mut self) {
+    /// Restarts the server, empty.
+    pub(crate) fn start_again(&mut self) {
         self.stop();
         let deadline = Instant::now() + PATIENCE;
         *self = loop {
@@ -148,19 +153,19 @@ impl RedisServer {
         };
     }
 
-    pub fn freeze(&self) {
+    pub(crate) fn freeze(&self) {
         self.signal("-STOP");
     }
 
-    pub fn thaw(&self) {
+    pub(crate) fn thaw(&self) {
         self.signal("-CONT");
     }
 
-    pub fn port(&self) -> u16 {
+    pub(crate) fn port(&self) -> u16 {
         self.port
     }
 
-    pub fn url(&self) -> String {
+    pub(crate) fn url(&self) -> String {
         url(self.port)
     }
 
@@ -199,12 +204,12 @@ impl RedisServer {
             if let Ok(Some(_)) = server.process.try_wait() {
                 return None;
             }
-            if answers(port) {
+            if replies_to_ping(port) {
                 return Some(server);
             }
             thread::sleep(Duration::from_millis(5));
         }
-        panic!("redis-server does not answer");
+        panic!("redis-server does not reply to PING");
     }
 }
 
@@ -223,83 +228,83 @@ fn free_port() -> u16 {
     listener.local_addr().expect("bound").port()
 }
 
-fn answers(port: u16) -> bool {
+fn replies_to_ping(port: u16) -> bool {
     let ask = || -> std::io::Result<bool> {
         let mut stream = TcpStream::connect(("127.0.0.1", port))?;
         stream.set_read_timeout(Some(Duration::from_secs(1)))?;
         stream.write_all(b"PING\r\n")?;
-        let mut answer = [0; 5];
-        stream.read_exact(&mut answer)?;
-        Ok(answer == *b"+PONG")
+        let mut reply = [0; 5];
+        stream.read_exact(&mut reply)?;
+        Ok(reply == *b"+PONG")
     };
     ask().unwrap_or(false)
 }
 
-/// What a proxy does to what the server says.
+/// What a proxy does to replies of the server.
 #[derive(Clone, Debug)]
-pub enum Says {
-    /// Hands it on.
-    That,
-    /// Hands it on after that time.
-    Later(Duration),
-    /// Hands it on byte by byte, a hundred in a second.
-    Slowly,
-    /// Says this in its place.
-    This(Vec<u8>),
+pub(crate) enum Replies {
+    /// Forwards them.
+    Forward,
+    /// Forwards each after a delay.
+    Delay(Duration),
+    /// Forwards them byte by byte, a hundred a second.
+    Trickle,
+    /// Sends these bytes instead.
+    Replace(Vec<u8>),
 }
 
-/// Stands between a client and a server until the test ends.
+/// A proxy between clients and a server; it runs until the process ends.
 #[derive(Debug)]
-pub struct Proxy {
+pub(crate) struct Proxy {
     port: u16,
-    says: Arc<Mutex<Says>>,
+    replies: Arc<Mutex<Replies>>,
 }
 
 impl Proxy {
-    pub fn before(server: &RedisServer) -> Self {
+    pub(crate) fn before(server: &RedisServer) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a free port");
         let port = listener.local_addr().expect("bound").port();
-        let (says, to) = (Arc::new(Mutex::new(Says::That)), server.port());
-        let all_say = says.clone();
+        let (replies, to) = (Arc::new(Mutex::new(Replies::Forward)), server.port());
+        let replies_of_all = replies.clone();
         thread::spawn(move || {
             for client in listener.incoming().flatten() {
                 if let Ok(server) = TcpStream::connect(("127.0.0.1", to)) {
                     let pair = (client.try_clone(), server.try_clone());
                     if let (Ok(to_client), Ok(from_server)) = pair {
-                        thread::spawn(move || hand_on(client, server, None));
-                        let says = all_say.clone();
-                        thread::spawn(move || hand_on(from_server, to_client, Some(&says)));
+                        thread::spawn(move || forward(client, server, None));
+                        let replies = replies_of_all.clone();
+                        thread::spawn(move || forward(from_server, to_client, Some(&replies)));
                     }
                 }
             }
         });
-        Self { port, says }
+        Self { port, replies }
     }
 
-    pub fn says(&self, says: Says) {
-        *self.says.lock().unwrap() = says;
+    pub(crate) fn set_replies(&self, replies: Replies) {
+        *self.replies.lock().unwrap() = replies;
     }
 
-    pub fn url(&self) -> String {
+    pub(crate) fn url(&self) -> String {
         url(self.port)
     }
 }
 
-fn hand_on(mut from: TcpStream, mut to: TcpStream, says: Option<&Mutex<Says>>) {
+fn forward(mut from: TcpStream, mut to: TcpStream, replies: Option<&Mutex<Replies>>) {
     let mut buffer = [0; 64 * 1024];
     while let Ok(read @ 1..) = from.read(&mut buffer) {
-        let says = says.map_or(Says::That, |says| says.lock().unwrap().clone());
-        let written = match says {
-            Says::That => to.write_all(&buffer[..read]),
-            Says::Later(delay) => {
+        let replies = replies.map_or(Replies::Forward, |replies| replies.lock().unwrap().clone());
+        let written = match replies {
+            Replies::Forward => to.write_all(&buffer[..read]),
+            Replies::Delay(delay) => {
                 thread::sleep(delay);
                 to.write_all(&buffer[..read])
             }
-            Says::Slowly => buffer[..read].iter().try_for_each(|byte| {
+            Replies::Trickle => buffer[..read].iter().try_for_each(|byte| {
                 thread::sleep(Duration::from_millis(10));
                 to.write_all(&[*byte])
             }),
-            Says::This(other) => to.write_all(&other),
+            Replies::Replace(other) => to.write_all(&other),
         };
         if written.is_err() {
             break;

@@ -1,0 +1,208 @@
+//! Presets for engines. Each span is declared as the engine's crate declares it.
+
+use super::*;
+
+/// temporalio-sdk 1.1.1, src/workflow_future.rs
+fn run_workflow() -> Span {
+    info_span!(
+        target: "temporalio_sdk::workflow_future",
+        "RunWorkflow",
+        "otel.name" = "RunWorkflow:Order",
+        "otel.kind" = "server"
+    )
+}
+
+/// temporalio-sdk 1.1.1, src/lib.rs
+fn run_activity() -> Span {
+    info_span!(
+        target: "temporalio_sdk",
+        "RunActivity",
+        "otel.name" = "RunActivity:charge",
+        "otel.kind" = "server",
+        "temporalActivityID" = "1",
+        "temporalWorkflowID" = Empty,
+        "temporalRunID" = Empty,
+    )
+}
+
+/// restate-sdk 0.13.0, src/endpoint/mod.rs
+fn restate_handle() -> Span {
+    info_span!(
+        target: "restate_sdk::endpoint",
+        "restate_sdk_endpoint_handle",
+        "rpc.system" = "restate",
+        "rpc.service" = "Order",
+        "rpc.method" = "run",
+        "restate.sdk.is_replaying" = false
+    )
+}
+
+#[test]
+fn the_workflow_span_of_temporal_joins_the_instance_of_the_workflow_code() {
+    in_both_modes_of(
+        || knowing(Engine::Temporal),
+        |worker| {
+            let stored = stored_first(worker, "order");
+            let span = run_workflow();
+            // The first activation runs no code that opens a span.
+            span.in_scope(|| ());
+            span.in_scope(|| tagged_step("workflow code", "order"));
+            drop(span);
+
+            let span = worker.span("RunWorkflow:Order");
+            assert_joined(&span, &stored);
+            assert_nested(&worker.span("workflow code"), &span);
+            assert_eq!(worker.storage.stats().adopted, 1);
+        },
+    );
+}
+
+#[test]
+fn the_activity_span_of_temporal_joins_its_workflow() {
+    in_both_modes_of(
+        || knowing(Engine::Temporal),
+        |worker| {
+            let stored = stored_first(worker, "order");
+            let activity = async {
+                let span = Span::current();
+                span.record("temporalWorkflowID", "order");
+                span.record("temporalRunID", "run 1");
+                step("activity code");
+            };
+            assert!(poll(pin!(activity.instrument(run_activity()))).is_ready());
+
+            let span = worker.span("RunActivity:charge");
+            assert_joined(&span, &stored);
+            assert_nested(&worker.span("activity code"), &span);
+            assert_eq!(worker.storage.stats().late, 0);
+        },
+    );
+}
+
+#[test]
+fn the_handler_span_of_restate_joins_the_instance_of_the_handler() {
+    in_both_modes_of(
+        || knowing(Engine::Restate),
+        |worker| {
+            let stored = stored_first(worker, "order");
+            let attempt = async {
+                tokio::task::yield_now().await;
+                Span::current().record("restate.sdk.is_replaying", true);
+                tokio::task::yield_now().await;
+                tagged_step("handler", "order");
+            };
+            let mut attempt = Box::pin(attempt.instrument(restate_handle()));
+            assert!(poll(attempt.as_mut()).is_pending());
+            assert!(poll(attempt.as_mut()).is_pending());
+            assert!(poll(attempt.as_mut()).is_ready());
+            drop(attempt);
+
+            let span = worker.span("restate_sdk_endpoint_handle");
+            assert_joined(&span, &stored);
+            assert_nested(&worker.span("handler"), &span);
+            assert_eq!(worker.storage.stats().adopted, 1);
+        },
+    );
+}
+
+#[test]
+fn a_span_with_the_name_but_not_the_target_of_an_engine_span_is_not_held() {
+    let builder = WorkflowContextStorage::builder()
+        .engine(Engine::Temporal)
+        .engine(Engine::Restate);
+    let worker = Worker::with_storage(builder.build().expect("valid settings"));
+    worker.run(|| {
+        let spans = [
+            info_span!(target: "my_app", "RunWorkflow"),
+            info_span!(target: "my_app", "restate_sdk_endpoint_handle"),
+        ];
+        for span in spans {
+            let inside = span.in_scope(current);
+            let name = span.metadata().expect("enabled").name();
+            drop(span);
+            assert_same_span(&inside, &worker.span(name).span_context);
+        }
+    });
+    assert_eq!(worker.storage.stats().deferred, 0);
+}
+
+#[test]
+fn engines_that_are_not_configured_have_no_effect() {
+    with_activation(|worker| {
+        for span in [run_workflow(), run_activity(), restate_handle()] {
+            assert!(span.in_scope(current).is_valid());
+        }
+        info_span!("duroxide", instance_id = "order").in_scope(|| ());
+
+        assert_eq!(worker.storage.stats().deferred, 0);
+        assert_eq!(worker.storage.stats().stored_instances, 0);
+    });
+}
+
+#[test]
+fn several_engines_can_be_configured() {
+    let make = || {
+        let builder = WorkflowContextStorage::builder()
+            .engine(Engine::Temporal)
+            .engine(Engine::Restate)
+            .engine(Engine::Duroxide);
+        builder.build().expect("valid settings")
+    };
+    in_both_modes_of(make, |worker| {
+        let stored = stored_first(worker, "order");
+        run_workflow().in_scope(|| tagged_step("workflow code", "order"));
+        restate_handle().in_scope(|| {
+            info_span!("handler", instance_id = "order").in_scope(|| ());
+        });
+
+        assert_joined(&worker.span("RunWorkflow:Order"), &stored);
+        assert_joined(&worker.span("restate_sdk_endpoint_handle"), &stored);
+        assert_nested(
+            &worker.span("handler"),
+            &worker.span("restate_sdk_endpoint_handle"),
+        );
+    });
+}
+
+#[test]
+fn the_instance_id_field_of_duroxide_is_read() {
+    in_both_modes_of(
+        || knowing(Engine::Duroxide),
+        |worker| {
+            let stored = stored_first(worker, "order");
+            info_span!("given", instance_id = %"order").in_scope(|| ());
+            info_span!("recorded", instance_id = Empty).in_scope(|| {
+                Span::current().record("instance_id", "order");
+            });
+
+            assert_joined(&worker.span("given"), &stored);
+            assert_joined(&worker.span("recorded"), &stored);
+        },
+    );
+}
+
+#[test]
+fn spans_of_dapr_join_their_instance_and_keep_local_parents() {
+    let worker = Worker::with_storage(knowing(Engine::Dapr));
+    // dapr-durabletask makes its spans through the OpenTelemetry API.
+    let tracer = worker.storage.tracer(worker.tracer());
+    let open = |name: &'static str, parent: &Context| {
+        let id = KeyValue::new("durabletask.task.instance_id", "order");
+        let span = SpanBuilder::from_name(name).with_attributes([id]);
+        tracer.build_with_context(span, parent)
+    };
+    let mut orchestration = open("orchestration", &Context::new());
+    orchestration.end();
+    let replayed =
+        Context::new().with_span(open("orchestration on another worker", &Context::new()));
+    open("activity", &replayed).end();
+    replayed.span().end();
+
+    let orchestration = worker.span("orchestration");
+    assert_root(&orchestration);
+    let replayed = worker.span("orchestration on another worker");
+    assert_joined(&replayed, &orchestration.span_context);
+    let activity = worker.span("activity");
+    assert_nested(&activity, &replayed);
+    assert_unlinked(&activity);
+}

@@ -1,0 +1,332 @@
+//! An instance id that is recorded after the span was created.
+
+use super::*;
+
+#[test]
+fn an_id_recorded_in_the_body_puts_the_span_and_its_children_into_the_stored_trace() {
+    in_both_modes(|worker| {
+        let stored = stored_first(worker, "order");
+        learns_its_id("order");
+
+        let span = worker.span("learns_its_id");
+        assert_joined(&span, &stored);
+        assert_nested(&worker.span("child"), &span);
+        let stats = worker.storage.stats();
+        assert_eq!((stats.deferred, stats.adopted, stats.late), (1, 0, 0));
+    });
+}
+
+#[test]
+fn an_id_recorded_in_the_body_stores_the_span_for_a_new_instance() {
+    in_both_modes(|worker| {
+        learns_its_id("order");
+
+        let span = worker.span("learns_its_id");
+        assert_root(&span);
+        assert_unlinked(&span);
+        assert_same_span(&worker.stored("order"), &span.span_context);
+        assert_eq!(worker.storage.stats().late, 0);
+    });
+}
+
+#[test]
+fn an_id_recorded_in_the_first_poll_applies_to_later_polls_on_other_threads() {
+    in_both_modes(|worker| {
+        let stored = stored_first(worker, "order");
+        {
+            let mut task = pin!(learns_its_id_in_the_first_poll("order"));
+            assert!(poll(task.as_mut()).is_pending());
+            assert_context_stack_is_empty();
+            elsewhere(worker, || assert!(poll(task.as_mut()).is_ready()));
+        }
+
+        let span = worker.span("learns_its_id_in_the_first_poll");
+        assert_joined(&span, &stored);
+        assert_nested(&worker.span("child in the first poll"), &span);
+        assert_nested(&worker.span("child in the second poll"), &span);
+        assert_eq!(worker.storage.stats().late, 0);
+    });
+}
+
+#[test]
+fn an_id_recorded_after_the_first_child_becomes_a_link() {
+    in_both_modes(|worker| {
+        let stored = stored_first(worker, "order");
+        awaiting("span").in_scope(|| {
+            step("child");
+            record_id("order");
+            step("next child");
+        });
+
+        let span = worker.span("span");
+        assert_root(&span);
+        assert_linked(&span, "late", &stored);
+        assert_nested(&worker.span("child"), &span);
+        assert_nested(&worker.span("next child"), &span);
+        assert_eq!(worker.storage.stats().late, 1);
+    });
+}
+
+#[test]
+fn an_id_recorded_after_the_first_child_stores_the_span_for_a_new_instance() {
+    in_both_modes(|worker| {
+        awaiting("span").in_scope(|| {
+            step("child");
+            record_id("order");
+        });
+        tagged_step("next", "order");
+
+        let span = worker.span("span");
+        assert_root(&span);
+        assert_unlinked(&span);
+        assert_joined(&worker.span("next"), &span.span_context);
+        assert_eq!(worker.storage.stats().late, 1);
+    });
+}
+
+#[test]
+fn an_id_recorded_in_the_second_poll_becomes_a_link() {
+    with_activation(|worker| {
+        let stored = stored_first(worker, "order");
+        {
+            let mut task = pin!(learns_its_id_in_the_second_poll("order"));
+            assert!(poll(task.as_mut()).is_pending());
+            assert!(poll(task.as_mut()).is_ready());
+        }
+
+        let span = worker.span("learns_its_id_in_the_second_poll");
+        assert_root(&span);
+        assert_linked(&span, "late", &stored);
+        assert_nested(&worker.span("child"), &span);
+        assert_eq!(worker.storage.stats().late, 1);
+    });
+}
+
+/// Exiting a span starts it only if entering would have.
+#[test]
+fn without_activation_an_id_recorded_in_the_second_poll_is_in_time() {
+    for seen_before in [false, true] {
+        let worker = Worker::with_sampler(adopting(), false, Sampler::AlwaysOn);
+        let _drawing = DrawnOnPanic(&worker, format!("seen before: {seen_before}"));
+        worker.run(|| {
+            if seen_before {
+                tagged_step("seen before", "another instance");
+            }
+            let mut task = pin!(learns_its_id_in_the_second_poll("order"));
+            assert!(poll(task.as_mut()).is_pending());
+            let stored = elsewhere(&worker, || stored_first(&worker, "order"));
+            assert!(poll(task.as_mut()).is_ready());
+            assert_same_span(&worker.stored("order"), &stored);
+        });
+
+        let span = worker.span("learns_its_id_in_the_second_poll");
+        assert_joined(&span, &worker.stored("order"));
+        assert_nested(&worker.span("child"), &span);
+        assert_eq!(worker.storage.stats().late, 0);
+    }
+}
+
+#[test]
+fn unsampled_spans_are_deferred_too() {
+    for activation in [true, false] {
+        let worker = Worker::with_sampler(adopting(), activation, Sampler::AlwaysOff);
+        worker.run(|| {
+            learns_its_id("in time");
+            awaiting("span").in_scope(|| {
+                step("child");
+                record_id("late");
+            });
+            engine("engine").in_scope(|| tagged_step("handler", "adopted"));
+        });
+
+        for id in ["in time", "late", "adopted"] {
+            assert!(!worker.stored(id).is_sampled(), "{id}");
+        }
+        let stats = worker.storage.stats();
+        assert_eq!((stats.deferred, stats.adopted, stats.late), (3, 1, 1));
+        assert!(worker.spans().is_empty());
+    }
+}
+
+#[test]
+fn an_empty_id_is_ignored() {
+    type Record = fn(&Span);
+    let empty: [(&str, Record); 3] = [
+        ("str", |span| {
+            span.record(ID, "");
+        }),
+        ("display", |span| {
+            span.record(ID, display(""));
+        }),
+        ("debug", |span| {
+            span.record(ID, debug(""));
+        }),
+    ];
+    for (form, record) in empty {
+        in_both_modes(|worker| {
+            let _drawing = DrawnOnPanic(worker, format!("the empty id is a {form}"));
+            let stored = stored_first(worker, "order");
+            awaiting("span").in_scope(|| {
+                record(&Span::current());
+                record_id("order");
+            });
+
+            assert_joined(&worker.span("span"), &stored);
+            assert_eq!(worker.storage.stats().late, 0);
+        });
+    }
+}
+
+#[test]
+fn a_span_created_with_an_empty_id_awaits_one() {
+    in_both_modes(|worker| {
+        let stored = stored_first(worker, "order");
+        info_span!("span", workflow.instance_id = "").in_scope(|| record_id("order"));
+
+        assert_joined(&worker.span("span"), &stored);
+        assert_eq!(worker.storage.stats().late, 0);
+    });
+}
+
+#[test]
+fn the_first_id_of_a_started_span_is_used() {
+    in_both_modes(|worker| {
+        let stored = stored_first(worker, "order");
+        stored_first(worker, "other order");
+        awaiting("span").in_scope(|| {
+            record_id("order");
+            step("child");
+            record_id("other order");
+        });
+
+        assert_joined(&worker.span("span"), &stored);
+        assert_eq!(worker.storage.stats().late, 0);
+    });
+}
+
+/// A span that declares both ids, each to be recorded.
+fn awaiting_a_run(name: &str) -> Span {
+    info_span!(
+        "awaiting a run",
+        otel.name = name,
+        workflow.instance_id = Empty,
+        workflow.run_id = Empty
+    )
+}
+
+#[test]
+fn a_span_that_declares_a_run_id_waits_for_it_too() {
+    const RUN: &str = "workflow.run_id";
+    in_both_modes(|worker| {
+        let first = info_span!(
+            "first",
+            workflow.instance_id = "order",
+            workflow.run_id = "1"
+        );
+        first.in_scope(|| ());
+        drop(first);
+        for (name, fields) in [("id first", [ID, RUN]), ("run first", [RUN, ID])] {
+            let span = awaiting_a_run(name);
+            span.in_scope(|| {
+                for field in fields {
+                    span.record(field, if field == ID { "order" } else { name });
+                }
+                step("child");
+            });
+        }
+        awaiting_a_run("of the same run").in_scope(|| {
+            record_id("order");
+            Span::current().record(RUN, "1");
+        });
+
+        let first = worker.span("first");
+        for name in ["id first", "run first"] {
+            assert_root(&worker.span(name));
+        }
+        assert_linked(&worker.span("id first"), "new_run", &first.span_context);
+        let before = worker.span("id first").span_context;
+        assert_linked(&worker.span("run first"), "new_run", &before);
+        assert_joined(&worker.span("of the same run"), &first.span_context);
+        assert_eq!(worker.storage.stats().late, 0);
+    });
+}
+
+#[test]
+fn a_run_id_that_is_never_recorded_means_the_latest_run() {
+    in_both_modes(|worker| {
+        let stored = stored_first(worker, "order");
+        awaiting_a_run("span").in_scope(|| {
+            record_id("order");
+            step("child");
+        });
+        awaiting_a_run("without children").in_scope(|| record_id("order"));
+
+        assert_joined(&worker.span("span"), &stored);
+        assert_nested(&worker.span("child"), &worker.span("span"));
+        assert_joined(&worker.span("without children"), &stored);
+        assert_eq!(worker.storage.stats().late, 0);
+    });
+}
+
+#[test]
+fn recording_other_fields_does_not_release_a_span() {
+    in_both_modes(|worker| {
+        let stored = stored_first(worker, "order");
+        let span = info_span!("span", workflow.instance_id = Empty, attempt = Empty);
+        span.in_scope(|| {
+            span.record("attempt", 1);
+            info!("an event");
+            span.record(ID, "order");
+        });
+        drop(span);
+
+        let span = worker.span("span");
+        assert_joined(&span, &stored);
+        assert_eq!(attribute(&span, "attempt"), Some(Value::from(1)));
+        assert_eq!(span.events.len(), 1);
+    });
+}
+
+#[test]
+fn a_span_whose_id_is_recorded_before_it_is_entered_is_not_deferred() {
+    in_both_modes(|worker| {
+        let stored = stored_first(worker, "order");
+        let span = awaiting("span");
+        span.record(ID, "order");
+        span.in_scope(|| step("child"));
+        drop(span);
+
+        let span = worker.span("span");
+        assert_joined(&span, &stored);
+        assert_nested(&worker.span("child"), &span);
+        let stats = worker.storage.stats();
+        assert_eq!((stats.deferred, stats.late), (0, 0));
+    });
+}
+
+#[test]
+fn a_span_that_is_never_entered_is_exported_once() {
+    in_both_modes(|worker| {
+        let stored = stored_first(worker, "order");
+        drop(awaiting("without an id"));
+        drop(engine("engine"));
+        awaiting("with an id").record(ID, "order");
+
+        assert_unchanged_root(&worker.span("without an id"));
+        assert_unchanged_root(&worker.span("engine"));
+        assert_joined(&worker.span("with an id"), &stored);
+        assert_eq!(worker.storage.stats().deferred, 0);
+    });
+}
+
+#[test]
+fn a_span_that_never_gets_an_id_is_exported_unchanged() {
+    in_both_modes(|worker| {
+        awaiting("span").in_scope(|| info!("an event"));
+
+        let span = worker.span("span");
+        assert_unchanged_root(&span);
+        assert_eq!(span.events.len(), 1);
+        assert_eq!(worker.storage.stats().deferred, 1);
+    });
+}

@@ -1,0 +1,55 @@
+//! The promises of the README and the crate's front page, each tested in one module.
+//!
+//! | promise | tested in |
+//! |---|---|
+//! | one instance is one trace; the table "What becomes of a tagged span" | `continuity` |
+//! | each relation is continued as configured, or refused | `policy` |
+//! | a late id, an engine span without an id: held until the id or the first child | `deferral` |
+//! | a replay exports nothing, and new work inside attaches to the recorded span | `replay` |
+//! | a new run is a new root, a child workflow continues its parent instance | `runs` |
+//! | a trace past `max_age` or `max_spans` is followed by a linked root | `bounds` |
+//! | completed, idle and surplus instances are forgotten | `lifecycle` |
+//! | two threads open the first span at once: the first recorded wins | `concurrency` |
+//! | store, get, cleanup, `create_resumed`, ids and stats | `explicit_api` |
+//! | parsing and injecting strictly by W3C Trace Context level 2 | `propagation` |
+//! | `explain` says why a trace is broken | `explain` |
+//! | filters, other layers, reload, two subscribers | `stacking` |
+//! | ids of any type, size and content; nothing is stored beyond the limit | `hostile` |
+//! | random sequences of span operations match the documented behaviour | `model` |
+//! | workers that share a backend agree; a slow or failing backend costs continuity only | `shared` |
+//! | every `StorageBackend` fulfils the written contract | `store_contract` |
+//! | feature `redb`: contexts survive the process | `restart` |
+//! | feature `redis`, `redis-tls`: contexts on a server or Cluster that many machines share | `redis` |
+//! | feature `metrics`: the counters as OpenTelemetry metrics | `metrics` |
+//! | feature `testing`: `TraceForest` draws and asserts | `trace_forest` |
+//!
+//! Promises about a whole process have binaries of their own: `global` (the process-wide storage and tracer provider),
+//! `warnings` (what is logged, and how often), `allocations` and `churn` (counting allocators), and `reentrance` (a
+//! global subscriber).
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod bounds;
+mod concurrency;
+mod continuity;
+mod deferral;
+mod explain;
+mod explicit_api;
+mod hostile;
+mod lifecycle;
+#[cfg(feature = "metrics")]
+mod metrics;
+mod model;
+mod policy;
+mod propagation;
+#[cfg(feature = "redis")]
+mod redis;
+mod replay;
+#[cfg(feature = "redb")]
+mod restart;
+mod runs;
+mod shared;
+mod stacking;
+mod store_contract;
+mod trace_forest;

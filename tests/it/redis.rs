@@ -1,0 +1,399 @@
+//! Workers that share one Redis server agree, whatever happens to the server.
+
+use std::error::Error as _;
+use std::time::{Duration, Instant, SystemTime};
+
+use crate::support::*;
+use redis::Commands as _;
+use tracing_workflow_context::backend::{Record, StorageBackend as _, Write};
+use tracing_workflow_context::testing::check_backend;
+use tracing_workflow_context::{ConnectError, Form, RedisBackend, WorkflowContext};
+
+mod cluster;
+mod faults;
+mod interop;
+mod race;
+#[cfg(feature = "redis-tls")]
+mod tls;
+
+const PARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+
+fn backend(server: &RedisServer) -> RedisBackend {
+    let backend = RedisBackend::connect(&server.url()).expect("a URL");
+    backend
+        .with_connect_timeout(PATIENCE)
+        .with_response_timeout(PATIENCE)
+}
+
+fn raw(server: &RedisServer) -> redis::Connection {
+    let client = redis::Client::open(server.url()).expect("a URL");
+    client.get_connection().expect("the server is up")
+}
+
+fn record(traceparent: &str) -> Record {
+    let context = WorkflowContext::parse(traceparent, "").expect("well formed");
+    record_of(context)
+}
+
+fn claim(key: &str, record: &Record) -> Write {
+    Write::PutIfAbsent(key.to_owned(), record.clone())
+}
+
+/// Runs the contract suite, with a new key prefix for each backend.
+fn assert_fulfils_the_contract(form: Form, connect: impl Fn() -> RedisBackend) {
+    let numbers = std::cell::RefCell::new(0..);
+    check_backend(|| {
+        let number: u32 = numbers.borrow_mut().next().expect("endless");
+        let prefix = format!("a[{number}]*?\\:");
+        connect().with_form(form).with_key_prefix(&prefix)
+    });
+}
+
+#[test]
+fn redis_fulfils_the_contract() {
+    for form in [Form::Binary, Form::Json] {
+        let server = RedisServer::start();
+        assert_fulfils_the_contract(form, || backend(&server));
+    }
+}
+
+#[test]
+fn keys_of_an_instance_share_a_slot_and_expire_on_the_server() {
+    let server = RedisServer::start();
+    let backend = backend(&server);
+    let record = record(PARENT);
+    let keys = ["order-42", "order-42\u{1f}run", "order-42\u{1f}run\u{1f}2"];
+    let writes = keys.map(|key| claim(key, &record));
+    assert!(
+        backend
+            .write(&writes)
+            .unwrap()
+            .iter()
+            .all(|o| o.existing().is_none())
+    );
+
+    let mut raw = raw(&server);
+    let mut on_server: Vec<String> = raw.keys("*").unwrap();
+    on_server.sort();
+    let expected = [
+        "workflow-context:{order-42}",
+        "workflow-context:{order-42}\u{1f}run",
+        "workflow-context:{order-42}\u{1f}run\u{1f}2",
+    ];
+    assert_eq!(on_server, expected);
+    for key in expected {
+        let value: Vec<u8> = raw.get(key).unwrap();
+        assert!(
+            value.len() <= 64,
+            "the compact form has {} bytes",
+            value.len()
+        );
+        let left: i64 = raw.pttl(key).unwrap();
+        assert!(
+            (3_500_000..=3_600_000).contains(&left),
+            "{left} ms are left"
+        );
+    }
+
+    backend
+        .write(&[Write::Expire(keys[0].to_owned(), SystemTime::now())])
+        .unwrap();
+    assert!(!raw.exists::<_, bool>(expected[0]).unwrap());
+}
+
+#[test]
+fn either_form_is_read_whichever_is_written() {
+    let server = RedisServer::start();
+    let [binary, json] = [Form::Binary, Form::Json].map(|form| backend(&server).with_form(form));
+    let record = record(PARENT);
+    for (writer, reader) in [(&binary, &json), (&json, &binary)] {
+        writer
+            .write(&[Write::Put("id".to_owned(), record.clone())])
+            .unwrap();
+        let found = reader.get("id").unwrap().expect("a record");
+        assert_eq!(found.context.traceparent(), PARENT);
+        let winner = reader.write(&[claim("id", &record)]).unwrap().remove(0);
+        assert_eq!(
+            winner
+                .existing()
+                .expect("it is taken")
+                .context
+                .traceparent(),
+            PARENT
+        );
+    }
+    assert_eq!((binary.malformed(), json.malformed()), (0, 0));
+}
+
+#[test]
+fn undecodable_values_are_counted_and_replaced() {
+    let server = RedisServer::start();
+    let mut raw = raw(&server);
+    let key = "workflow-context:{id}";
+    let record = record(PARENT);
+    let values: [&[u8]; 6] = [
+        b"",
+        b"\0",
+        b"\x01short",
+        b"{",
+        b"{\"traceparent\":null}",
+        &[255; 100_000],
+    ];
+    for value in values {
+        let backend = backend(&server);
+        let () = raw.set(key, value).unwrap();
+        assert_eq!(backend.get("id").unwrap(), None, "{value:.10?}");
+        backend
+            .scan(&mut |key, record| panic!("{key} {record:?}"))
+            .unwrap();
+        assert_eq!(backend.malformed(), 2);
+
+        assert!(
+            backend
+                .write(&[claim("id", &record)])
+                .unwrap()
+                .iter()
+                .all(|o| o.existing().is_none())
+        );
+        assert_eq!(backend.malformed(), 3);
+        let found = backend.get("id").unwrap().expect("it was replaced");
+        assert_eq!(found.context, record.context);
+    }
+
+    // Not even a string, and with other writes around it.
+    let backend = backend(&server);
+    let () = raw.del(key).unwrap();
+    let () = raw.rpush(key, "a list").unwrap();
+    assert_eq!(backend.get("id").unwrap(), None);
+    let moved = SystemTime::now() + Duration::from_secs(7200);
+    let writes = [
+        claim("other", &record),
+        claim("id", &record),
+        Write::Expire("id".to_owned(), moved),
+        claim("id", &record),
+        claim("other", &record),
+    ];
+    let winners = backend.write(&writes).unwrap();
+    let won: Vec<_> = winners.iter().map(|o| o.existing().is_none()).collect();
+    assert_eq!(won, [true, true, true, false, false]);
+    let left: i64 = raw.pttl(key).unwrap();
+    assert!(left > 3_700_000, "{left} ms are left");
+}
+
+#[test]
+fn one_of_many_writers_replaces_an_undecodable_value() {
+    let server = RedisServer::start();
+    let mut raw = raw(&server);
+    for round in 0..20 {
+        let key = format!("id {round}");
+        let () = raw
+            .set(format!("workflow-context:{{{key}}}"), "garbage")
+            .unwrap();
+        let winners = at_once(4, |thread| {
+            let mine = record(&format!(
+                "00-0af7651916cd43dd8448eb211c80319c-{:016x}-01",
+                thread + 1
+            ));
+            let winner = backend(&server)
+                .write(&[claim(&key, &mine)])
+                .unwrap()
+                .remove(0);
+            {
+                let found = winner.existing();
+                (found.is_none(), found.unwrap_or(&mine).context.span_id())
+            }
+        });
+        assert_eq!(
+            winners.iter().filter(|(won, _)| *won).count(),
+            1,
+            "{winners:?}"
+        );
+        assert!(
+            winners.iter().all(|(_, span)| *span == winners[0].1),
+            "{winners:?}"
+        );
+    }
+}
+
+#[test]
+fn a_value_without_expiry_is_read() {
+    let server = RedisServer::start();
+    let backend = backend(&server);
+    let value = format!(r#"{{"traceparent":"{PARENT}","tracestate":null,"resumed":false}}"#);
+    let () = raw(&server).set("workflow-context:{id}", value).unwrap();
+    let found = backend.get("id").unwrap().expect("a record");
+    assert_eq!(found.context.traceparent(), PARENT);
+    assert!(found.expires_at > SystemTime::now() + Duration::from_secs(3600));
+}
+
+#[test]
+fn connecting_needs_no_reachable_server() {
+    let nobody = RedisBackend::connect("redis://127.0.0.1:1/").unwrap();
+    let error = nobody.get("id").unwrap_err();
+    assert!(error.to_string().contains("127.0.0.1:1"), "{error}");
+    assert!(error.source().is_some());
+    assert!(nobody.write(&[]).unwrap().is_empty());
+
+    for url in [
+        "",
+        "127.0.0.1:6379",
+        "http://127.0.0.1/",
+        "redis://:secret@/",
+        "redis://127.0.0.1/x",
+    ] {
+        let error = RedisBackend::connect(url).unwrap_err();
+        assert!(matches!(error, ConnectError::InvalidUrl { .. }));
+        assert!(!format!("{error} {error:?}").contains("secret"));
+    }
+    let with_password = RedisBackend::connect("redis://:secret@127.0.0.1:1/").unwrap();
+    assert!(!format!("{with_password:?}").contains("secret"));
+}
+
+#[test]
+fn a_connection_closed_by_the_server_is_replaced() {
+    let mut server = RedisServer::start();
+    let backend = backend(&server);
+    for _ in 0..3 {
+        backend.write(&[claim("id", &record(PARENT))]).unwrap();
+        assert!(backend.get("id").unwrap().is_some());
+        server.start_again();
+        assert_eq!(backend.get("id").unwrap(), None, "it is empty again");
+    }
+    server.stop();
+    assert!(backend.get("id").is_err());
+    assert!(backend.flush().is_err());
+    server.start_again();
+    assert!(backend.get("id").is_ok());
+}
+
+#[test]
+fn no_call_waits_longer_than_its_timeouts() {
+    let server = RedisServer::start();
+    let timeout = Duration::from_millis(100);
+    let proxy = Proxy::before(&server);
+    let [direct, spoiled] = [server.url(), proxy.url()].map(|url| {
+        let backend = RedisBackend::connect(&url).unwrap();
+        let backend = backend
+            .with_connect_timeout(timeout)
+            .with_response_timeout(timeout);
+        backend.flush().unwrap();
+        backend
+    });
+    let writes: Vec<_> = (0..1000)
+        .map(|n| claim(&n.to_string(), &record(PARENT)))
+        .collect();
+    let refused = |backend: &RedisBackend| {
+        let start = Instant::now();
+        assert!(backend.write(&writes).is_err());
+        assert!(backend.get("id").is_err());
+        // A thousand replies that each wait for the timeout would take 100 seconds.
+        assert!(
+            start.elapsed() < Duration::from_secs(20),
+            "{:?}",
+            start.elapsed()
+        );
+    };
+    server.freeze();
+    refused(&direct);
+    server.thaw();
+    proxy.set_replies(Replies::Delay(Duration::from_millis(500)));
+    refused(&spoiled);
+
+    // No single reply is late.
+    proxy.set_replies(Replies::Trickle);
+    let start = Instant::now();
+    assert!(spoiled.write(&writes).is_err());
+    assert!(
+        start.elapsed() < Duration::from_secs(20),
+        "{:?} of 50 s",
+        start.elapsed()
+    );
+}
+
+#[test]
+fn no_reply_makes_the_backend_panic() {
+    let server = RedisServer::start();
+    let proxy = Proxy::before(&server);
+    let answers: [&[u8]; 14] = [
+        b"HTTP/1.1 400 Bad Request\r\n\r\n",
+        b"\0\0\0\0",
+        b"\r\n",
+        b"$-2\r\n",
+        b"$99999999999999\r\n",
+        b"$9223372036854775807\r\nx",
+        b"*1000000000000\r\n",
+        b"*-1\r\n",
+        b":1\r\n:2\r\n",
+        b"+OK\r\n+OK\r\n+OK\r\n",
+        b"$3\r\nabc\r\n:99999999999999999\r\n",
+        b"*2\r\n$1\r\n0\r\n*1\r\n:1\r\n",
+        b"-ERR no\r\n-ERR no\r\n",
+        b"%1\r\n+a\r\n+b\r\n",
+    ];
+    for answer in answers {
+        let backend = RedisBackend::connect(&proxy.url()).unwrap();
+        let backend = backend.with_response_timeout(Duration::from_millis(50));
+        proxy.set_replies(Replies::Forward);
+        backend.flush().unwrap();
+        proxy.set_replies(Replies::Replace(answer.to_owned()));
+        for _ in 0..2 {
+            assert!(!matches!(backend.get("id"), Ok(Some(_))));
+            let _ = backend.write(&[claim("id", &record(PARENT))]);
+            let _ = backend.scan(&mut |key, record| panic!("{key} {record:?}"));
+            let _ = backend.flush();
+        }
+    }
+}
+
+#[test]
+fn sentinels_give_the_master_and_its_successor() {
+    let directory = Directory::new();
+    let mut master = RedisServer::start();
+    let replica = RedisServer::start_replica_of(&master);
+    let file = directory.file("sentinel.conf");
+    let sentinel = RedisServer::start_sentinel(&file, "contexts", &master);
+    let sentinels = ["redis://127.0.0.1:1/".to_owned(), sentinel.url()];
+    let backend = RedisBackend::connect("redis://nobody.invalid/")
+        .unwrap()
+        .with_sentinels(sentinels.iter().map(String::as_str), "contexts")
+        .unwrap();
+    let written = |key: &str| backend.write(&[claim(key, &record(PARENT))]).is_ok();
+    let until = |what: &str, is_so: &dyn Fn() -> bool| {
+        let deadline = Instant::now() + PATIENCE;
+        while !is_so() {
+            assert!(Instant::now() < deadline, "{what} within {PATIENCE:?}");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    };
+    until("the master is written to", &|| written("before"));
+    let on = |server: &RedisServer, key: &str| {
+        raw(server).exists::<_, bool>(format!("workflow-context:{{{key}}}"))
+    };
+    assert_eq!(on(&master, "before"), Ok(true));
+    let sentinel_knows = || -> bool {
+        let client = redis::Client::open(sentinel.url()).expect("a URL");
+        let mut connection = client.get_connection().expect("it is up");
+        let mut ask = redis::cmd("SENTINEL");
+        let replicas: Vec<redis::Value> = ask
+            .arg("REPLICAS")
+            .arg("contexts")
+            .query(&mut connection)
+            .expect("it knows");
+        !replicas.is_empty()
+    };
+    until("the sentinel knows the replica", &sentinel_knows);
+    until("the replica has everything", &|| {
+        on(&replica, "before") == Ok(true)
+    });
+
+    master.stop();
+    assert!(!written("after"));
+    until("the replica is written to", &|| written("after"));
+    assert_eq!(on(&replica, "after"), Ok(true));
+    assert!(backend.get("before").unwrap().is_some());
+
+    let unknown = RedisBackend::connect("redis://nobody.invalid/").unwrap();
+    let unknown = unknown.with_sentinels([&*sentinel.url()], "other").unwrap();
+    let error = unknown.flush().unwrap_err();
+    assert!(error.to_string().contains("\"other\""), "{error}");
+}

@@ -1,0 +1,1014 @@
+//! Replayed code exports no span again, and work that it newly schedules joins the recorded trace.
+
+use std::collections::HashMap;
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Barrier, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use crate::support::*;
+use opentelemetry::propagation::TextMapPropagator as _;
+use opentelemetry::trace::{
+    Span as _, SpanBuilder, SpanContext, TraceContextExt as _, Tracer as _, TracerProvider as _,
+};
+use opentelemetry::{Context, KeyValue, SpanId};
+use opentelemetry_sdk::error::OTelSdkResult;
+use opentelemetry_sdk::propagation::TraceContextPropagator;
+use opentelemetry_sdk::trace::{Sampler, SdkTracerProvider, SpanData, SpanProcessor};
+use tracing::field::Empty;
+use tracing::{Span, error, info, info_span};
+use tracing_subscriber::prelude::*;
+use tracing_workflow_context::testing::TraceForest;
+use tracing_workflow_context::{Continuation, Relation, WorkflowContext, WorkflowContextStorage};
+
+const ID: &str = "order-42";
+
+fn live() -> Tags<'static> {
+    Tags::instance(ID)
+}
+
+fn replay() -> Tags<'static> {
+    live().replaying(true)
+}
+
+/// The tags of new work inside a replay.
+fn new_work() -> Tags<'static> {
+    UNTAGGED.replaying(false)
+}
+
+/// Records the workflow, and returns its span.
+fn recorded(worker: &Worker) -> SpanContext {
+    worker.step("workflow", live());
+    worker.stored(ID)
+}
+
+#[track_caller]
+fn assert_exported(worker: &Worker, names: &[&str]) {
+    assert_eq!(worker.names(), names, "in\n{}", worker.forest());
+}
+
+// Nothing is exported and nothing recorded.
+
+#[test]
+fn replays_do_not_multiply_spans() {
+    for_each_worker(WorkflowContextStorage::new, |worker| {
+        let workflow = recorded(worker);
+        for _ in 0..13 {
+            worker.within("replay", replay(), || worker.step("activity", UNTAGGED));
+        }
+        assert_exported(worker, &["workflow"]);
+        assert_eq!(ids(&worker.stored(ID)), ids(&workflow));
+        let stats = worker.storage.stats();
+        assert_eq!((stats.replayed, stats.stored_instances), (26, 1));
+    });
+}
+
+#[test]
+fn a_replay_of_an_unknown_instance_exports_and_records_nothing() {
+    for_each_worker(WorkflowContextStorage::new, |worker| {
+        for tags in [replay(), UNTAGGED.replaying(true)] {
+            worker.within("replay", tags, || {
+                worker.within("untagged", UNTAGGED, || worker.step("tagged", live()));
+            });
+        }
+        worker.within("poll", UNTAGGED, || {
+            worker.within("replay", replay(), || worker.step("untagged", UNTAGGED));
+            // The replayed span has the poller's ids.
+            worker.step("polled", UNTAGGED);
+        });
+        assert_exported(worker, &["poll", "polled"]);
+        assert_eq!(worker.storage.instance_ids(), [""; 0]);
+        assert_eq!(worker.storage.stats().replayed, 8);
+
+        worker.step("workflow", live());
+        assert_root(&worker.span("workflow"));
+    });
+}
+
+#[test]
+fn new_work_in_a_replay_of_an_unknown_instance_is_exported_as_without_the_replay() {
+    for_each_worker(WorkflowContextStorage::new, |worker| {
+        let turn = worker.open("replay", replay());
+        turn.inside(|| {
+            worker.step("new", new_work());
+            turn.record_replaying(false);
+            worker.step("caught up", UNTAGGED);
+            worker.step("first", live());
+        });
+        drop(turn);
+        worker.within("poll", UNTAGGED, || {
+            worker.within("replay", Tags::instance("polled").replaying(true), || {
+                worker.step("new in poll", new_work());
+            });
+        });
+        assert_exported(
+            worker,
+            &["caught up", "first", "new", "new in poll", "poll"],
+        );
+        for name in ["caught up", "first", "new"] {
+            assert_root(&worker.span(name));
+        }
+        assert_eq!(
+            ids(&worker.stored(ID)),
+            ids(&worker.span("first").span_context)
+        );
+        assert_nested(&worker.span("new in poll"), &worker.span("poll"));
+    });
+}
+
+#[test]
+fn untagged_descendants_of_a_replay_are_not_exported_at_any_depth() {
+    const DEPTH: usize = 50;
+    fn descend(worker: &Worker, depth: usize) {
+        if depth > 0 {
+            worker.within("descendant", UNTAGGED, || descend(worker, depth - 1));
+        } else {
+            worker.step("new", new_work());
+        }
+    }
+    for_each_worker(WorkflowContextStorage::new, |worker| {
+        let workflow = recorded(worker);
+        worker.within("replay", replay(), || descend(worker, DEPTH));
+        assert_exported(worker, &["new", "workflow"]);
+        assert_child_of(&worker.span("new"), &workflow);
+        assert_eq!(worker.storage.stats().replayed, 1 + DEPTH as u64);
+    });
+}
+
+#[test]
+fn tracing_and_opentelemetry_spans_mixed_beneath_a_replay_are_not_exported() {
+    fn descend(worker: &Worker, vias: &[Via]) {
+        match vias.split_first() {
+            Some((via, rest)) => {
+                let span = worker.open_via(*via, "descendant", UNTAGGED);
+                span.inside(|| descend(worker, rest));
+            }
+            None => {
+                worker
+                    .open_via(Via::Layer, "new in tracing", new_work())
+                    .inside(|| ());
+                worker
+                    .open_via(Via::Api, "new in opentelemetry", new_work())
+                    .inside(|| ());
+            }
+        }
+    }
+    for outermost in [Via::Layer, Via::Api] {
+        for vias in [
+            [Via::Layer, Via::Api, Via::Layer],
+            [Via::Api, Via::Layer, Via::Api],
+        ] {
+            let worker = Worker::with_storage(WorkflowContextStorage::new());
+            let workflow = recorded(&worker);
+            let replay = worker.open_via(outermost, "replay", replay());
+            worker.run(|| replay.inside(|| descend(&worker, &vias)));
+            drop(replay);
+
+            assert_exported(
+                &worker,
+                &["new in opentelemetry", "new in tracing", "workflow"],
+            );
+            assert_child_of(&worker.span("new in tracing"), &workflow);
+            assert_child_of(&worker.span("new in opentelemetry"), &workflow);
+        }
+    }
+}
+
+#[test]
+fn opentelemetry_spans_beneath_a_replay_in_tracing_without_activation_are_not_exported() {
+    let worker = Worker::via(Via::LayerWithoutActivation, WorkflowContextStorage::new());
+    let workflow = recorded(&worker);
+    let replay = worker.open("replay", replay());
+    replay.inside(|| {
+        let _explicitly = replay.otel_context().attach();
+        let descendant = worker.open_via(Via::Api, "descendant", UNTAGGED);
+        descendant.inside(|| worker.open_via(Via::Api, "new", new_work()).inside(|| ()));
+    });
+    assert_exported(&worker, &["new", "workflow"]);
+    assert_child_of(&worker.span("new"), &workflow);
+}
+
+#[test]
+fn a_tagged_descendant_of_a_replay_is_a_replay_of_its_own_instance() {
+    for_each_worker(WorkflowContextStorage::new, |worker| {
+        let workflow = recorded(worker);
+        worker.step("child workflow", Tags::instance("child").child_of(ID));
+        let child = worker.stored("child");
+        worker.within("replay", replay(), || {
+            worker.within("same instance", live(), || worker.step("new", new_work()));
+            worker.within("child again", Tags::instance("child").child_of(ID), || {
+                worker.step("new in child", new_work());
+            });
+            worker.within(
+                "unknown child",
+                Tags::instance("unknown").child_of(ID),
+                || {
+                    worker.step("new in unknown child", new_work());
+                },
+            );
+        });
+        assert_exported(
+            worker,
+            &[
+                "child workflow",
+                "new",
+                "new in child",
+                "new in unknown child",
+                "workflow",
+            ],
+        );
+        assert_child_of(&worker.span("new"), &workflow);
+        assert_child_of(&worker.span("new in child"), &child);
+        assert_child_of(&worker.span("new in unknown child"), &workflow);
+        assert_eq!(worker.storage.stats().stored_instances, 2);
+    });
+}
+
+#[test]
+fn a_replay_suppresses_nothing_but_its_descendants() {
+    for_each_worker(WorkflowContextStorage::new, |worker| {
+        let workflow = recorded(worker);
+        worker.within("poll", UNTAGGED, || {
+            let replaying = worker.open("replay", replay());
+            replaying.inside(|| worker.step("replayed", UNTAGGED));
+            worker.step("sibling", UNTAGGED);
+            worker.step("sibling activity", live());
+            replaying.inside(|| worker.open_root("explicit root", ID).inside(|| ()));
+        });
+        worker.step("after", live());
+
+        assert_exported(
+            worker,
+            &[
+                "after",
+                "explicit root",
+                "poll",
+                "sibling",
+                "sibling activity",
+                "workflow",
+            ],
+        );
+        assert_nested(&worker.span("sibling"), &worker.span("poll"));
+        for name in ["sibling activity", "explicit root", "after"] {
+            assert_child_of(&worker.span(name), &workflow);
+        }
+    });
+}
+
+// New work.
+
+#[test]
+fn work_newly_scheduled_inside_a_replay_attaches_to_the_recorded_span() {
+    for_each_worker(WorkflowContextStorage::new, |worker| {
+        let workflow = recorded(worker);
+        worker.within("poll", UNTAGGED, || {
+            worker.within("replay", replay(), || {
+                worker.step("new", new_work());
+                worker.within("new and tagged", live().replaying(false), || {
+                    worker.step("nested in new", UNTAGGED);
+                });
+                worker.within("replayed", UNTAGGED, || {
+                    worker.step("new below", new_work())
+                });
+            });
+        });
+        for name in ["new", "new and tagged", "new below"] {
+            assert_child_of(&worker.span(name), &workflow);
+            assert_eq!(links(&worker.span(name)), []);
+        }
+        assert_nested(
+            &worker.span("nested in new"),
+            &worker.span("new and tagged"),
+        );
+        assert_eq!(
+            worker.spans().len(),
+            6,
+            "with the workflow and the poller:\n{}",
+            worker.forest()
+        );
+        assert_eq!(worker.storage.stats().replayed, 2);
+    });
+}
+
+#[test]
+fn work_opened_after_the_replay_has_caught_up_attaches_to_the_recorded_span() {
+    for_each_worker(WorkflowContextStorage::new, |worker| {
+        let workflow = recorded(worker);
+        let turn = worker.open("replay", replay());
+        turn.inside(|| {
+            worker.step("replayed", UNTAGGED);
+            turn.record_replaying(false);
+            worker.within("new", UNTAGGED, || worker.step("nested in new", UNTAGGED));
+            worker.step("new and tagged", live());
+            turn.record_replaying(true);
+            worker.step("replayed again", UNTAGGED);
+        });
+        drop(turn);
+
+        assert_exported(
+            worker,
+            &["nested in new", "new", "new and tagged", "workflow"],
+        );
+        assert_child_of(&worker.span("new"), &workflow);
+        assert_child_of(&worker.span("new and tagged"), &workflow);
+        assert_nested(&worker.span("nested in new"), &worker.span("new"));
+        assert_eq!(ids(&worker.stored(ID)), ids(&workflow));
+        assert_eq!(worker.storage.stats().replayed, 3);
+    });
+}
+
+#[test]
+fn work_opened_after_the_replay_has_caught_up_is_exported_below_a_replayed_descendant_too() {
+    for_each_worker(WorkflowContextStorage::new, |worker| {
+        let workflow = recorded(worker);
+        let turn = worker.open("replay", replay());
+        turn.inside(|| {
+            worker.within("helper", UNTAGGED, || {
+                worker.within("deeper helper", UNTAGGED, || {
+                    worker.step("replayed", UNTAGGED);
+                    turn.record_replaying(false);
+                    worker.step("new", UNTAGGED);
+                });
+            });
+        });
+        drop(turn);
+
+        assert_exported(worker, &["new", "workflow"]);
+        assert_child_of(&worker.span("new"), &workflow);
+    });
+}
+
+#[test]
+fn a_replay_of_an_old_run_uses_the_span_of_that_run() {
+    for_each_worker(WorkflowContextStorage::new, |worker| {
+        for run_id in ["run-1", "run-2"] {
+            worker.step(run_id, live().run(run_id));
+        }
+        let latest = worker.stored(ID);
+        for run_id in ["run-1", "run-2"] {
+            worker.within("replay", replay().run(run_id), || {
+                worker.step(&format!("new in {run_id}"), new_work());
+            });
+        }
+        worker.within("unknown run", replay().run("run-3"), || {
+            worker.step("replayed", UNTAGGED)
+        });
+
+        assert_exported(worker, &["new in run-1", "new in run-2", "run-1", "run-2"]);
+        for run_id in ["run-1", "run-2"] {
+            assert_continues(
+                &worker.span(&format!("new in {run_id}")),
+                &worker.span(run_id).span_context,
+            );
+        }
+        assert_eq!(
+            ids(&worker.stored(ID)),
+            ids(&latest),
+            "a replay began a run"
+        );
+    });
+}
+
+#[test]
+fn replays_do_not_count_towards_max_spans() {
+    let make = || {
+        let builder = WorkflowContextStorage::builder().max_spans(2);
+        builder.build().expect("a valid setting")
+    };
+    for_each_worker(make, |worker| {
+        let workflow = recorded(worker);
+        for _ in 0..10 {
+            worker.within("replay", replay(), || worker.step("replayed", live()));
+        }
+        worker.step("second and last", live());
+        worker.step("next trace", live());
+
+        assert_child_of(&worker.span("second and last"), &workflow);
+        assert_root(&worker.span("next trace"));
+    });
+}
+
+// The flag.
+
+#[test]
+fn replaying_is_a_bool_or_its_text() {
+    /// The same span, tagged `workflow.replaying` in every form.
+    macro_rules! in_every_form {
+        ($name:literal, $truth:literal) => {
+            [
+                info_span!($name, workflow.instance_id = ID, workflow.replaying = $truth),
+                info_span!($name, workflow.instance_id = ID, workflow.replaying = %$truth),
+                info_span!($name, workflow.instance_id = ID, workflow.replaying = ?$truth),
+                info_span!($name, workflow.instance_id = ID, workflow.replaying = stringify!($truth)),
+                info_span!($name, workflow.instance_id = ID, workflow.replaying = %stringify!($truth)),
+                info_span!($name, workflow.instance_id = ID, workflow.replaying = ?stringify!($truth)),
+                info_span!($name, workflow.instance_id = ID, workflow.replaying = stringify!($truth).to_uppercase()),
+            ]
+        };
+    }
+    for worker in both_activations(WorkflowContextStorage::new) {
+        worker.run(|| {
+            for (form, span) in in_every_form!("replay", true).into_iter().enumerate() {
+                span.in_scope(|| info_span!("replayed").in_scope(|| ()));
+                drop(span);
+                assert_eq!(
+                    worker.spans().len(),
+                    0,
+                    "form {form} of true was not understood"
+                );
+            }
+            let replaying = info_span!("replay", workflow.replaying = true);
+            for span in replaying.in_scope(|| in_every_form!("live", false)) {
+                span.in_scope(|| ());
+            }
+        });
+        let live = worker.spans();
+        assert_eq!(live.len(), 7, "a form of false was not understood");
+    }
+}
+
+#[test]
+fn a_value_that_is_not_true_is_not_a_replay() {
+    let worker = Worker::new();
+    worker.run(|| {
+        let id = ID;
+        info_span!(
+            "text",
+            workflow.instance_id = id,
+            workflow.replaying = "maybe"
+        )
+        .in_scope(|| ());
+        info_span!("empty", workflow.instance_id = id, workflow.replaying = "").in_scope(|| ());
+        info_span!("number", workflow.instance_id = id, workflow.replaying = 1).in_scope(|| ());
+        info_span!(
+            "not yet",
+            workflow.instance_id = id,
+            workflow.replaying = Empty
+        )
+        .in_scope(|| ());
+    });
+    assert_eq!(worker.spans().len(), 4, "{}", worker.forest());
+    assert_eq!(worker.storage.stats().replayed, 0);
+}
+
+#[test]
+fn a_custom_replay_field_works_beside_the_reserved_one() {
+    let make = || {
+        let builder = WorkflowContextStorage::builder().replay_field("my.replaying");
+        builder.build().expect("a valid setting")
+    };
+    for worker in both_activations(make) {
+        worker.run(|| {
+            let id = ID;
+            info_span!("workflow", workflow.instance_id = id, my.replaying = false).in_scope(|| ());
+            let turn = info_span!("replay", workflow.instance_id = id, my.replaying = true);
+            turn.in_scope(|| {
+                info_span!("replayed").in_scope(|| ());
+                info_span!("new", my.replaying = false).in_scope(|| ());
+                turn.record("my.replaying", false);
+                info_span!("caught up").in_scope(|| ());
+            });
+            info_span!(
+                "reserved",
+                workflow.instance_id = id,
+                workflow.replaying = true
+            )
+            .in_scope(|| ());
+        });
+        let workflow = worker.span("workflow").span_context;
+        assert_continues(&worker.span("new"), &workflow);
+        assert_continues(&worker.span("caught up"), &workflow);
+        assert_eq!(worker.spans().len(), 3, "{}", worker.forest());
+    }
+    let worker = Worker::with_storage(WorkflowContextStorage::new());
+    worker.run(|| {
+        info_span!("not named", workflow.instance_id = ID, my.replaying = true).in_scope(|| ())
+    });
+    assert_exported(&worker, &["not named"]);
+}
+
+#[test]
+fn a_held_replay_whose_id_is_recorded_uses_the_recorded_span() {
+    for via in [Via::Layer, Via::LayerWithoutActivation] {
+        let worker = Worker::via(via, WorkflowContextStorage::new());
+        let workflow = recorded(&worker);
+        worker.run(|| {
+            let turn = info_span!(
+                "replay",
+                workflow.instance_id = Empty,
+                workflow.replaying = Empty
+            );
+            turn.in_scope(|| {
+                turn.record("workflow.replaying", true);
+                turn.record("workflow.instance_id", ID);
+                worker.step("replayed", UNTAGGED);
+                worker.step("new", new_work());
+            });
+        });
+        assert_exported(&worker, &["new", "workflow"]);
+        assert_child_of(&worker.span("new"), &workflow);
+        assert_eq!(worker.storage.stats().late, 0);
+    }
+}
+
+#[test]
+fn a_started_replay_whose_id_is_recorded_exports_and_records_nothing() {
+    for_each_worker(WorkflowContextStorage::new, |worker| {
+        for (id, recorded_before) in [(ID, true), ("unknown", false)] {
+            if recorded_before {
+                recorded(worker);
+            }
+            let turn = worker.open("replay", Tags::awaiting_id().replaying(true));
+            turn.inside(|| {
+                worker.step("replayed", UNTAGGED);
+                turn.record_instance_id(id);
+                worker.step("replayed after", UNTAGGED);
+            });
+        }
+        assert_exported(worker, &["workflow"]);
+        assert_eq!(worker.storage.instance_ids(), [ID]);
+        assert_eq!(worker.storage.stats().replayed, 6);
+    });
+}
+
+// Samplers.
+
+#[test]
+fn a_replay_is_never_exported_and_never_sampled() {
+    let root_of = |root: Sampler| Sampler::ParentBased(Box::new(root));
+    let samplers = [
+        (Sampler::AlwaysOn, Some(true)),
+        (Sampler::AlwaysOff, Some(false)),
+        (Sampler::TraceIdRatioBased(1.0), Some(true)),
+        (Sampler::TraceIdRatioBased(0.0), Some(false)),
+        (Sampler::TraceIdRatioBased(0.5), None),
+        (root_of(Sampler::AlwaysOn), Some(true)),
+        (root_of(Sampler::AlwaysOff), Some(false)),
+        (root_of(Sampler::TraceIdRatioBased(0.5)), None),
+    ];
+    for (sampler, takes_all) in samplers {
+        for via in VIAS {
+            labelled(&format!("{sampler:?}, spans made via {via:?}"), || {
+                let worker =
+                    Worker::via_with_sampler(via, WorkflowContextStorage::new(), sampler.clone());
+                let workflow = recorded(&worker);
+                let (new, nested) = worker.within("replay", replay(), || {
+                    worker.step("replayed", UNTAGGED);
+                    let new = worker.open("new", new_work());
+                    let nested = new.inside(|| {
+                        let nested = worker.open("nested", UNTAGGED);
+                        nested.inside(|| nested.span_context())
+                    });
+                    (new.span_context(), nested)
+                });
+                for context in [&new, &nested] {
+                    assert_eq!(context.trace_id(), workflow.trace_id(), "not in one trace");
+                    assert_eq!(context.is_sampled(), workflow.is_sampled());
+                }
+                assert_eq!(
+                    workflow.is_sampled(),
+                    takes_all.unwrap_or(workflow.is_sampled())
+                );
+                match workflow.is_sampled() {
+                    true => assert_exported(&worker, &["nested", "new", "workflow"]),
+                    false => assert_exported(&worker, &[]),
+                }
+            });
+        }
+    }
+    for_each_via(|via| {
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        let hook = asked.clone();
+        let sampler = Hooked(move |name: &str| hook.lock().unwrap().push(name.to_owned()));
+        let worker = Worker::via_with_sampler(via, WorkflowContextStorage::new(), sampler);
+        recorded(&worker);
+        worker.within("replay", replay(), || worker.step("replayed", UNTAGGED));
+        assert_eq!(*asked.lock().unwrap(), ["workflow"]);
+    });
+}
+
+// Events and headers inside a replay.
+
+#[test]
+fn events_inside_a_replay_are_dropped_with_it_and_counted() {
+    for via in [Via::Layer, Via::LayerWithoutActivation] {
+        let worker = Worker::via(via, WorkflowContextStorage::new());
+        recorded(&worker);
+        worker.run(|| {
+            let turn = worker.open("replay", replay());
+            turn.inside(|| {
+                info!("one");
+                worker.within("replayed", UNTAGGED, || error!("two"));
+                worker.within("new", new_work(), || info!("exported"));
+                turn.record_replaying(false);
+                info!("three: the span itself is not exported");
+            });
+            // Before it is entered, and after it was left.
+            info!(parent: turn.tracing(), "four");
+            let unentered = worker.open("replay", replay());
+            info!(parent: unentered.tracing(), "five");
+            unentered.inside(|| ());
+        });
+        assert_exported(&worker, &["new", "workflow"]);
+        assert_eq!(worker.span("new").events.len(), 1);
+        assert_eq!(worker.span("workflow").events.len(), 0);
+        let stats = worker.storage.stats();
+        assert_eq!(
+            (stats.replayed, stats.replayed_events),
+            (3, 5),
+            "made via {via:?}"
+        );
+    }
+}
+
+#[test]
+fn events_of_a_replay_through_the_opentelemetry_api_are_dropped_with_it_and_counted() {
+    let worker = Worker::via(Via::Api, WorkflowContextStorage::new());
+    recorded(&worker);
+    let tracer = worker.storage.tracer(worker.tracer());
+    let builder = SpanBuilder::from_name("replay")
+        .with_events(vec![opentelemetry::trace::Event::with_name("one")])
+        .with_attributes([
+            KeyValue::new("workflow.instance_id", ID),
+            KeyValue::new("workflow.replaying", true),
+        ]);
+    let mut replay = tracer.build(builder);
+    replay.add_event("two", vec![]);
+    replay.update_name("not exported");
+    replay.set_status(opentelemetry::trace::Status::error("not exported"));
+    replay.add_link(remote(0xf0, 0xf1), vec![]);
+    replay.end();
+    drop(replay);
+
+    assert_exported(&worker, &["workflow"]);
+    assert_eq!(worker.span("workflow").links.len(), 0);
+    assert_eq!(worker.storage.stats().replayed_events, 2);
+}
+
+#[test]
+fn headers_injected_inside_a_replay_name_the_recorded_span() {
+    for_each_worker(WorkflowContextStorage::new, |worker| {
+        let workflow = recorded(worker);
+        let traceparent = |context: &Context| {
+            let mut headers = HashMap::new();
+            TraceContextPropagator::new().inject_context(context, &mut headers);
+            headers.remove("traceparent").expect("a valid context")
+        };
+        let expected = format!("00-{}-{}-01", workflow.trace_id(), workflow.span_id());
+        worker.within("poll", UNTAGGED, || {
+            let turn = worker.open("replay", replay());
+            turn.inside(|| {
+                assert_eq!(traceparent(&turn.otel_context()), expected);
+                let current = WorkflowContext::current().map(|current| current.traceparent());
+                assert_eq!(current, Some(expected.clone()));
+                if worker.made_via() != Via::LayerWithoutActivation {
+                    assert_eq!(traceparent(&Context::current()), expected);
+                }
+                let replayed = worker.open("replayed", UNTAGGED);
+                assert_eq!(traceparent(&replayed.otel_context()), expected);
+            });
+        });
+    });
+}
+
+// Real spans and stand-ins that have the same ids.
+
+#[test]
+fn an_open_span_keeps_its_children_while_a_replay_of_it_runs_elsewhere() {
+    for_each_worker(WorkflowContextStorage::new, |worker| {
+        let (go_on, wait) = channel();
+        let (is_replaying, replaying) = channel();
+        // Whoever panics drops a channel's end, for which the other one does not wait.
+        thread::scope(move |scope| {
+            let original = worker.open("workflow", live());
+            original.inside(move || {
+                scope.spawn(move || {
+                    worker.within("replay", replay(), || {
+                        worker.step("replayed", UNTAGGED);
+                        is_replaying.send(()).expect("the test still runs");
+                        wait.recv().expect("the test still runs");
+                        worker.step("replayed after", UNTAGGED);
+                        worker.step("new", new_work());
+                    });
+                });
+                replaying.recv().expect("the replay still runs");
+                worker.step("child", UNTAGGED);
+                worker.step("tagged child", live());
+                go_on.send(()).expect("the replay still runs");
+            });
+        });
+        assert_exported(worker, &["child", "new", "tagged child", "workflow"]);
+        let workflow = worker.span("workflow");
+        for name in ["child", "tagged child"] {
+            assert_nested(&worker.span(name), &workflow);
+        }
+        assert_continues(&worker.span("new"), &workflow.span_context);
+    });
+}
+
+#[test]
+fn replays_and_live_spans_of_one_instance_on_many_threads_are_kept_apart() {
+    const ROUNDS: usize = 200;
+    for via in [Via::Layer, Via::Api] {
+        let worker = Worker::via(via, WorkflowContextStorage::new());
+        let original = worker.open("workflow", live());
+        original.inside(|| ());
+        let start = Barrier::new(8);
+        thread::scope(|scope| {
+            for thread in 0..8 {
+                let (worker, start, original) = (&worker, &start, original.clone());
+                scope.spawn(move || {
+                    start.wait();
+                    for _ in 0..ROUNDS {
+                        if thread % 2 == 0 {
+                            original.inside(|| worker.step("live", UNTAGGED));
+                        } else {
+                            worker.within("replay", replay(), || {
+                                worker.step("replayed", UNTAGGED);
+                                worker.step("new", new_work());
+                            });
+                        }
+                    }
+                });
+            }
+        });
+        drop(original);
+        let count = |name| {
+            worker
+                .forest()
+                .count_by_name()
+                .get(name)
+                .copied()
+                .unwrap_or(0)
+        };
+        let counts = ["workflow", "live", "new", "replay", "replayed"].map(count);
+        assert_eq!(
+            counts,
+            [1, 4 * ROUNDS, 4 * ROUNDS, 0, 0],
+            "made via {via:?}"
+        );
+        worker
+            .forest()
+            .assert_one_trace()
+            .assert_no_orphans()
+            .assert_no_duplicates();
+        assert_eq!(worker.storage.stats().replayed, 8 * ROUNDS as u64);
+    }
+}
+
+#[test]
+fn the_replay_of_one_storage_suppresses_nothing_of_another() {
+    let ours = Worker::via(Via::Api, WorkflowContextStorage::new());
+    let theirs = Worker::via(Via::Api, WorkflowContextStorage::new());
+    let workflow = recorded(&ours);
+    let context = ours.storage.get(ID).expect("a valid id").expect("recorded");
+    theirs.storage.store(ID, context).expect("a valid id");
+    // Both replays have the ids of the same span.
+    let (our_replay, their_replay) = (
+        ours.open("replay", replay()),
+        theirs.open("replay", replay()),
+    );
+    our_replay.inside(|| {
+        ours.step("our replayed", UNTAGGED);
+        theirs.step("their live", UNTAGGED);
+    });
+    their_replay.inside(|| {
+        theirs.step("their replayed", UNTAGGED);
+        ours.step("our live", UNTAGGED);
+    });
+    assert_exported(&ours, &["our live", "workflow"]);
+    assert_exported(&theirs, &["their live"]);
+    assert_child_of(&ours.span("our live"), &workflow);
+    assert_child_of(&theirs.span("their live"), &workflow);
+}
+
+/// Opens a span while another one is exported, like an exporter with an instrumented HTTP client.
+#[derive(Debug)]
+struct OpensSpans;
+
+impl SpanProcessor for OpensSpans {
+    fn on_start(&self, _: &mut opentelemetry_sdk::trace::Span, _: &Context) {}
+
+    fn on_end(&self, span: SpanData) {
+        if !span.name.starts_with("export") {
+            info_span!("export").in_scope(|| ());
+            info_span!("export, tagged", workflow.instance_id = "exporter").in_scope(|| ());
+        }
+    }
+
+    fn force_flush(&self) -> OTelSdkResult {
+        Ok(())
+    }
+
+    fn shutdown_with_timeout(&self, _: Duration) -> OTelSdkResult {
+        Ok(())
+    }
+}
+
+#[test]
+fn an_exporter_that_opens_spans_beneath_the_exported_one_does_not_hang_during_a_replay() {
+    type OpenAndReplay = fn() -> [Span; 2];
+    let cases: [(&str, OpenAndReplay); 2] = [
+        ("a recorded span", || {
+            let id = ID;
+            let workflow = info_span!("workflow", workflow.instance_id = id);
+            workflow.in_scope(|| ());
+            [
+                workflow,
+                info_span!(
+                    "replay",
+                    workflow.instance_id = id,
+                    workflow.replaying = true
+                ),
+            ]
+        }),
+        ("an untagged span, as nothing is recorded", || {
+            let poll = info_span!("poll");
+            let replay = poll.in_scope(|| info_span!("replay", workflow.replaying = true));
+            [poll, replay]
+        }),
+    ];
+    for (label, open) in cases {
+        let (finished, wait) = channel();
+        // Not joined: on failure the thread never ends.
+        thread::spawn(move || {
+            let provider = SdkTracerProvider::builder()
+                .with_span_processor(OpensSpans)
+                .build();
+            let layer = WorkflowContextStorage::new().layer(provider.tracer("test"));
+            let subscriber = tracing_subscriber::registry().with(layer);
+            tracing::subscriber::with_default(subscriber, || {
+                let [span, replay] = open();
+                replay.in_scope(|| ());
+                span.in_scope(|| Context::current().span().end());
+                drop((replay, span));
+            });
+            finished.send(()).expect("the test waits");
+        });
+        let finished = wait.recv_timeout(Duration::from_secs(20));
+        finished.unwrap_or_else(|why| panic!("{why} while the replay stands for {label}"));
+    }
+}
+
+// Unusual orders of entering and ending.
+
+#[test]
+fn replays_may_end_in_any_order() {
+    for_each_worker(WorkflowContextStorage::new, |worker| {
+        recorded(worker);
+        let outer = worker.open("outer", replay());
+        let inner = outer.inside(|| worker.open("inner", UNTAGGED));
+        let other = worker.open("other", replay());
+        let innermost = inner.inside(|| worker.open("innermost", UNTAGGED));
+        // Whether it is entered or not, each still suppresses what is opened beneath it.
+        drop(outer);
+        innermost.inside(|| worker.step("replayed", UNTAGGED));
+        drop(other);
+        inner.inside(|| worker.step("replayed", UNTAGGED));
+        drop(inner);
+        innermost.inside(|| worker.step("replayed", UNTAGGED));
+        drop(innermost);
+
+        worker.within("live", live(), || worker.step("nested", UNTAGGED));
+        assert_exported(worker, &["live", "nested", "workflow"]);
+    });
+}
+
+#[test]
+fn a_replay_that_was_ended_still_suppresses_what_is_opened_beneath_it() {
+    let worker = Worker::via(Via::Api, WorkflowContextStorage::new());
+    recorded(&worker);
+    let turn = worker.open("replay", replay());
+    let context = turn.otel_context();
+    for _ in 0..2 {
+        context.span().end();
+        turn.inside(|| worker.step("replayed", UNTAGGED));
+    }
+    drop((turn, context));
+    assert_exported(&worker, &["workflow"]);
+}
+
+#[test]
+fn a_replay_that_is_never_entered_is_not_exported() {
+    for_each_worker(WorkflowContextStorage::new, |worker| {
+        let workflow = recorded(worker);
+        drop(worker.open("replay", replay()));
+        drop(worker.open("unknown", Tags::instance("unknown").replaying(true)));
+        drop(worker.open("to come", Tags::awaiting_id().replaying(true)));
+
+        assert_exported(worker, &["workflow"]);
+        assert_eq!(ids(&worker.stored(ID)), ids(&workflow));
+        assert_eq!(worker.storage.instance_ids(), [ID]);
+    });
+}
+
+#[test]
+fn a_span_is_a_replay_by_its_parent_and_not_by_where_it_is_entered() {
+    for_each_worker(WorkflowContextStorage::new, |worker| {
+        let workflow = recorded(worker);
+        let (opened_live, opened_in_replay) = {
+            let opened_live = worker.open("opened live", UNTAGGED);
+            let turn = worker.open("replay", replay());
+            let opened_in_replay = turn.inside(|| worker.open("opened in replay", UNTAGGED));
+            turn.inside(|| opened_live.inside(|| ()));
+            (opened_live, opened_in_replay)
+        };
+        opened_in_replay.inside(|| ());
+        drop((opened_live, opened_in_replay));
+
+        assert_exported(worker, &["opened live", "workflow"]);
+        assert_ne!(worker.trace_of("opened live"), workflow.trace_id());
+    });
+}
+
+#[test]
+fn new_work_in_a_replay_follows_the_relations() {
+    let make = || {
+        let builder = WorkflowContextStorage::builder();
+        let builder = builder.relation(Relation::SameTrace, Continuation::NewRootAndLink);
+        builder.build().expect("a valid setting")
+    };
+    for_each_worker(make, |worker| {
+        let workflow = recorded(worker);
+        worker.within("replay", replay(), || {
+            worker.step("new", live().replaying(false))
+        });
+
+        assert_root(&worker.span("new"));
+        assert_eq!(
+            links(&worker.span("new")),
+            [("same_trace".to_owned(), ids(&workflow))]
+        );
+    });
+}
+
+// An orchestrator that is run again from its start on each turn, as duroxide's is.
+
+const TURNS: usize = 20;
+
+/// Runs all earlier steps again, then the new one, which schedules an activity for another worker thread.
+fn orchestrate(worker: &Worker, turn: usize) {
+    let orchestrator = worker.open("orchestrator", live().replaying(turn > 0));
+    orchestrator.inside(|| {
+        for step in 0..turn {
+            worker.within(&format!("step {step}"), UNTAGGED, || {
+                worker.step(&format!("detail {step}"), UNTAGGED);
+            });
+        }
+        orchestrator.record_replaying(false);
+        worker.within(&format!("step {turn}"), UNTAGGED, || {
+            worker.step(&format!("detail {turn}"), UNTAGGED);
+        });
+    });
+    drop(orchestrator);
+    worker.step_elsewhere(&format!("activity {turn}"), live());
+}
+
+#[test]
+fn an_orchestrator_that_is_run_again_on_each_turn_exports_each_span_once() {
+    for_each_via(|via| {
+        let before = Worker::via(via, WorkflowContextStorage::new());
+        (0..TURNS / 2).for_each(|turn| orchestrate(&before, turn));
+        // The worker is replaced; what was recorded survives.
+        let after = Worker::via(via, before.storage.clone());
+        (TURNS / 2..TURNS).for_each(|turn| orchestrate(&after, turn));
+
+        let spans = [before.spans(), after.spans()].concat();
+        let forest = TraceForest::from_spans(&spans);
+        forest
+            .assert_one_trace()
+            .assert_no_orphans()
+            .assert_no_duplicates();
+        let mut expected = vec!["orchestrator".to_owned()];
+        for turn in 0..TURNS {
+            expected.extend(["step", "detail", "activity"].map(|name| format!("{name} {turn}")));
+        }
+        let counts = forest.count_by_name();
+        assert!(
+            counts.values().all(|count| *count == 1),
+            "made via {via:?}:\n{forest}"
+        );
+        expected.sort();
+        assert_eq!(
+            counts.into_keys().collect::<Vec<_>>(),
+            expected,
+            "made via {via:?}"
+        );
+
+        let orchestrator = forest.find("orchestrator").expect("exported");
+        assert_eq!(orchestrator.parent_span_id, SpanId::INVALID);
+        for turn in 0..TURNS {
+            for name in ["step", "activity"] {
+                let span = forest.find(&format!("{name} {turn}")).expect("exported");
+                assert_eq!(
+                    span.parent_span_id,
+                    orchestrator.span_context.span_id(),
+                    "{forest}"
+                );
+            }
+        }
+        let replayed_steps = TURNS * (TURNS - 1) / 2;
+        let replayed = TURNS - 1 + 2 * replayed_steps;
+        assert_eq!(before.storage.stats().replayed, replayed as u64);
+    });
+}
