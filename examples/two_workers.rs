@@ -10,24 +10,18 @@
     reason = "the terminal is where it shows what it does"
 )]
 
-use std::error::Error;
+mod support;
+
 use std::io::{BufRead, BufReader, Lines, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::thread::sleep;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
-use opentelemetry::trace::{
-    SpanContext, SpanId, SpanKind, Status, TraceFlags, TraceId, TraceState, TracerProvider as _,
-};
-use opentelemetry_sdk::trace::{
-    InMemorySpanExporter, SdkTracerProvider, SpanData, SpanEvents, SpanLinks,
-};
-use tracing_subscriber::prelude::*;
-use tracing_workflow_context::testing::TraceForest;
+use opentelemetry_sdk::trace::SpanData;
 use tracing_workflow_context::{RedisBackend, WorkflowContextStorage};
 
-type Result<T> = std::result::Result<T, Box<dyn Error>>;
+use support::{Result, draw, from_line, print_spans, run_step, trace_with};
 
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -58,26 +52,18 @@ fn hand_out_steps(url: &str, order: &str) -> Result<()> {
     for worker in workers {
         spans.extend(worker.finish()?);
     }
-    let forest = TraceForest::from_spans(&spans);
-    println!("\n{forest}");
-    forest.assert_one_trace();
+    draw(&spans);
     Ok(())
 }
 
 /// A worker process: runs the steps that it reads, and writes its spans in the end.
 fn work(url: &str) -> Result<()> {
-    let exporter = InMemorySpanExporter::default();
-    let provider = SdkTracerProvider::builder()
-        .with_simple_exporter(exporter.clone())
-        .build();
     let storage = WorkflowContextStorage::builder()
         .backend(RedisBackend::connect(url)?)
         // The default is a few milliseconds. Here one trace matters more, however busy the machine is.
         .lookup_budget(Duration::from_secs(1))
         .build()?;
-    tracing_subscriber::registry()
-        .with(storage.layer(provider.tracer("two_workers")))
-        .init();
+    let exporter = trace_with(&storage);
 
     for task in std::io::stdin().lines() {
         let task = task?;
@@ -87,20 +73,7 @@ fn work(url: &str) -> Result<()> {
         storage.flush()?;
         println!("done");
     }
-    for span in exporter.get_finished_spans()? {
-        println!("{}", to_line(&span)?);
-    }
-    Ok(())
-}
-
-#[tracing::instrument(fields(workflow.instance_id = %order))]
-fn run_step(step: &str, order: &str) {
-    call_service(step);
-}
-
-#[tracing::instrument]
-fn call_service(step: &str) {
-    sleep(Duration::from_millis(1));
+    print_spans(&exporter)
 }
 
 struct Worker {
@@ -135,51 +108,6 @@ impl Worker {
         self.process.wait()?;
         spans
     }
-}
-
-fn to_line(span: &SpanData) -> Result<String> {
-    let since_epoch = |time: SystemTime| time.duration_since(SystemTime::UNIX_EPOCH);
-    let step = span.attributes.iter().find(|it| it.key.as_str() == "step");
-    let step = step.map(|it| it.value.to_string()).unwrap_or_default();
-    Ok(format!(
-        "{} {} {} {} {} {}({step})",
-        span.span_context.trace_id(),
-        span.span_context.span_id(),
-        span.parent_span_id,
-        since_epoch(span.start_time)?.as_nanos(),
-        since_epoch(span.end_time)?.as_nanos(),
-        span.name,
-    ))
-}
-
-fn from_line(line: &str) -> Result<SpanData> {
-    let [trace, span, parent, start, end, name] = line.split(' ').collect::<Vec<_>>()[..] else {
-        return Err(format!("no span: {line}").into());
-    };
-    let time = |text: &str| -> Result<SystemTime> {
-        Ok(SystemTime::UNIX_EPOCH + Duration::from_nanos(text.parse()?))
-    };
-    Ok(SpanData {
-        span_context: SpanContext::new(
-            TraceId::from_hex(trace)?,
-            SpanId::from_hex(span)?,
-            TraceFlags::SAMPLED,
-            true,
-            TraceState::NONE,
-        ),
-        parent_span_id: SpanId::from_hex(parent)?,
-        parent_span_is_remote: false,
-        span_kind: SpanKind::Internal,
-        name: name.to_owned().into(),
-        start_time: time(start)?,
-        end_time: time(end)?,
-        attributes: Vec::new(),
-        dropped_attributes_count: 0,
-        events: SpanEvents::default(),
-        links: SpanLinks::default(),
-        status: Status::Unset,
-        instrumentation_scope: Default::default(),
-    })
 }
 
 /// A `redis-server` that ends with this.
