@@ -53,17 +53,17 @@ fn log() -> &'static Log {
 }
 
 /// Waits for lines with that text, and returns them.
-fn told(text: &str) -> Vec<String> {
+fn logged(text: &str) -> Vec<String> {
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
         let all = log().text();
-        let told: Vec<_> = all.lines().filter(|line| line.contains(text)).collect();
-        if !told.is_empty() {
-            return told.into_iter().map(str::to_owned).collect();
+        let logged: Vec<_> = all.lines().filter(|line| line.contains(text)).collect();
+        if !logged.is_empty() {
+            return logged.into_iter().map(str::to_owned).collect();
         }
         assert!(
             Instant::now() < deadline,
-            "nothing was said of {text}: {all}"
+            "nothing was logged with {text}: {all}"
         );
         std::thread::yield_now();
     }
@@ -82,18 +82,18 @@ fn an_oversized_id_is_logged_once_without_control_characters() {
         }
     };
     open();
-    told("at most 1024 bytes");
+    logged("at most 1024 bytes");
     open();
 
-    let told = told("at most 1024 bytes");
-    assert_eq!(told.len(), 1, "{told:?}");
+    let logged = logged("at most 1024 bytes");
+    assert_eq!(logged.len(), 1, "{logged:?}");
     assert!(
-        told[0].contains(" WARN ") && told[0].contains("5006 bytes"),
-        "{told:?}"
+        logged[0].contains(" WARN ") && logged[0].contains("5006 bytes"),
+        "{logged:?}"
     );
     assert!(
-        !told[0].contains('\u{1b}') && told[0].len() < 600,
-        "{told:?}"
+        !logged[0].contains('\u{1b}') && logged[0].len() < 600,
+        "{logged:?}"
     );
     assert_eq!(storage.stats().oversized, 2000);
     assert!(storage.instance_ids().is_empty());
@@ -129,18 +129,21 @@ impl StorageBackend for Refusing {
 #[test]
 fn a_failing_backend_is_logged_once_without_control_characters() {
     log();
-    let storage = WorkflowContextStorage::builder().backend(Refusing);
-    let storage = storage.build().expect("good settings");
+    // A lookup that times out is not logged.
+    let storage = WorkflowContextStorage::builder()
+        .backend(Refusing)
+        .lookup_budget(Duration::from_secs(60));
+    let storage = storage.build().expect("valid settings");
     assert_eq!(storage.get("order").expect("fails open"), None);
-    told("the disk is");
+    logged("the disk is");
     assert_eq!(storage.get("order").expect("fails open"), None);
 
-    let told = told("the disk is");
-    assert_eq!(told.len(), 1, "{told:?}");
+    let logged = logged("the disk is");
+    assert_eq!(logged.len(), 1, "{logged:?}");
     assert!(
-        told[0].contains(" WARN ") && told[0].contains("full"),
-        "{told:?}"
+        logged[0].contains(" WARN ") && logged[0].contains("full"),
+        "{logged:?}"
     );
-    assert!(!told[0].contains('\u{1b}'), "{told:?}");
+    assert!(!logged[0].contains('\u{1b}'), "{logged:?}");
     assert!(storage.stats().backend_errors >= 2);
 }

@@ -237,7 +237,7 @@ fn assert_recorded_once(worker: &Worker, instances: usize) {
             .iter()
             .partition(|span| ids(&span.span_context) == ids(&stored));
         let [winner] = winners[..] else {
-            panic!("what is stored for {id} was not exported")
+            panic!("the stored span of {id} was not exported")
         };
         assert_root(winner);
         assert!(winner.links.is_empty(), "{:?}", winner.links);

@@ -917,7 +917,7 @@ fn a_new_root_is_sampled_as_a_root() {
         .into_iter()
         .flat_map(|place| [(place, true), (place, false)])
     {
-        // What `SdkTracerProvider` does by default.
+        // The default of `SdkTracerProvider`.
         let by_default = Sampler::ParentBased(Box::new(Sampler::AlwaysOn));
         let worker = Worker::with_sampler(new_roots(), activation, by_default);
         let first = record(&worker);

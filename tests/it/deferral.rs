@@ -151,8 +151,8 @@ fn assert_id(span: &SpanData, id: &str) {
 
 #[track_caller]
 fn assert_linked(span: &SpanData, relation: &str, target: &SpanContext) {
-    let (told, linked) = link(span);
-    assert_eq!(told, relation, "the relation that {} tells of", span.name);
+    let (found, linked) = link(span);
+    assert_eq!(found, relation, "the relation of {}'s link", span.name);
     assert_same_span(&linked, target);
 }
 

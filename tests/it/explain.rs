@@ -85,7 +85,7 @@ fn last_decision(worker: &Worker) -> String {
     let text = explained(worker, ID);
     let last = text.lines().last().expect("an explanation has lines");
     last.split_once(" ago  ")
-        .expect("a decision tells its time")
+        .expect("a decision has a time")
         .1
         .to_owned()
 }
@@ -358,7 +358,7 @@ fn assert_gone(worker: &Worker, absence: Absence, text: &str, last: &str) {
 
 #[test]
 fn every_continuation_of_a_relation_is_described() {
-    let told = [
+    let reported = [
         (Continuation::Keep, "kept its natural parent"),
         (Continuation::Parent, "child of the stored context"),
         (
@@ -375,14 +375,14 @@ fn every_continuation_of_a_relation_is_described() {
             "a new root, linked to the stored context",
         ),
     ];
-    for (continuation, words) in told {
+    for (continuation, words) in reported {
         let (worker, _clock) =
             worker_with(|builder| builder.relation(Relation::Foreign, continuation));
         worker.run(|| info_span!("first", workflow.instance_id = ID).in_scope(|| {}));
         worker.run(|| info_span!("poll").in_scope(step));
         let decision = last_decision(&worker);
-        let told = format!(": foreign: {words} (natural parent ");
-        assert!(decision.contains(&told), "no {told} in {decision}");
+        let reported = format!(": foreign: {words} (natural parent ");
+        assert!(decision.contains(&reported), "no {reported} in {decision}");
     }
 }
 
@@ -715,9 +715,9 @@ fn by_default_a_busy_instance_leaves_room_for_the_decisions_of_others() {
     for span in 1..10_000 {
         storage.store(ID, context(span)).unwrap();
     }
-    let is_told = |id: &&String| storage.explain(id).reason() == Some(Absence::CleanedUp);
-    let told = quiet.iter().filter(is_told).count();
-    assert!((1..32).contains(&told), "{told}");
+    let is_reported = |id: &&String| storage.explain(id).reason() == Some(Absence::CleanedUp);
+    let reported = quiet.iter().filter(is_reported).count();
+    assert!((1..32).contains(&reported), "{reported}");
     let decisions = storage.explain(ID).to_string().matches(" ago  ").count();
     assert_eq!(decisions, 128);
 }
@@ -731,9 +731,9 @@ fn the_decisions_of_an_instance_are_reported_in_order() {
         worker.storage.cleanup(ID).unwrap();
     }
     let text = worker.storage.explain(ID).to_string();
-    let told: Vec<_> = text.lines().skip(2).map(str::trim).collect();
+    let reported: Vec<_> = text.lines().skip(2).map(str::trim).collect();
     assert_eq!(
-        told,
+        reported,
         [
             "3.0s ago  stored by a call",
             "2.0s ago  cleaned up by a call",

@@ -540,7 +540,7 @@ fn the_same_text_in_any_form_names_the_same_instance() {
         failure_persistence: None,
         ..Config::default()
     };
-    let texts = texts().prop_filter("quoted text names what is quoted", |text| !is_quoted(text));
+    let texts = texts().prop_filter("quoted text is unquoted", |text| !is_quoted(text));
     let result = TestRunner::new_with_rng(config, rng).run(&texts, |text| {
         let worker = Worker::with_storage(adopting_engines());
         let forms: [&dyn Value; 3] = [

@@ -332,7 +332,7 @@ struct Busy {
 impl Busy {
     fn new() -> Self {
         const HOUR: Duration = Duration::from_secs(60 * 60);
-        // Longer than any answer takes that comes.
+        // Longer than any successful lookup takes.
         const BUDGET: Duration = Duration::from_secs(3);
         let clock = ManualClock::new();
         let backend = Arc::new(TroubledBackend::default());

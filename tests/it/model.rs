@@ -331,7 +331,7 @@ impl Model {
     fn enter(&mut self, thread: usize, span: Number) {
         let held = self.spans[span].held_back;
         if !held {
-            // Contexts are a stack: what is held beneath comes first.
+            // Contexts are a stack: spans held below this one are released first.
             self.release(thread, None, None);
             self.start(span, None);
         } else if !self.spans[span].deferred {
@@ -370,7 +370,7 @@ impl Model {
         }
     }
 
-    /// Starts what is held on the thread, outermost first, up to the last entering of a span or all of it.
+    /// Starts the spans held on the thread, outermost first, up to the last entering of a span or all of it.
     fn release(&mut self, thread: usize, up_to: Option<Number>, id: Option<&'static str>) {
         let entered = &mut self.entered[thread];
         let last = match up_to {
@@ -493,7 +493,7 @@ struct Sequence<'a> {
 }
 
 impl<'a> Sequence<'a> {
-    /// Takes the first steps, random ones, and then what is needed to leave and drop everything.
+    /// Performs the first steps, random ones, and then exits and drops all spans.
     fn perform(seed: u64, worker: &'a Worker, model: Model, first: &[Step]) -> Self {
         let mut sequence = Self {
             seed,
@@ -620,7 +620,7 @@ impl<'a> Sequence<'a> {
             .map(|(number, _)| number)
     }
 
-    /// Which of several ids on one span counts is not what is tested here.
+    /// Each span gets one id at most: precedence is tested elsewhere.
     fn is_nameless(&self, number: Number) -> bool {
         let span = &self.model.spans[number];
         span.kind == Kind::Awaiting && span.id.is_none()
@@ -631,7 +631,7 @@ impl<'a> Sequence<'a> {
         let mut exported = BTreeMap::new();
         for span in self.worker.spans() {
             let Some(Value::I64(n)) = attribute(&span, "n") else {
-                panic!("a span of nobody: {span:?}\n{self}");
+                panic!("a span without a number: {span:?}\n{self}");
             };
             if let Some(again) = exported.insert(usize::try_from(n).expect("a number"), span) {
                 panic!("{n} is exported twice: {again:?}\n{self}");
@@ -743,7 +743,7 @@ impl<'a> Sequence<'a> {
             expected.events,
             span.events.len(),
         );
-        // What is set again counts as replaced, though the SDK exports both.
+        // A repeated attribute replaces the first, although the SDK exports both.
         let mut ids = span.attributes.iter().filter(|kv| kv.key.as_str() == ID);
         let id = ids.next_back().map(|kv| kv.value.to_string());
         let expected_id = expected.instance().map(str::to_owned);

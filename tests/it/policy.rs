@@ -256,7 +256,7 @@ fn expect(worker: &Worker, relation: Relation, continuation: Continuation, facts
         "the relation and the target of its links"
     );
 
-    // The first span of a child, of a run and of a generation is recorded, any other leaves what is stored.
+    // The first span of a child, of a run and of a generation is recorded, any other does not change the stored context.
     let is_first = matches!(
         relation,
         Relation::Child | Relation::NewRun | Relation::Expired
@@ -269,7 +269,7 @@ fn expect(worker: &Worker, relation: Relation, continuation: Continuation, facts
     assert_eq!(
         ids(&worker.stored(ID)),
         ids(recorded),
-        "what is stored afterwards"
+        "the stored context afterwards"
     );
     assert_eq!(
         generation(&subject),
@@ -471,7 +471,7 @@ fn an_instance_with_an_unsampled_root_is_never_exported_and_stays_in_one_trace()
     for (relation, _) in relations {
         for &natural in naturals(relation) {
             if (relation, natural) == (Relation::SameTrace, Natural::Remote) {
-                continue; // What is nested inherits the flag of its natural parent.
+                continue; // A nested span inherits the flag of its natural parent.
             }
             labelled(
                 &format!("{relation:?}, natural parent: {natural:?}"),
@@ -517,7 +517,7 @@ fn a_resampled_relation_takes_a_new_sampling_decision_for_a_new_trace() {
                     assert_eq!(
                         ids(&worker.stored(ID)),
                         ids(&subject),
-                        "what is stored afterwards"
+                        "the stored context afterwards"
                     );
                     assert_eq!(worker.stored(ID).is_sampled(), is_taken);
                     if is_taken {

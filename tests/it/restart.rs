@@ -249,7 +249,7 @@ fn later_writes_free_the_space_of_expired_records() {
     for round in 0..100 {
         let writes = (0..1_000).map(|n| {
             let record = Record::new(context(n + 1), over);
-            Write::Put(format!("{round} {n} of what is over at once"), record)
+            Write::Put(format!("{round} {n}, expired at once"), record)
         });
         backend.write(&writes.collect::<Vec<_>>()).unwrap();
     }
@@ -744,7 +744,10 @@ fn kill_9_at_any_moment_loses_nothing_that_was_flushed_and_the_file_always_opens
         "{total} of {KILLS} killed after a flush, {early} before, in {:?}",
         start.elapsed()
     );
-    assert!(total > 20, "hardly anybody came to work: {total}");
+    assert!(
+        total > 20,
+        "too few processes flushed before they were killed: {total}"
+    );
 }
 
 /// The task of a child process.

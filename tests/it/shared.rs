@@ -911,7 +911,7 @@ impl Partitioned {
     }
 
     fn away() -> BackendError {
-        BackendError::new("a part is away", None).partial()
+        BackendError::new("a part is unavailable", None).partial()
     }
 }
 
@@ -962,7 +962,10 @@ fn writes_to_a_failing_part_are_held_while_the_rest_proceeds() {
     }
     worker.step("first", Tags::instance("~claimed").run("run"));
     let errors = worker.storage.flush().unwrap_err();
-    assert!(causes(&errors).contains("a part is away"), "{errors}");
+    assert!(
+        causes(&errors).contains("a part is unavailable"),
+        "{errors}"
+    );
     assert!(backend.there("~10").is_none());
     // Held writes are visible to lookups.
     let evicted = patient(backend.clone()).max_instances(1).build().unwrap();
@@ -997,7 +1000,7 @@ fn held_writes_are_written_once_their_part_is_back() {
     let [a, b] = [(); 2].map(|()| worker_on(backend.clone()));
     backend.set_away(true);
     a.step("a", Tags::instance("~1"));
-    wait_until("it is held", || a.storage.stats().backend_errors > 0);
+    wait_until("the write is held", || a.storage.stats().backend_errors > 0);
     backend.set_away(false);
     b.step("b", Tags::instance("~2"));
     wait_until("all is written", || {
@@ -1007,7 +1010,7 @@ fn held_writes_are_written_once_their_part_is_back() {
     backend.set_away(true);
     let errors = a.storage.stats().backend_errors;
     a.step("a", Tags::instance("~3"));
-    wait_until("it is held", || {
+    wait_until("the write is held", || {
         a.storage.stats().backend_errors > errors + 1
     });
     let winner = Record::new(context(1), SystemTime::now() + PATIENCE);
@@ -1084,13 +1087,13 @@ fn dropping_the_last_handle_writes_to_the_available_part() {
         let storage = storage(backend.clone());
         storage.store("~1", context(1)).unwrap();
         if held {
-            wait_until("it is held", || storage.stats().backend_errors > 0);
+            wait_until("the write is held", || storage.stats().backend_errors > 0);
         }
         storage.store("1", context(1)).unwrap();
         let took = timed(|| drop(storage)).0;
         assert!(took < Duration::from_secs(4), "{took:?}");
         assert!(backend.there("1").is_some());
-        assert_eq!(Arc::strong_count(&backend.0), 1, "it is let go");
+        assert_eq!(Arc::strong_count(&backend.0), 1, "the backend is released");
         backend.write(&[Write::Remove("1".to_owned())]).unwrap();
     }
 }
@@ -1293,7 +1296,9 @@ fn dropping_the_last_handle_waits_a_few_seconds_at_most() {
     let expected = Duration::from_secs(4)..Duration::from_secs(10);
     assert!(expected.contains(&took), "{took:?}");
     controlled.set_all(Behaviour::Works);
-    wait_until("the threads have let go of it", || controlled.is_released());
+    wait_until("the threads release the backend", || {
+        controlled.is_released()
+    });
 }
 
 #[test]

@@ -249,13 +249,13 @@ fn a_parent_set_on_a_tagged_span_is_foreign_to_a_stored_instance() {
     in_every_stacking(WorkflowContextStorage::new, |worker| {
         worker.run(|| step("order"));
         worker.run(|| {
-            let span = info_span!("told", workflow.instance_id = "order");
+            let span = info_span!("moved", workflow.instance_id = "order");
             span.set_parent(remote_context(8, 8)).unwrap();
             span.in_scope(|| assert_eq!(current_ids().0, worker.stored_trace("order")));
         });
-        let told = worker.span("told");
-        assert_eq!(told.span_context.trace_id(), worker.stored_trace("order"));
-        assert_eq!(link(&told), ("foreign".to_owned(), remote(8, 8)));
+        let moved = worker.span("moved");
+        assert_eq!(moved.span_context.trace_id(), worker.stored_trace("order"));
+        assert_eq!(link(&moved), ("foreign".to_owned(), remote(8, 8)));
     });
 }
 

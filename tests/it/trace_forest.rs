@@ -120,7 +120,7 @@ trace 4bf92f35…  (2 spans, 1.0ms)
 }
 
 #[test]
-fn ids_that_differ_only_at_their_end_are_told_apart() {
+fn ids_that_differ_only_at_their_end_are_drawn_differently() {
     let forest = TraceForest::from_spans(&[span(1, 2, 3, "counted")]);
 
     let drawing = forest.to_string();

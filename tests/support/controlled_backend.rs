@@ -9,7 +9,7 @@ use tracing_workflow_context::backend::{
 
 use super::PATIENCE;
 
-/// What a call does.
+/// The outcome of a call.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Behaviour {
     #[default]

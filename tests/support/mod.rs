@@ -1,4 +1,4 @@
-//! What the integration tests share: every binary includes this module, and `it` compiles it once for all of its own.
+//! Helpers shared by the integration tests: `it` compiles them once for its modules, and the other binaries include them.
 
 mod clock;
 mod controlled_backend;

@@ -240,7 +240,7 @@ fn replies_to_ping(port: u16) -> bool {
     ask().unwrap_or(false)
 }
 
-/// What a proxy does to replies of the server.
+/// How a proxy treats replies of the server.
 #[derive(Clone, Debug)]
 pub(crate) enum Replies {
     /// Forwards them.

@@ -1,4 +1,4 @@
-//! What code inside a held span observes: the current span, its parents, headers, links.
+//! The view of code inside a held span: the current span, parents, headers and links.
 
 use super::*;
 

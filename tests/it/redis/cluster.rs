@@ -97,7 +97,7 @@ impl Cluster {
 
     #[track_caller]
     fn ask(&self, number: usize, command: &redis::Cmd) -> Value {
-        raw(&self.nodes[number]).req(command).expect("an answer")
+        raw(&self.nodes[number]).req(command).expect("a reply")
     }
 
     fn id(&self, number: usize) -> String {
@@ -265,7 +265,7 @@ fn a_migrating_slot_is_followed() {
     let ids = ["a\u{1f}1", "a\u{1f}2", "a\u{1f}3"];
     let slot = cluster.slot("{a}");
     let from = (0..3).find(|n| (SLOTS * n / 3..SLOTS * (n + 1) / 3).contains(&slot));
-    let from = from.expect("somebody has it");
+    let from = from.expect("one node has it");
     let to = (from + 1) % 3;
     backend
         .write(&[claim(ids[0], &mine), claim(ids[1], &mine)])
@@ -485,7 +485,7 @@ fn with_one_node_unavailable(away: impl FnOnce(&mut Cluster), back: impl FnOnce(
     away(&mut cluster);
     let errors = || one.storage.stats().backend_errors;
     step(&one, &during[0]);
-    wait_until("that it is away is noticed", || errors() > 0);
+    wait_until("the failure is noticed", || errors() > 0);
     // Spans of its instances still start, and share one trace within this worker.
     let start = Instant::now();
     for id in during {
@@ -498,7 +498,7 @@ fn with_one_node_unavailable(away: impl FnOnce(&mut Cluster), back: impl FnOnce(
     assert!(one.storage.flush().is_err(), "not all is written");
     // Instances of the other nodes reach the other worker, although writes for the unavailable one are queued.
     step(&other, &during[0]);
-    wait_until("it is left alone there too", || {
+    wait_until("the circuit is open there too", || {
         other.storage.stats().backend_errors > 0
     });
     for id in &others[1..] {
@@ -514,7 +514,7 @@ fn with_one_node_unavailable(away: impl FnOnce(&mut Cluster), back: impl FnOnce(
         });
     }
     eprintln!(
-        "{} spans of the server that is away took {took:?}; {:?}",
+        "{} spans of the unavailable node took {took:?}; {:?}",
         2 * during.len(),
         one.storage.stats()
     );

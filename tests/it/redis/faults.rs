@@ -44,10 +44,10 @@ impl Times {
 /// Returns how long this thread was runnable but waited for a core, or zero where the kernel does not say: only the
 /// comparison with the reference threads remains then.
 fn runnable_but_waiting() -> Duration {
-    let told = std::fs::read_to_string("/proc/thread-self/schedstat");
-    let nanoseconds = told
+    let found = std::fs::read_to_string("/proc/thread-self/schedstat");
+    let nanoseconds = found
         .ok()
-        .and_then(|told| told.split(' ').nth(1)?.parse().ok());
+        .and_then(|found| found.split(' ').nth(1)?.parse().ok());
     Duration::from_nanos(nanoseconds.unwrap_or(0))
 }
 
@@ -141,7 +141,7 @@ impl Load {
             self.worker.storage.stats()
         );
         assert!(quantile(&beyond, 0.999) <= MORE, "{what}");
-        // What holds up a start without a backend, one or two in 100,000, holds up these too: once, where it has not shown.
+        // Delays that also occur without a backend, in one or two of 100,000 starts, are tolerated: one even if none occurred.
         let late = |sorted: &[Duration]| sorted.iter().filter(|beyond| **beyond > MORE).count();
         let noise = late(&alone) + late(&waits);
         let late = late(&beyond);
@@ -269,7 +269,7 @@ fn a_server_that_answers_garbage() {
         Replies::Replace(b"HTTP/1.1 400 Bad Request\r\n\r\n".to_vec()),
     );
     spoiled(
-        "wrong answers",
+        "wrong replies",
         Replies::Replace(b"$7\r\ngarbage\r\n".repeat(10)),
     );
 }

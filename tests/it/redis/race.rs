@@ -74,7 +74,7 @@ fn one_process_of_the_race() {
         .build();
     let worker = Worker::with_storage(storage.expect("sound settings"));
     let mut out = std::io::stdout();
-    writeln!(out, "race: ready").expect("somebody reads it");
+    writeln!(out, "race: ready").expect("the parent reads it");
     std::io::stdin()
         .read_line(&mut String::new())
         .expect("a line");
@@ -90,10 +90,10 @@ fn one_process_of_the_race() {
     }
     for number in 0..INSTANCES {
         let trace = worker.stored_trace(&number.to_string());
-        writeln!(out, "race: {number} {trace}").expect("somebody reads it");
+        writeln!(out, "race: {number} {trace}").expect("the parent reads it");
     }
     let conflicts = worker.storage.stats().conflicts;
-    writeln!(out, "race: {conflicts}").expect("somebody reads it");
+    writeln!(out, "race: {conflicts}").expect("the parent reads it");
 }
 
 #[test]
