@@ -5,7 +5,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::support::*;
 use redis::Commands as _;
-use tracing_workflow_context::backend::{Record, StorageBackend as _, Write};
+use tracing_workflow_context::backend::{
+    BackendError, Record, StorageBackend, Write, WriteOutcome,
+};
 use tracing_workflow_context::testing::check_backend;
 use tracing_workflow_context::{ConnectError, Form, RedisBackend, WorkflowContext};
 
@@ -33,6 +35,22 @@ fn raw(server: &RedisServer) -> redis::Connection {
 fn record(traceparent: &str) -> Record {
     let context = WorkflowContext::parse(traceparent, "").expect("well formed");
     record_of(context)
+}
+
+/// Writes as a backend without parts does: if any write failed, all of it did.
+trait WriteAll {
+    fn write_all(&self, writes: &[Write]) -> Result<Vec<WriteOutcome>, BackendError>;
+}
+
+impl<B: StorageBackend> WriteAll for B {
+    fn write_all(&self, writes: &[Write]) -> Result<Vec<WriteOutcome>, BackendError> {
+        let outcomes = self.write(writes)?;
+        let failure = outcomes.iter().find_map(|outcome| match outcome {
+            WriteOutcome::Failed(error) => Some(error.clone()),
+            _ => None,
+        });
+        failure.map_or(Ok(outcomes), Err)
+    }
 }
 
 fn claim(key: &str, record: &Record) -> Write {
@@ -66,7 +84,7 @@ fn keys_of_an_instance_share_a_slot_and_expire_on_the_server() {
     let writes = keys.map(|key| claim(key, &record));
     assert!(
         backend
-            .write(&writes)
+            .write_all(&writes)
             .unwrap()
             .iter()
             .all(|o| o.existing().is_none())
@@ -96,7 +114,7 @@ fn keys_of_an_instance_share_a_slot_and_expire_on_the_server() {
     }
 
     backend
-        .write(&[Write::Expire(keys[0].to_owned(), SystemTime::now())])
+        .write_all(&[Write::Expire(keys[0].to_owned(), SystemTime::now())])
         .unwrap();
     assert!(!raw.exists::<_, bool>(expected[0]).unwrap());
 }
@@ -108,11 +126,11 @@ fn either_form_is_read_whichever_is_written() {
     let record = record(PARENT);
     for (writer, reader) in [(&binary, &json), (&json, &binary)] {
         writer
-            .write(&[Write::Put("id".to_owned(), record.clone())])
+            .write_all(&[Write::Put("id".to_owned(), record.clone())])
             .unwrap();
         let found = reader.get("id").unwrap().expect("a record");
         assert_eq!(found.context.traceparent(), PARENT);
-        let winner = reader.write(&[claim("id", &record)]).unwrap().remove(0);
+        let winner = reader.write_all(&[claim("id", &record)]).unwrap().remove(0);
         assert_eq!(
             winner
                 .existing()
@@ -150,7 +168,7 @@ fn undecodable_values_are_counted_and_replaced() {
 
         assert!(
             backend
-                .write(&[claim("id", &record)])
+                .write_all(&[claim("id", &record)])
                 .unwrap()
                 .iter()
                 .all(|o| o.existing().is_none())
@@ -173,7 +191,7 @@ fn undecodable_values_are_counted_and_replaced() {
         claim("id", &record),
         claim("other", &record),
     ];
-    let winners = backend.write(&writes).unwrap();
+    let winners = backend.write_all(&writes).unwrap();
     let won: Vec<_> = winners.iter().map(|o| o.existing().is_none()).collect();
     assert_eq!(won, [true, true, true, false, false]);
     let left: i64 = raw.pttl(key).unwrap();
@@ -195,7 +213,7 @@ fn one_of_many_writers_replaces_an_undecodable_value() {
                 thread + 1
             ));
             let winner = backend(&server)
-                .write(&[claim(&key, &mine)])
+                .write_all(&[claim(&key, &mine)])
                 .unwrap()
                 .remove(0);
             {
@@ -232,7 +250,7 @@ fn connecting_needs_no_reachable_server() {
     let error = nobody.get("id").unwrap_err();
     assert!(error.to_string().contains("127.0.0.1:1"), "{error}");
     assert!(error.source().is_some());
-    assert!(nobody.write(&[]).unwrap().is_empty());
+    assert!(nobody.write_all(&[]).unwrap().is_empty());
 
     for url in [
         "",
@@ -254,7 +272,7 @@ fn a_connection_closed_by_the_server_is_replaced() {
     let mut server = RedisServer::start();
     let backend = backend(&server);
     for _ in 0..3 {
-        backend.write(&[claim("id", &record(PARENT))]).unwrap();
+        backend.write_all(&[claim("id", &record(PARENT))]).unwrap();
         assert!(backend.get("id").unwrap().is_some());
         server.start_again();
         assert_eq!(backend.get("id").unwrap(), None, "it is empty again");
@@ -284,7 +302,7 @@ fn no_call_waits_longer_than_its_timeouts() {
         .collect();
     let refused = |backend: &RedisBackend| {
         let start = Instant::now();
-        assert!(backend.write(&writes).is_err());
+        assert!(backend.write_all(&writes).is_err());
         assert!(backend.get("id").is_err());
         // A thousand replies that each wait for the timeout would take 100 seconds.
         assert!(
@@ -302,7 +320,7 @@ fn no_call_waits_longer_than_its_timeouts() {
     // No single reply is late.
     proxy.set_replies(Replies::Trickle);
     let start = Instant::now();
-    assert!(spoiled.write(&writes).is_err());
+    assert!(spoiled.write_all(&writes).is_err());
     assert!(
         start.elapsed() < Duration::from_secs(20),
         "{:?} of 50 s",
@@ -338,7 +356,7 @@ fn no_reply_makes_the_backend_panic() {
         proxy.set_replies(Replies::Replace(answer.to_owned()));
         for _ in 0..2 {
             assert!(!matches!(backend.get("id"), Ok(Some(_))));
-            let _ = backend.write(&[claim("id", &record(PARENT))]);
+            let _ = backend.write_all(&[claim("id", &record(PARENT))]);
             let _ = backend.scan(&mut |key, record| panic!("{key} {record:?}"));
             let _ = backend.flush();
         }
@@ -357,7 +375,7 @@ fn sentinels_give_the_master_and_its_successor() {
         .unwrap()
         .with_sentinels(sentinels.iter().map(String::as_str), "contexts")
         .unwrap();
-    let written = |key: &str| backend.write(&[claim(key, &record(PARENT))]).is_ok();
+    let written = |key: &str| backend.write_all(&[claim(key, &record(PARENT))]).is_ok();
     let until = |what: &str, is_so: &dyn Fn() -> bool| {
         let deadline = Instant::now() + PATIENCE;
         while !is_so() {

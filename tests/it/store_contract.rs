@@ -43,11 +43,11 @@ fn each_broken_rule_is_named() {
         (Fault::IsNotEmpty, "`make` answers an empty backend"),
         (
             Fault::AnswersTooLittle,
-            "`write` answers once for each write",
+            "`write` returns one outcome for each write",
         ),
         (
             Fault::AnswersForPuts,
-            "`write` answers a record for a `PutIfAbsent` only",
+            "`write` finds a record for a `PutIfAbsent` only",
         ),
         (
             Fault::AnswersInReverse,

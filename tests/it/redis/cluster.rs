@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use redis::Value;
-use tracing_workflow_context::backend::{StorageBackend as _, Write};
+use tracing_workflow_context::backend::Write;
 use tracing_workflow_context::{ConnectError, Form, RedisBackend, WorkflowContextStorage};
 
 use super::*;
@@ -199,14 +199,14 @@ fn an_instance_is_in_one_slot_and_instances_are_on_all_nodes() {
         .collect();
     assert!(
         backend
-            .write(&writes)
+            .write_all(&writes)
             .unwrap()
             .iter()
             .all(|o| o.existing().is_none())
     );
     assert!(
         backend
-            .write(&writes)
+            .write_all(&writes)
             .unwrap()
             .iter()
             .all(|o| o.existing().is_some())
@@ -268,7 +268,7 @@ fn a_migrating_slot_is_followed() {
     let from = from.expect("one node has it");
     let to = (from + 1) % 3;
     backend
-        .write(&[claim(ids[0], &mine), claim(ids[1], &mine)])
+        .write_all(&[claim(ids[0], &mine), claim(ids[1], &mine)])
         .unwrap();
 
     let set = |on: usize, how: &str, id: Option<String>| {
@@ -288,7 +288,7 @@ fn a_migrating_slot_is_followed() {
     move_key(ids[0]);
     // One key has moved, one has not, and a new one is written to the slot's destination.
     for round in 0..2 {
-        let winners = backend.write(&ids.map(|id| claim(id, &mine))).unwrap();
+        let winners = backend.write_all(&ids.map(|id| claim(id, &mine))).unwrap();
         let taken: Vec<_> = winners.iter().map(|o| o.existing().is_some()).collect();
         assert_eq!(taken, [true, true, round == 1]);
         for id in ids {
@@ -304,12 +304,12 @@ fn a_migrating_slot_is_followed() {
         for id in ids {
             assert!(backend.get(id).unwrap().is_some(), "{id:?}");
         }
-        let winners = backend.write(&ids.map(|id| claim(id, &mine))).unwrap();
+        let winners = backend.write_all(&ids.map(|id| claim(id, &mine))).unwrap();
         assert!(winners.iter().all(|o| o.existing().is_some()));
     }
     assert_eq!(cluster.keys(to).len(), 3);
     backend
-        .write(&ids.map(|id| Write::Remove(id.to_owned())))
+        .write_all(&ids.map(|id| Write::Remove(id.to_owned())))
         .unwrap();
     assert!(cluster.keys(to).is_empty());
 }
@@ -331,7 +331,7 @@ fn undecodable_values_are_replaced_on_every_node() {
     let writes: Vec<_> = ids.iter().map(|id| claim(id, &mine)).collect();
     assert!(
         backend
-            .write(&writes)
+            .write_all(&writes)
             .unwrap()
             .iter()
             .all(|o| o.existing().is_none())
@@ -355,7 +355,7 @@ fn one_of_many_concurrent_claims_wins() {
             thread + 1
         ));
         let writes: Vec<_> = ids.iter().map(|id| claim(id, &mine)).collect();
-        let winners = cluster.backend().write(&writes).unwrap();
+        let winners = cluster.backend().write_all(&writes).unwrap();
         let spans = winners
             .into_iter()
             .map(|winner| winner.existing().unwrap_or(&mine).context.span_id());
@@ -391,14 +391,14 @@ fn the_documented_permissions_suffice() {
         .collect();
     assert!(
         backend
-            .write(&writes)
+            .write_all(&writes)
             .unwrap()
             .iter()
             .all(|o| o.existing().is_none())
     );
     assert!(
         backend
-            .write(&writes)
+            .write_all(&writes)
             .unwrap()
             .iter()
             .all(|o| o.existing().is_some())
@@ -420,7 +420,7 @@ fn connecting_needs_no_reachable_cluster() {
     let nobody =
         RedisBackend::connect_cluster(["redis://127.0.0.1:1/", "redis://127.0.0.1:2/"]).unwrap();
     assert!(nobody.get("id").is_err() && nobody.flush().is_err());
-    assert!(nobody.write(&[claim("id", &record(PARENT))]).is_err());
+    assert!(nobody.write_all(&[claim("id", &record(PARENT))]).is_err());
 
     // A single server is not a Cluster either.
     let server = RedisServer::start();
@@ -438,7 +438,7 @@ fn some_nodes_may_be_unreachable() {
     for id in cluster.ids_on(0, 3) {
         assert!(
             backend
-                .write(&[claim(&id, &record(PARENT))])
+                .write_all(&[claim(&id, &record(PARENT))])
                 .unwrap()
                 .iter()
                 .all(|o| o.existing().is_none())
@@ -558,12 +558,12 @@ fn a_replica_takes_over() {
     let mut cluster = Cluster::with_replicas(1, Duration::from_secs(1));
     let backend = cluster.backend();
     let id = cluster.ids_on(0, 1).remove(0);
-    backend.write(&[claim(&id, &record(PARENT))]).unwrap();
+    backend.write_all(&[claim(&id, &record(PARENT))]).unwrap();
     wait_until("the replica has it", || !cluster.keys(3).is_empty());
     cluster.nodes[0].stop();
     wait_until("the replica is written to", || {
         backend
-            .write(&[Write::Put(id.clone(), record(PARENT))])
+            .write_all(&[Write::Put(id.clone(), record(PARENT))])
             .is_ok()
     });
     assert!(backend.get(&id).unwrap().is_some());
@@ -581,11 +581,11 @@ fn restarted_masters_are_found_again() {
     let writes: Vec<_> = (0..30)
         .map(|n| claim(&n.to_string(), &record(PARENT)))
         .collect();
-    backend.write(&writes).unwrap();
+    backend.write_all(&writes).unwrap();
     for number in 0..3 {
         cluster.start_again(number);
         wait_until("all is written again", || {
-            backend.write(&writes).is_ok() && backend.flush().is_ok()
+            backend.write_all(&writes).is_ok() && backend.flush().is_ok()
         });
         let mut shown = 0;
         backend.scan(&mut |_, _| shown += 1).unwrap();

@@ -5,7 +5,6 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use tracing_workflow_context::RedisBackend;
-use tracing_workflow_context::backend::StorageBackend as _;
 
 use super::*;
 
@@ -62,7 +61,10 @@ fn one_process_by_tls() {
     if trusted == "trusted" {
         let deadline = Instant::now() + PATIENCE;
         // A Cluster refuses writes for a moment after its start.
-        while backend.write(&[claim("first", &record(PARENT))]).is_err() {
+        while backend
+            .write_all(&[claim("first", &record(PARENT))])
+            .is_err()
+        {
             assert!(
                 Instant::now() < deadline,
                 "it is written to within {PATIENCE:?}"
@@ -74,14 +76,14 @@ fn one_process_by_tls() {
             .collect();
         assert!(
             backend
-                .write(&writes)
+                .write_all(&writes)
                 .unwrap()
                 .iter()
                 .all(|o| o.existing().is_none())
         );
         assert!(
             backend
-                .write(&writes)
+                .write_all(&writes)
                 .unwrap()
                 .iter()
                 .all(|o| o.existing().is_some())
