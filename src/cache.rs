@@ -381,7 +381,7 @@ impl Cache {
         self.upsert(key.hash, key.id, run, |entry, run| {
             match entry.run_mut(key.run_id) {
                 Some(there) if follows.is_some_and(|(context, _)| there.context() == *context) => {
-                    there.give_way_to(run);
+                    there.continue_as(run);
                     Ok(())
                 }
                 Some(there) => Err(Conflict {

@@ -32,6 +32,8 @@ pub(crate) struct Arrival<'a> {
     pub(crate) run_id: Option<&'a str>,
     /// The valid span context that the span has as its parent without this crate; its own, if it has started.
     pub(crate) natural: Option<&'a SpanContext>,
+    /// That one is in the trace of a live poller.
+    pub(crate) is_polled: bool,
     /// The stored context of its parent instance, which the caller looks up for the first span of an instance.
     pub(crate) parent_instance: Option<&'a WorkflowContext>,
     /// The caller has waited long enough for another thread that opens the next trace.
@@ -55,15 +57,17 @@ pub(crate) enum Moment {
 #[derive(Debug)]
 pub(crate) struct Decision {
     pub(crate) parent: Parent,
-    pub(crate) link: Option<Link>,
+    pub(crate) links: Links,
     /// The row of the table and what is done, as `explain` tells it.
     pub(crate) outcome: Outcome,
-    /// The context that [`Parent::Stored`] and [`Link::ToStored`] mean.
+    /// The context that [`Parent::Stored`] and [`Links::to_stored`] mean.
     pub(crate) stored: Option<WorkflowContext>,
     /// Whether the span's own context becomes the stored one.
     pub(crate) record: Record,
     /// It is the first span here of a context that another process recorded: it says so by attributes.
     pub(crate) announce: bool,
+    /// Its instance had ended before.
+    pub(crate) after_end: bool,
     /// It counts towards `max_spans`.
     count: bool,
     /// Another thread is opening the next trace: look up and decide again.
@@ -78,10 +82,11 @@ pub(crate) enum Parent {
     Nothing,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Link {
-    ToNatural(Relation),
-    ToStored(Relation),
+/// The links of a span, each with its reason.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Links {
+    pub(crate) to_natural: Option<Relation>,
+    pub(crate) to_stored: Option<Relation>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,7 +115,7 @@ pub(crate) fn decide(
     let known = entry.run(arrival.run_id);
     let run = known.unwrap_or(entry.latest());
     let stored = run.context();
-    let is_nested = arrival.is_in_trace_of(&stored);
+    let is_nested = arrival.is_in_trace_of(&stored) || arrival.is_in_other_trace_of(entry);
 
     if arrival.moment == Moment::Replay {
         return Decision::replayed(known.map(|_| stored));
@@ -142,7 +147,7 @@ pub(crate) fn decide(
     let announce = stored.is_remote() && !run.is_announced();
     let relation = if announce || stored.is_resumed() {
         Relation::Resumed
-    } else if arrival.natural.is_some() {
+    } else if arrival.foreign().is_some() {
         Relation::Foreign
     } else {
         Relation::Orphan
@@ -153,6 +158,7 @@ pub(crate) fn decide(
         Decision::related(relation, stored, arrival, relations)
     };
     decision.announce = announce && !decision.wait;
+    decision.after_end = entry.is_completed() && arrival.run_id.is_none();
     decision.count = !decision.wait;
     decision
 }
@@ -162,7 +168,7 @@ pub(crate) fn decide(
 fn decide_first(arrival: &Arrival<'_>, relations: &Relations) -> Decision {
     match (arrival.moment, arrival.parent_instance) {
         (Moment::Replay, _) => Decision::replayed(None),
-        // A first span keeps its natural parent, and so does a child workflow inside its parent's trace.
+        // A child workflow inside its parent's trace keeps its natural parent.
         (Moment::Start | Moment::StartAfterReplay, Some(parent))
             if !arrival.is_in_trace_of(parent) =>
         {
@@ -172,7 +178,23 @@ fn decide_first(arrival: &Arrival<'_>, relations: &Relations) -> Decision {
                 ..Decision::continued(Relation::Child, continuation, parent.clone(), arrival)
             }
         }
-        (Moment::Start | Moment::StartAfterReplay | Moment::Late, _) => Decision::first(None),
+        // The parent can no longer change, and a poller's trace must not become the instance's.
+        (Moment::Late, _) if arrival.is_polled => {
+            let outcome = Outcome::Related(Relation::Polled, Continuation::Keep);
+            Decision {
+                outcome,
+                record: Record::No,
+                ..Decision::first(None)
+            }
+        }
+        (Moment::Late, _) => Decision::first(None),
+        (Moment::Start | Moment::StartAfterReplay, _) => match arrival.natural {
+            None => Decision::first(None),
+            Some(_) if arrival.is_polled => {
+                Decision::first_with(Relation::Polled, relations.get(Relation::Polled))
+            }
+            Some(_) => Decision::first_with(Relation::First, relations.get(Relation::First)),
+        },
     }
 }
 
@@ -203,6 +225,21 @@ impl Arrival<'_> {
         self.natural
             .is_some_and(|natural| natural.trace_id() == stored.trace_id())
     }
+
+    /// Returns `true` if the natural parent is in the trace of another kept run or generation of the instance: local
+    /// nesting wins, whatever other tasks have opened since. What a replay stands in for is not local.
+    #[inline]
+    fn is_in_other_trace_of(&self, entry: &Entry) -> bool {
+        self.moment != Moment::StartAfterReplay
+            && entry.has_other_traces()
+            && (self.natural).is_some_and(|natural| entry.has_trace(natural.trace_id()))
+    }
+
+    /// The natural parent, unless it is a poller.
+    #[inline]
+    fn foreign(&self) -> Option<&SpanContext> {
+        self.natural.filter(|_| !self.is_polled)
+    }
 }
 
 impl Decision {
@@ -210,13 +247,33 @@ impl Decision {
     fn first(stored: Option<WorkflowContext>) -> Self {
         Self {
             parent: Parent::Natural,
-            link: None,
+            links: Links::default(),
             outcome: Outcome::Recorded,
             stored,
             record: Record::First,
             announce: false,
+            after_end: false,
             count: false,
             wait: false,
+        }
+    }
+
+    /// A first span with a natural parent, recorded.
+    fn first_with(relation: Relation, continuation: Continuation) -> Self {
+        let first = Self::first(None);
+        let links = match continuation {
+            Continuation::NewRoot => Links::default(),
+            Continuation::NewRootAndLink => Links {
+                to_natural: Some(relation),
+                to_stored: None,
+            },
+            _ => return first,
+        };
+        Self {
+            parent: Parent::Nothing,
+            links,
+            outcome: Outcome::Related(relation, continuation),
+            ..first
         }
     }
 
@@ -263,7 +320,10 @@ impl Decision {
         let links = continuation == Continuation::Link && !is_nested;
         Self {
             outcome: Outcome::Related(Relation::Late, continuation),
-            link: links.then_some(Link::ToStored(Relation::Late)),
+            links: Links {
+                to_natural: None,
+                to_stored: links.then_some(Relation::Late),
+            },
             record: Record::No,
             ..Self::first(Some(stored))
         }
@@ -287,24 +347,37 @@ impl Decision {
         stored: WorkflowContext,
         arrival: &Arrival<'_>,
     ) -> Self {
-        let (parent, link) = match continuation {
-            Continuation::Keep => (Parent::Natural, None),
-            Continuation::Parent => (Parent::Stored, None),
-            Continuation::Link => (Parent::Natural, Some(Link::ToStored(relation))),
-            Continuation::ParentAndLink => {
-                let natural = arrival.natural.map(|_| Link::ToNatural(relation));
-                (Parent::Stored, natural)
+        let mut links = Links::default();
+        let parent = match continuation {
+            Continuation::Keep => Parent::Natural,
+            Continuation::Parent => Parent::Stored,
+            Continuation::Link => {
+                links.to_stored = Some(relation);
+                Parent::Natural
             }
-            Continuation::NewRoot => (Parent::Nothing, None),
-            Continuation::NewRootAndLink => (Parent::Nothing, Some(Link::ToStored(relation))),
+            Continuation::ParentAndLink => {
+                links.to_natural = arrival.foreign().map(|_| relation);
+                Parent::Stored
+            }
+            Continuation::NewRoot => Parent::Nothing,
+            Continuation::NewRootAndLink => {
+                // A new run or generation keeps the request that it comes from.
+                let is_new = matches!(relation, Relation::NewRun | Relation::Expired);
+                if is_new && arrival.foreign().is_some() && !arrival.is_in_trace_of(&stored) {
+                    links.to_natural = Some(Relation::Foreign);
+                }
+                links.to_stored = Some(relation);
+                Parent::Nothing
+            }
         };
         Self {
             parent,
-            link,
+            links,
             outcome: Outcome::Related(relation, continuation),
             stored: Some(stored),
             record: Record::No,
             announce: false,
+            after_end: false,
             count: false,
             wait: false,
         }
@@ -349,6 +422,7 @@ mod tests {
         spans: u64,
         run_id: Option<&'static str>,
         natural: Option<&'static str>,
+        is_polled: bool,
         moment: Moment,
         parent_instance: bool,
         stops_waiting: bool,
@@ -365,6 +439,7 @@ mod tests {
             spans: 1,
             run_id: None,
             natural: None,
+            is_polled: false,
             moment: Moment::Start,
             parent_instance: false,
             stops_waiting: false,
@@ -424,6 +499,7 @@ mod tests {
                 moment: self.moment,
                 run_id: self.run_id,
                 natural: natural.as_ref(),
+                is_polled: self.is_polled,
                 parent_instance: parent_instance.as_ref(),
                 stops_waiting: self.stops_waiting,
             };
@@ -440,10 +516,11 @@ mod tests {
                 Outcome::LostRace => "lost race",
                 Outcome::Replayed => "replayed",
             };
-            let link = match decision.link {
-                None => "",
-                Some(Link::ToNatural(_)) => " + link to natural",
-                Some(Link::ToStored(_)) => " + link to stored",
+            let link = match (decision.links.to_natural, decision.links.to_stored) {
+                (None, None) => "",
+                (Some(_), None) => " + link to natural",
+                (None, Some(_)) => " + link to stored",
+                (Some(_), Some(_)) => " + links to both",
             };
             let record = match decision.record {
                 Record::No => String::new(),
@@ -492,6 +569,19 @@ mod tests {
             (Row { parent_instance: true, ..none() }, "child: stored, recorded"),
             (Row { parent_instance: true, natural: request, ..none() }, "child: stored + link to natural, recorded"),
             (Row { parent_instance: true, natural: Some(PARENT_INSTANCE), ..none() }, "first: natural, recorded"),
+            (Row { natural: request, policy: with(Relation::First, Continuation::NewRoot), ..none() }, "first: nothing, recorded"),
+            (Row { natural: request, policy: with(Relation::First, Continuation::NewRootAndLink), ..none() }, "first: nothing + link to natural, recorded"),
+            (Row { policy: with(Relation::First, Continuation::NewRootAndLink), ..none() }, "first: natural, recorded"),
+            // In a poller's trace.
+            (Row { natural: request, is_polled: true, ..none() }, "polled: nothing, recorded"),
+            (Row { natural: request, is_polled: true, policy: with(Relation::Polled, Continuation::NewRootAndLink), ..none() }, "polled: nothing + link to natural, recorded"),
+            (Row { natural: request, is_polled: true, policy: with(Relation::Polled, Continuation::Keep), ..none() }, "first: natural, recorded"),
+            (Row { natural: request, is_polled: true, parent_instance: true, ..none() }, "child: stored, recorded"),
+            (Row { natural: request, is_polled: true, ..row() }, "orphan: stored"),
+            (Row { natural: request, is_polled: true, ..remote() }, "resumed: stored, announced"),
+            (Row { natural: request, is_polled: true, ..full() }, "expired: nothing + link to stored, recorded as 2"),
+            (Row { natural: nested, is_polled: true, ..row() }, "same_trace: natural"),
+            (Row { natural: request, is_polled: true, moment: Late, ..none() }, "polled: natural"),
             // A context of this process.
             (row(), "orphan: stored"),
             (Row { natural: request, ..row() }, "foreign: stored + link to natural"),
@@ -507,7 +597,7 @@ mod tests {
             (Row { stored_run: Some("1"), ..row() }, "orphan: stored"),
             (Row { run_id: Some("1"), ..row() }, "orphan: stored"),
             (Row { stored_run: Some("1"), run_id: Some("2"), ..row() }, "new_run: nothing + link to stored, recorded"),
-            (Row { stored_run: Some("1"), run_id: Some("2"), natural: request, ..row() }, "new_run: nothing + link to stored, recorded"),
+            (Row { stored_run: Some("1"), run_id: Some("2"), natural: request, ..row() }, "new_run: nothing + links to both, recorded"),
             (Row { stored_run: Some("1"), run_id: Some("2"), natural: nested, ..row() }, "same_trace: natural, recorded"),
             // Bounds.
             (old(), "expired: nothing + link to stored, recorded as 2"),
@@ -515,6 +605,7 @@ mod tests {
             (Row { natural: nested, ..old() }, "same_trace: natural"),
             (Row { natural: nested, moment: StartAfterReplay, ..old() }, "expired: nothing + link to stored, recorded as 2"),
             (full(), "expired: nothing + link to stored, recorded as 2"),
+            (Row { natural: request, ..full() }, "expired: nothing + links to both, recorded as 2"),
             (Row { spans: 2, ..full() }, "orphan: stored"),
             (Row { natural: nested, ..full() }, "same_trace: natural"),
             (Row { stored: Some(local(UNSAMPLED)), ..full() }, "expired: stored, recorded as 2"),

@@ -7,6 +7,8 @@ use std::fmt;
 use std::sync::OnceLock;
 use std::time::SystemTime;
 
+use opentelemetry::TraceId;
+
 use self::author::Author;
 use self::trail::{Event, Step};
 use crate::clock::TICK;
@@ -26,6 +28,7 @@ pub struct Explanation {
     tick: u32,
     trail_is_off: bool,
     backend_is_down: bool,
+    trace_is_shared: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -59,6 +62,18 @@ impl Explanation {
             tick,
             trail_is_off,
             backend_is_down: false,
+            trace_is_shared: false,
+        }
+    }
+
+    /// Notes whether many instances share the recorded trace.
+    pub(crate) fn with_shared_trace(self, is_shared: impl FnOnce(TraceId) -> bool) -> Self {
+        let recorded = self.recorded.as_ref();
+        let trace_is_shared =
+            recorded.is_some_and(|recorded| is_shared(recorded.context.trace_id()));
+        Self {
+            trace_is_shared,
+            ..self
         }
     }
 
@@ -149,6 +164,11 @@ impl fmt::Display for Explanation {
                 let reason = self.reason().unwrap_or(Absence::NeverSeen);
                 write!(f, "\n  nothing is recorded: {reason}")?;
             }
+        }
+        if self.trace_is_shared {
+            f.write_str(
+                "\n  more than 16 instances share this trace: name the span that they have in common, a poller's, in poller_spans",
+            )?;
         }
         if self.trail_is_off {
             return write!(f, "\n  recent decisions are switched off");

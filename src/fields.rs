@@ -9,7 +9,7 @@ mod visit;
 
 use std::borrow::Cow;
 
-use opentelemetry::trace::Event;
+use opentelemetry::trace::{Event, SpanBuilder};
 use opentelemetry::{KeyValue, Value};
 use tracing::field::Visit;
 use tracing::{Metadata, span};
@@ -37,13 +37,22 @@ pub(crate) const AGENT_NAME: &str = "agent.name";
 #[derive(Clone, Debug)]
 pub(crate) struct Fields {
     meanings: Meanings,
-    engine_spans: Vec<EngineSpan>,
+    engine_spans: Vec<SpanPattern>,
+    pollers: Vec<SpanPattern>,
 }
 
+/// A span by its name, and by its target if that is known.
 #[derive(Clone, Debug)]
-struct EngineSpan {
+struct SpanPattern {
     name: Cow<'static, str>,
-    target: Option<&'static str>,
+    target: Option<Cow<'static, str>>,
+}
+
+impl SpanPattern {
+    fn matches(&self, name: &str, target: Option<&str>) -> bool {
+        let is_target = |known: &Cow<'_, str>| target.is_some_and(|target| target == known);
+        self.name == name && self.target.as_ref().is_none_or(is_target)
+    }
 }
 
 impl Fields {
@@ -59,6 +68,7 @@ impl Fields {
         Self {
             meanings,
             engine_spans: Vec::new(),
+            pollers: Vec::new(),
         }
     }
 
@@ -79,15 +89,38 @@ impl Fields {
             self.meanings.add(name.into(), Meaning::Status);
         }
         if let Some((name, target)) = preset.span {
-            self.engine_spans.push(EngineSpan {
+            self.engine_spans.push(SpanPattern {
                 name: name.into(),
-                target: Some(target),
+                target: Some(target.into()),
             });
         }
     }
 
     pub(crate) fn add_engine_span(&mut self, name: Cow<'static, str>) {
-        self.engine_spans.push(EngineSpan { name, target: None });
+        self.engine_spans.push(SpanPattern { name, target: None });
+    }
+
+    /// Adds a poller by its name, or as `target::name`.
+    pub(crate) fn add_poller(&mut self, name: Cow<'static, str>) {
+        if let Some((target, name)) = name.rsplit_once("::") {
+            self.pollers.push(SpanPattern {
+                name: name.to_owned().into(),
+                target: Some(target.to_owned().into()),
+            });
+        }
+        self.pollers.push(SpanPattern { name, target: None });
+    }
+
+    /// Returns `true` if a span that is about to start is a poller.
+    pub(crate) fn is_poller(&self, span: &SpanBuilder) -> bool {
+        if self.pollers.is_empty() {
+            return false;
+        }
+        // tracing-opentelemetry 0.34 sets the attribute `target` (src/layer.rs, `on_new_span`).
+        let attributes = span.attributes.as_deref().unwrap_or_default();
+        let target = attributes.iter().find(|a| a.key.as_str() == "target");
+        let target = target.map(|attribute| attribute.value.as_str());
+        (self.pollers.iter()).any(|poller| poller.matches(&span.name, target.as_deref()))
     }
 
     pub(crate) fn add_replaying(&mut self, name: Cow<'static, str>) {
@@ -96,9 +129,7 @@ impl Fields {
 
     /// Reads what the spans of a callsite have in common.
     pub(crate) fn callsite(&self, metadata: &Metadata<'_>) -> Callsite {
-        let named = |span: &EngineSpan| {
-            span.name == metadata.name() && span.target.is_none_or(|t| t == metadata.target())
-        };
+        let named = |span: &SpanPattern| span.matches(metadata.name(), Some(metadata.target()));
         let mut declares = IdFields::default();
         let mut is_tagged = false;
         for field in metadata.fields() {
@@ -110,6 +141,8 @@ impl Fields {
             Role::Engine
         } else if is_tagged {
             Role::Tagged
+        } else if self.pollers.iter().any(named) {
+            Role::Poller
         } else {
             Role::Ordinary
         };

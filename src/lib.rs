@@ -79,8 +79,11 @@
 //! # What happens when
 //!
 //! - **A span is nested in its instance's trace already**: it stays where it is. Local nesting always wins.
-//! - **A span comes out of another trace**, a poller's or a request's: it continues the instance's trace, with a link to
-//!   where it came from.
+//! - **A span comes out of another trace**, such as an HTTP request's: it continues the instance's trace, with a link to
+//!   where it came from. The first span of an instance keeps the request as its parent.
+//! - **A worker has one span around its loop**: name it in
+//!   [`poller_spans`](WorkflowContextStorageBuilder::poller_spans). A poller's trace never becomes an instance's. One that
+//!   is not named is found out: [`shared_traces`](Stats::shared_traces), a warning, and `explain`.
 //! - **The id is recorded late**: a span that declares the field as `Empty`, or as the text `""`, is held until the id is
 //!   recorded, its first child opens, or it is exited. After that its parent can no longer change, and it is linked instead.
 //! - **The engine opens a span around user code without an id**: a span named in an [`Engine`] preset or by
@@ -93,6 +96,10 @@
 //! - **Only the orchestrator's span has `workflow.replaying`**: spans within it without the field count as replayed until
 //!   it records `false`. If the engine's flag flips in the middle of a turn, set it on each span.
 //! - **Two threads open the first span of an instance at once**: the first one recorded wins, the other is linked to it.
+//! - **An id is used again**: within the grace after its end it is the finished instance, unless its spans have a
+//!   `workflow.run_id`; `explain` shows "joined after its end".
+//! - **A timer is longer than [`idle_ttl`](WorkflowContextStorageBuilder::idle_ttl)** (24 hours): without a backend that still
+//!   knows the instance, its next span begins a new trace, unlinked.
 //! - **An instance is forgotten**, because it was idle, completed, evicted or cleaned up: its next span is recorded anew.
 //!   [`stats`](WorkflowContextStorage::stats) counts each cause, and [`explain`](WorkflowContextStorage::explain) names it.
 //! - **The process restarts, or another machine continues**: a [backend](WorkflowContextStorageBuilder::backend) still has

@@ -39,6 +39,9 @@ pub struct Stats {
     pub deferred: u64,
     /// Spans without an id of their own that joined the instance of their first child.
     pub adopted: u64,
+    /// Traces that more than 16 instances share although none is known as another one's child: the trace of a poller that
+    /// [`poller_spans`](crate::WorkflowContextStorageBuilder::poller_spans) does not name.
+    pub shared_traces: u64,
 }
 
 /// The counters that spans increment. Those of the cache and of the backend are kept there.
@@ -51,6 +54,7 @@ pub(crate) struct Counters {
     pub(crate) replayed_events: Counter,
     pub(crate) deferred: Counter,
     pub(crate) adopted: Counter,
+    pub(crate) shared_traces: Counter,
 }
 
 #[derive(Debug, Default)]

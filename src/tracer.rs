@@ -1,9 +1,10 @@
 //! The tracer: where a span starts. Its parent is [decided](crate::decision), links are added, its context is recorded.
 
 pub(crate) mod handoff;
+pub(crate) mod live_ids;
 mod replay;
+pub(crate) mod shared_traces;
 mod span;
-pub(crate) mod stand_ins;
 
 use std::borrow::Cow;
 use std::fmt;
@@ -25,7 +26,7 @@ use self::span::{Memo, State, Unnamed, Watch, link_unless_in_trace, relation_att
 use crate::cache::Key;
 use crate::cache::entry::Entry;
 use crate::context::WorkflowContext;
-use crate::decision::{self, Arrival, Decision, Moment, Parent, Record, decide};
+use crate::decision::{Arrival, Decision, Links, Moment, Parent, Record, decide};
 use crate::explain::author::Author;
 use crate::explain::trail::Outcome;
 use crate::fields;
@@ -195,6 +196,7 @@ where
                 let names = Names::from_id(&id);
                 let key = shared.key(&id, None);
                 let decision = self.place(key, None, parent, Moment::Start);
+                self.diagnose(&decision, parent);
                 let mut plan = self.plan(key, names, None, false);
                 plan.recording = self.recording(&builder, key, &decision);
                 self.start(builder, parent, &decision, plan)
@@ -245,13 +247,24 @@ where
             })
         });
         match own.or(adopted.as_ref().map(Identity::names)) {
-            None => WorkflowSpan(State::Live {
-                span: self.inner.build_with_context(builder, parent),
-                watch: Some(self.watch(None, Some(Memo::new(None, unnamed)))),
-            }),
+            None => {
+                let is_poller = shared.fields.is_poller(&builder);
+                let span = self.inner.build_with_context(builder, parent);
+                let mut watch = self.watch(None, Some(Memo::new(None, unnamed)));
+                if is_poller {
+                    watch.set_poller(span.span_context().trace_id());
+                }
+                WorkflowSpan(State::Live {
+                    span,
+                    watch: Some(watch),
+                })
+            }
             Some(names) => {
                 let key = shared.key(names.instance_id, names.run_id);
                 let decision = self.place(key, names.parent_instance_id, parent, moment);
+                if names.parent_instance_id.is_none() {
+                    self.diagnose(&decision, parent);
+                }
                 let mut plan = self.plan(key, names, unnamed, is_terminal);
                 plan.recording = self.recording(&builder, key, &decision);
                 self.start(builder, parent, &decision, plan)
@@ -274,6 +287,8 @@ where
             moment,
             run_id: key.run_id,
             natural: Some(natural.span_context()).filter(|natural| natural.is_valid()),
+            is_polled: !shared.poller_traces.is_empty()
+                && (shared.poller_traces).contains(natural.span_context().trace_id()),
             parent_instance: None,
             stops_waiting: false,
         };
@@ -315,6 +330,33 @@ where
         is_recorded.then(|| Recording::new(&self.shared, builder, key, decision))
     }
 
+    /// Counts a first span in its natural parent's trace: many of them are a sign that this is a poller's.
+    #[inline]
+    fn diagnose(&self, decision: &Decision, parent: &Context) {
+        if decision.is_first() && decision.parent == Parent::Natural {
+            self.count_in_trace(parent);
+        }
+    }
+
+    #[inline(never)]
+    fn count_in_trace(&self, parent: &Context) {
+        let natural = parent.span();
+        let trace = natural.span_context().trace_id();
+        if !natural.span_context().is_valid() {
+            return;
+        }
+        // A child workflow without a parent id, opened directly in a span of its parent.
+        let is_child = handoff::ask_whether_tagged(|| {
+            natural.is_recording();
+        });
+        if !is_child && self.shared.shared_traces.add(trace) {
+            self.shared.counters.shared_traces.add();
+            self.shared
+                .warnings
+                .shared_trace(trace, natural.span_context().span_id());
+        }
+    }
+
     /// Starts the span as decided, and records it.
     ///
     /// Not inlined: the arguments would be copied, and the span be made somewhere else than where it is to be.
@@ -335,7 +377,7 @@ where
         } = plan;
         let natural = parent.span();
         let natural = natural.span_context();
-        if decision.link.is_some() || recording.is_some() || decision.announce {
+        if decision.links != Links::default() || recording.is_some() || decision.announce {
             self.annotate(&mut builder, decision, natural);
         }
         if let Some(id) = memo.as_ref().and_then(|memo| memo.adopted_id()) {
@@ -368,7 +410,15 @@ where
                 .record(span, watch, *recording)
                 .unwrap_or(decision.outcome),
         };
-        shared.note_decision(instance, name, span.span_context(), natural, outcome);
+        let after_end = decision.after_end;
+        shared.note_decision(
+            instance,
+            name,
+            span.span_context(),
+            natural,
+            outcome,
+            after_end,
+        );
         watch.complete_if(is_terminal);
         started
     }
@@ -408,15 +458,15 @@ where
         if let Record::Generation(generation) = decision.record {
             attributes.push(KeyValue::new(GENERATION, i64::from(generation)));
         }
-        let link = match decision.link {
-            None => None,
-            Some(decision::Link::ToNatural(relation)) => Some((natural.clone(), relation)),
-            Some(decision::Link::ToStored(relation)) => {
-                stored.map(|stored| (stored.to_span_context(), relation))
-            }
-        };
-        if let Some((target, relation)) = link {
-            let link = Link::new(target, vec![relation_attribute(relation)], 0);
+        let Links {
+            to_natural,
+            to_stored,
+        } = decision.links;
+        let to_stored =
+            (to_stored.zip(stored)).map(|(why, stored)| (stored.to_span_context(), why));
+        let to_natural = to_natural.map(|why| (natural.clone(), why));
+        for (target, why) in to_stored.into_iter().chain(to_natural) {
+            let link = Link::new(target, vec![relation_attribute(why)], 0);
             builder.links.get_or_insert_default().push(link);
         }
     }

@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use opentelemetry::{SpanId, TraceId};
+
 use crate::backend::BackendError;
 use crate::clock::{self, OnTick, ticks};
 use crate::error::{InvalidInstanceId, MAX_INSTANCE_ID_BYTES};
@@ -26,6 +28,7 @@ pub(crate) struct Warnings {
     oversized: Cause,
     unreachable: Cause,
     refused: Cause,
+    shared_trace: Cause,
 }
 
 #[derive(Debug, Default)]
@@ -58,6 +61,12 @@ impl Warnings {
     /// A span could not be started when it was entered, because the layer does not know its own subscriber.
     pub(crate) fn unreachable(&self, span_name: &str) {
         self.unreachable.note(|| format!("span {span_name:?}"));
+    }
+
+    /// Many instances share one trace.
+    pub(crate) fn shared_trace(&self, trace: TraceId, span: SpanId) {
+        self.shared_trace
+            .note(|| format!("trace {trace}, span {span}"));
     }
 
     /// The backend failed.
@@ -105,6 +114,13 @@ impl OnTick for Warnings {
             tracing::warn!(
                 times,
                 "the storage backend failed, traces may fall apart: {what}"
+            );
+        }
+        if let Some((times, what)) = self.shared_trace.take(now) {
+            tracing::warn!(
+                times,
+                "more than 16 workflow instances share one trace: name the span in which the worker waits for work in \
+                 poller_spans ({what})"
             );
         }
         if let Some((times, what)) = self.unreachable.take(now) {

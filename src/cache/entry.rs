@@ -5,6 +5,7 @@ use std::num::NonZeroU16;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use opentelemetry::TraceId;
 use opentelemetry::trace::TraceState;
 
 use super::inline_str::InlineStr;
@@ -14,6 +15,9 @@ use crate::explain::trail::Event;
 
 /// How many runs of one instance are kept beside the latest, for their late spans.
 const OLDER_RUNS: usize = 8;
+
+/// How many earlier generations of one run are remembered, for spans that are still open in them.
+const OLDER_TRACES: usize = 8;
 
 /// The runs of one instance id. Whoever looks at them has locked the shard: what a look changes is in cells.
 pub(crate) struct Entry {
@@ -56,6 +60,8 @@ pub(super) struct Rare {
     run_id: Option<InlineStr>,
     /// Oldest first, at most [`OLDER_RUNS`]; of the latest run only.
     older: Vec<Run>,
+    /// The traces of earlier generations of this run, oldest first, at most [`OLDER_TRACES`].
+    older_traces: Vec<TraceId>,
 }
 
 impl Rare {
@@ -165,6 +171,22 @@ impl Entry {
         &self.latest
     }
 
+    pub(crate) fn is_completed(&self) -> bool {
+        self.completed.get() != 0
+    }
+
+    /// Returns `false` if there is certainly no other trace than that of the latest run.
+    #[inline]
+    pub(crate) fn has_other_traces(&self) -> bool {
+        self.latest.rare.is_some()
+    }
+
+    /// Returns `true` if a kept run or generation of the instance has that trace.
+    pub(crate) fn has_trace(&self, trace: TraceId) -> bool {
+        let mut runs = std::iter::once(&self.latest).chain(self.older());
+        runs.any(|run| run.has_trace(trace))
+    }
+
     fn older(&self) -> &[Run] {
         self.latest.rare.as_ref().map_or(&[], |rare| &rare.older)
     }
@@ -231,6 +253,7 @@ impl Run {
                 trace_state,
                 run_id: run_id.map(InlineStr::from),
                 older: Vec::new(),
+                older_traces: Vec::new(),
             })
         });
         Self {
@@ -261,6 +284,24 @@ impl Run {
     fn take_older(&mut self) -> Vec<Run> {
         let rare = self.rare.as_mut();
         rare.map_or_else(Vec::new, |rare| std::mem::take(&mut rare.older))
+    }
+
+    fn has_trace(&self, trace: TraceId) -> bool {
+        let older = self.rare.as_ref().map(|rare| &rare.older_traces);
+        self.context().trace_id() == trace || older.is_some_and(|older| older.contains(&trace))
+    }
+
+    /// The next generation takes its place; its own trace is remembered.
+    pub(super) fn continue_as(&mut self, next: Run) {
+        let trace = self.context().trace_id();
+        let rare = self.rare.as_mut();
+        let mut traces = rare.map_or_else(Vec::new, |rare| std::mem::take(&mut rare.older_traces));
+        if traces.len() == OLDER_TRACES {
+            traces.remove(0);
+        }
+        traces.push(trace);
+        self.give_way_to(next);
+        self.rare_mut().older_traces = traces;
     }
 
     /// Another trace of the same run takes its place.

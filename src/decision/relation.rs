@@ -6,6 +6,8 @@
 ///
 /// | relation | when | by default |
 /// |---|---|---|
+/// | `Polled` | nothing is stored, and the natural parent is in the trace of a live [poller](crate::WorkflowContextStorageBuilder::poller_spans) | [`NewRoot`](Continuation::NewRoot) |
+/// | `First` | nothing is stored, and there is another natural parent | [`Keep`](Continuation::Keep) |
 /// | `Late` | the id was recorded when the span had already started | [`Link`](Continuation::Link) |
 /// | `Child` | nothing is stored for it, but for its `workflow.parent_instance_id`, in another trace than the natural parent's | [`ParentAndLink`](Continuation::ParentAndLink) |
 /// | `SameTrace` | the natural parent is in the stored trace | [`Keep`](Continuation::Keep) |
@@ -15,10 +17,16 @@
 /// | `Foreign` | the natural parent is in another trace: a poller, an HTTP request | [`ParentAndLink`](Continuation::ParentAndLink) |
 /// | `Orphan` | there is no natural parent | [`Parent`](Continuation::Parent) |
 ///
-/// The first span of an instance has no relation: it keeps its natural parent and is recorded.
+/// A first span without a natural parent is a root, whatever the settings. A poller's trace counts as no natural parent
+/// for all relations but `Polled` and `SameTrace`. For `First` and `Polled` nothing is stored, so only `Keep`, `NewRoot`
+/// and `NewRootAndLink` are possible, and the link is to the natural parent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Relation {
+    /// The first span of an instance, with a natural parent such as an HTTP request.
+    First,
+    /// The first span of an instance, in the trace of a poller.
+    Polled,
     /// A context is stored, and the span has no natural parent.
     Orphan,
     /// The natural parent is already in the stored trace: local nesting.
@@ -51,7 +59,8 @@ pub enum Continuation {
     ParentAndLink,
     /// No parent: a new trace.
     NewRoot,
-    /// No parent, and a link to the stored context.
+    /// No parent, and a link to the stored context. A new run or generation is linked to a foreign natural parent too; a
+    /// first span, for which nothing is stored, to its natural parent alone.
     NewRootAndLink,
 }
 
@@ -69,12 +78,14 @@ impl Continuation {
 }
 
 impl Relation {
-    const COUNT: usize = 8;
+    const COUNT: usize = 10;
 
     /// Returns the value of the attribute `workflow.relation`, which every link of this crate carries.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
+            Self::First => "first",
+            Self::Polled => "polled",
             Self::Orphan => "orphan",
             Self::SameTrace => "same_trace",
             Self::Foreign => "foreign",
@@ -97,6 +108,8 @@ pub(crate) struct Relations {
 impl Default for Relations {
     fn default() -> Self {
         let mut continuations = [Continuation::ParentAndLink; Relation::COUNT];
+        continuations[Relation::First as usize] = Continuation::Keep;
+        continuations[Relation::Polled as usize] = Continuation::NewRoot;
         continuations[Relation::Orphan as usize] = Continuation::Parent;
         continuations[Relation::SameTrace as usize] = Continuation::Keep;
         continuations[Relation::NewRun as usize] = Continuation::NewRootAndLink;

@@ -59,6 +59,8 @@ pub(crate) struct SpanNote {
     /// Zeros where there is none.
     pub(crate) natural: SpanIds,
     pub(crate) outcome: Outcome,
+    /// The instance had ended before.
+    pub(crate) after_end: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -195,6 +197,20 @@ impl fmt::Display for Event {
     }
 }
 
+/// What was done with a span of that relation.
+fn describe(relation: Relation, continuation: Continuation) -> &'static str {
+    match (relation, continuation) {
+        (Relation::Polled, Continuation::Keep) => {
+            "kept its natural parent, not recorded in a poller's trace"
+        }
+        (Relation::First | Relation::Polled, Continuation::NewRoot) => "recorded as a new root",
+        (Relation::First | Relation::Polled, Continuation::NewRootAndLink) => {
+            "recorded as a new root, linked to its natural parent"
+        }
+        (_, continuation) => continuation.describe(),
+    }
+}
+
 impl fmt::Display for SpanNote {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {
@@ -202,6 +218,7 @@ impl fmt::Display for SpanNote {
             span,
             natural,
             outcome,
+            after_end,
         } = self;
         write!(f, "span {span_name:?} {span}: ")?;
         match outcome {
@@ -212,8 +229,16 @@ impl fmt::Display for SpanNote {
             Outcome::LostRace => f.write_str("another span was recorded first, linked to it")?,
             Outcome::Replayed => f.write_str("a replay, not exported")?,
             Outcome::Related(relation, continuation) => {
-                write!(f, "{}: {}", relation.as_str(), continuation.describe())?;
+                write!(
+                    f,
+                    "{}: {}",
+                    relation.as_str(),
+                    describe(*relation, *continuation)
+                )?;
             }
+        }
+        if *after_end {
+            f.write_str(", joined after its end")?;
         }
         match natural.are_valid() {
             true => write!(f, " (natural parent {natural})"),

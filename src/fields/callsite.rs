@@ -13,6 +13,8 @@ pub(crate) enum Role {
     Ordinary,
     /// Declares a reserved field.
     Tagged,
+    /// A span in which a process waits for work.
+    Poller,
     /// An engine's own span around user code, which waits for the instance of its first child.
     Engine,
 }
@@ -83,6 +85,7 @@ impl Callsite {
             role: match bits & 3 {
                 0 => Role::Ordinary,
                 1 => Role::Tagged,
+                2 => Role::Poller,
                 _ => Role::Engine,
             },
             declares: IdFields {

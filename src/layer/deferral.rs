@@ -48,7 +48,7 @@ where
         let Callsite { role, declares } = self.callsite(attrs.metadata());
         let create = || match role {
             Role::Ordinary => create(),
-            Role::Tagged | Role::Engine => handoff::marking(create),
+            Role::Tagged | Role::Poller | Role::Engine => handoff::marking(create),
         };
         let identity = || self.shared.fields.identify(|visitor| attrs.record(visitor));
         match attrs.parent() {
@@ -77,7 +77,7 @@ where
             false => declares,
         };
         let awaits_what = match role {
-            Role::Ordinary => return,
+            Role::Ordinary | Role::Poller => return,
             Role::Tagged | Role::Engine if awaits.id => Awaits::Id,
             Role::Engine if identity().is_none() => Awaits::Child,
             Role::Tagged | Role::Engine if self.activation.is_on() => return,

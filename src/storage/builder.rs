@@ -20,7 +20,6 @@ use crate::error::BuildError;
 use crate::explain::author::Authors;
 use crate::fields::engine::Engine;
 use crate::fields::{self, Fields};
-use crate::tracer::stand_ins::StandIns;
 use crate::warnings::Warnings;
 
 const IDLE_TTL: Duration = Duration::from_secs(24 * 60 * 60);
@@ -33,6 +32,7 @@ const COMPLETED_GRACE: Duration = Duration::from_secs(5 * 60);
 /// | [`instance_id_fields`](Self::instance_id_fields) | `workflow.instance_id` |
 /// | [`engine`](Self::engine) | none |
 /// | [`adopt_spans`](Self::adopt_spans) | none |
+/// | [`poller_spans`](Self::poller_spans) | none |
 /// | [`replay_field`](Self::replay_field) | `workflow.replaying` |
 /// | [`max_instances`](Self::max_instances) | 1,000,000 |
 /// | [`idle_ttl`](Self::idle_ttl) | 24 hours |
@@ -52,6 +52,7 @@ pub struct WorkflowContextStorageBuilder {
     instance_id_fields: Vec<Cow<'static, str>>,
     engines: Vec<Engine>,
     adopted_spans: Vec<Cow<'static, str>>,
+    poller_spans: Vec<Cow<'static, str>>,
     replay_fields: Vec<Cow<'static, str>>,
     policy: Policy,
     limits: Limits,
@@ -69,6 +70,7 @@ impl Default for WorkflowContextStorageBuilder {
             instance_id_fields: vec![fields::INSTANCE_ID.into()],
             engines: Vec::new(),
             adopted_spans: Vec::new(),
+            poller_spans: Vec::new(),
             replay_fields: Vec::new(),
             policy: Policy::default(),
             limits: Limits {
@@ -123,6 +125,21 @@ impl WorkflowContextStorageBuilder {
         self
     }
 
+    /// Adds the names of spans in which a process waits for work, each as `name` or `target::name`: the span around the
+    /// loop of a worker, or one around each poll. As long as such a span lives, its trace never becomes an instance's: a
+    /// first span inside it is a new root ([`Relation::Polled`]), and a later one continues the stored trace without a
+    /// link to the poller. Other spans inside it stay as they are.
+    ///
+    /// The name is that under which the span is exported. By default, none. May be called several times.
+    pub fn poller_spans<I>(mut self, names: I) -> Self
+    where
+        I: IntoIterator,
+        I::Item: Into<Cow<'static, str>>,
+    {
+        self.poller_spans.extend(names.into_iter().map(Into::into));
+        self
+    }
+
     /// Adds a field that says whether a span is a replay, beside `workflow.replaying`.
     ///
     /// By default, none.
@@ -143,7 +160,8 @@ impl WorkflowContextStorageBuilder {
     /// Sets the time for which an instance is kept after its last use by a span or a call; exact within 50 ms from 100 ms
     /// on.
     ///
-    /// By default, 24 hours.
+    /// A workflow with a longer timer is torn in two: set this to more than the longest one. Records in a backend live as
+    /// long. By default, 24 hours.
     pub fn idle_ttl(mut self, ttl: Duration) -> Self {
         self.limits.idle_ttl = ticks(ttl);
         self.lifetimes.idle = ttl;
@@ -256,6 +274,7 @@ impl WorkflowContextStorageBuilder {
         let names = [
             ("instance_id_fields", &self.instance_id_fields),
             ("adopt_spans", &self.adopted_spans),
+            ("poller_spans", &self.poller_spans),
             ("replay_field", &self.replay_fields),
         ];
         for (setting, names) in names {
@@ -296,6 +315,9 @@ impl WorkflowContextStorageBuilder {
         self.adopted_spans
             .into_iter()
             .for_each(|name| fields.add_engine_span(name));
+        self.poller_spans
+            .into_iter()
+            .for_each(|name| fields.add_poller(name));
         self.replay_fields
             .into_iter()
             .for_each(|name| fields.add_replaying(name));
@@ -318,7 +340,9 @@ impl WorkflowContextStorageBuilder {
                 clock,
                 tier: Tier::new(cache, remote.transpose()?),
                 counters: Arc::default(),
-                stand_ins: StandIns::default(),
+                stand_ins: Default::default(),
+                poller_traces: Default::default(),
+                shared_traces: Default::default(),
                 warnings,
                 authors: Authors::default(),
                 agent_tracer: AgentTracer::default(),
@@ -338,7 +362,22 @@ impl WorkflowContextStorageBuilder {
                 why: "the parent of a span that has started can no longer change, only Keep and Link are left",
             });
         }
+        for relation in [Relation::First, Relation::Polled] {
+            let continuation = relations.get(relation);
+            if !matches!(
+                continuation,
+                Continuation::Keep | Continuation::NewRoot | Continuation::NewRootAndLink
+            ) {
+                return Err(BuildError::ImpossibleRelation {
+                    relation,
+                    continuation,
+                    why: "nothing is stored for the first span of an instance, only Keep, NewRoot and NewRootAndLink are left",
+                });
+            }
+        }
         let within_a_trace = [
+            Relation::First,
+            Relation::Polled,
             Relation::Orphan,
             Relation::SameTrace,
             Relation::Foreign,

@@ -3,8 +3,8 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use opentelemetry::KeyValue;
 use opentelemetry::trace::SpanContext;
+use opentelemetry::{KeyValue, SpanId, TraceId};
 
 use super::agent::AgentTracer;
 use super::remote::LateWinner;
@@ -22,7 +22,8 @@ use crate::fields::{Fields, Tag};
 #[cfg(feature = "metrics")]
 use crate::stats::Registrations;
 use crate::stats::{Counters, Stats};
-use crate::tracer::stand_ins::StandIns;
+use crate::tracer::live_ids::LiveIds;
+use crate::tracer::shared_traces::SharedTraces;
 use crate::warnings::Warnings;
 
 /// The state of one storage. Nothing in it is locked while foreign code runs.
@@ -32,7 +33,9 @@ pub(crate) struct Shared {
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) tier: Tier,
     pub(crate) counters: Arc<Counters>,
-    pub(crate) stand_ins: StandIns,
+    pub(crate) stand_ins: LiveIds<SpanId>,
+    pub(crate) poller_traces: LiveIds<TraceId>,
+    pub(crate) shared_traces: SharedTraces,
     pub(crate) warnings: Arc<Warnings>,
     pub(super) authors: Authors,
     pub(super) agent_tracer: AgentTracer,
@@ -69,8 +72,10 @@ impl Shared {
         span: &SpanContext,
         natural: &SpanContext,
         outcome: Outcome,
+        after_end: bool,
     ) {
         let note = SpanNote {
+            after_end,
             span_name,
             span: span.into(),
             natural: natural.into(),
@@ -106,6 +111,8 @@ impl Shared {
 
     pub(super) fn explain(&self, id: &str) -> Explanation {
         let explanation = (self.tier.cache()).explain(id, self.clock.now(), &self.authors);
+        let is_shared = |trace| self.shared_traces.contains(trace);
+        let explanation = explanation.with_shared_trace(is_shared);
         let client = self.tier.remote().map(|remote| remote.client());
         explanation.with_backend_down(client.is_some_and(|client| client.is_down()))
     }
@@ -132,6 +139,7 @@ impl Shared {
             replayed_events: counters.replayed_events.get(),
             deferred: counters.deferred.get(),
             adopted: counters.adopted.get(),
+            shared_traces: counters.shared_traces.get(),
         }
     }
 }

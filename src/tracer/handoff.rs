@@ -10,6 +10,7 @@
 //! | `HELD`, `DEPTH` | layer, `on_enter` and `on_exit` | layer | as long as a span is held on this thread |
 //! | `FLOOR` | layer, while it starts a span | layer | one start |
 //! | `ASKING`, `ANSWER` | tracer, `build_with_context` | stand-in, `is_recording` | one question |
+//! | `IS_TAGGED` | a tagged span, `is_recording` | tracer, for a first span | one question |
 //! | `MUST_NOT_ASK` | span, `end` | tracer | one export |
 //!
 //! None is borrowed while foreign code runs. A thread past the destruction of its thread-locals does without them.
@@ -61,6 +62,7 @@ thread_local! {
     static FLOOR: Cell<usize> = const { Cell::new(0) };
     static ASKING: Cell<Option<StorageId>> = const { Cell::new(None) };
     static ANSWER: RefCell<Option<ReplayFlag>> = const { RefCell::new(None) };
+    static IS_TAGGED: Cell<bool> = const { Cell::new(false) };
     static MUST_NOT_ASK: Cell<bool> = const { Cell::new(false) };
 }
 
@@ -195,6 +197,21 @@ pub(super) fn answer_replay(storage: StorageId, flag: &ReplayFlag) {
     if ASKING.get() == Some(storage) {
         let _ = ANSWER.try_with(|answer| answer.replace(Some(flag.clone())));
     }
+}
+
+/// Asks the span whose `is_recording` is called by `ask` whether it names an instance.
+pub(super) fn ask_whether_tagged(ask: impl FnOnce()) -> bool {
+    if MUST_NOT_ASK.get() {
+        return false;
+    }
+    IS_TAGGED.set(false);
+    ask();
+    IS_TAGGED.get()
+}
+
+#[inline]
+pub(super) fn answer_tagged() {
+    let _ = IS_TAGGED.try_with(|is_tagged| is_tagged.set(true));
 }
 
 /// Runs code that may start spans beneath one that OpenTelemetry has locked on this thread: asking would deadlock.

@@ -80,7 +80,7 @@ impl StandIn {
         let recorded = decision.and_then(|(hash, decision)| {
             let context = (decision.stored.as_ref()).map(WorkflowContext::to_span_context);
             let shown = context.as_ref().unwrap_or(natural);
-            shared.note_decision(hash, span_name, shown, natural, decision.outcome);
+            shared.note_decision(hash, span_name, shown, natural, decision.outcome, false);
             context
         });
         let context = recorded.unwrap_or_else(|| natural.clone());
@@ -145,6 +145,7 @@ fn decide_replay(shared: &Shared, identity: &Identity, natural: &SpanContext) ->
         moment: Moment::Replay,
         run_id,
         natural: Some(natural).filter(|natural| natural.is_valid()),
+        is_polled: false,
         parent_instance: None,
         stops_waiting: false,
     };

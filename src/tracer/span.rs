@@ -5,8 +5,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use opentelemetry::KeyValue;
 use opentelemetry::trace::{Span, SpanContext, Status};
+use opentelemetry::{KeyValue, TraceId};
 
 use super::handoff;
 use super::replay::{self, StandIn};
@@ -95,7 +95,11 @@ impl<S: Span> Span for WorkflowSpan<S> {
     fn is_recording(&self) -> bool {
         match &self.0 {
             State::Live { span, watch } => {
-                let observes = watch.as_ref().is_some_and(|watch| watch.observes);
+                let watch = watch.as_ref();
+                if watch.is_some_and(|watch| watch.instance.is_some()) {
+                    handoff::answer_tagged();
+                }
+                let observes = watch.is_some_and(|watch| watch.observes);
                 span.is_recording() || (observes && span.span_context().is_valid())
             }
             State::StandIn(stand_in) => stand_in.is_recording(),
@@ -196,8 +200,22 @@ pub(super) struct Memo {
     unnamed: Option<Box<Unnamed>>,
     /// Set if it was recorded, and a backend may still know of a faster process.
     late_winner: Option<LateWinner>,
+    /// Set if it is a poller, as long as it lives.
+    poller: Option<PollerTrace>,
     /// Nanoseconds that the span was entered while its start was deferred.
     held: i64,
+}
+
+/// The trace of a live poller.
+struct PollerTrace {
+    shared: Arc<Shared>,
+    trace: TraceId,
+}
+
+impl Drop for PollerTrace {
+    fn drop(&mut self) {
+        self.shared.poller_traces.remove(self.trace);
+    }
 }
 
 /// A span that has not named its instance, and may be recorded late.
@@ -245,6 +263,13 @@ impl Watch {
     #[cold]
     fn memo(&mut self) -> &mut Memo {
         self.memo.get_or_insert_default()
+    }
+
+    /// Makes the trace of the span a poller's, until it ends.
+    pub(super) fn set_poller(&mut self, trace: TraceId) {
+        let shared = self.shared.clone();
+        shared.poller_traces.add(trace);
+        self.memo().poller = Some(PollerTrace { shared, trace });
     }
 
     pub(super) fn expect_late_winner(&mut self, late_winner: Option<LateWinner>) {
@@ -327,6 +352,7 @@ impl Watch {
             moment: Moment::Late,
             run_id: names.run_id,
             natural: Some(own),
+            is_polled: shared.poller_traces.contains(own.trace_id()),
             parent_instance: None,
             stops_waiting: false,
         };
@@ -342,8 +368,9 @@ impl Watch {
                 }
             }
         }
-        shared.note_decision(key.hash, name, own, &SpanContext::NONE, decision.outcome);
-        if let (Some(_), Some(stored)) = (decision.link, &decision.stored) {
+        let outcome = decision.outcome;
+        shared.note_decision(key.hash, name, own, &SpanContext::NONE, outcome, false);
+        if let (Some(_), Some(stored)) = (decision.links.to_stored, &decision.stored) {
             link_unless_in_trace(span, stored);
         }
         self.instance = Some(key.hash);
@@ -353,6 +380,9 @@ impl Watch {
 
     fn end<S: Span>(&mut self, span: &mut S) {
         self.observes = false;
+        if let Some(memo) = &mut self.memo {
+            memo.poller = None;
+        }
         let memo = self.memo.as_ref();
         let late_winner = memo.and_then(|memo| memo.late_winner.as_ref());
         if let Some(winner) = late_winner.and_then(|winner| winner.get()) {

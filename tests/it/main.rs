@@ -15,6 +15,7 @@
 //! | `explain` says why a trace is broken | `explain` |
 //! | filters, other layers, reload, two subscribers | `stacking` |
 //! | ids of any type, size and content; nothing is stored beyond the limit | `hostile` |
+//! | what becomes of the first span of an instance: requests, pollers, many instances in one trace | `first_spans` |
 //! | random sequences of span operations match the documented behaviour | `model` |
 //! | workers that share a backend agree; a slow or failing backend costs continuity only | `shared` |
 //! | every `StorageBackend` fulfils the written contract | `store_contract` |
@@ -36,6 +37,7 @@ mod continuity;
 mod deferral;
 mod explain;
 mod explicit_api;
+mod first_spans;
 mod hostile;
 mod lifecycle;
 #[cfg(feature = "metrics")]

@@ -250,9 +250,14 @@ fn expect(worker: &Worker, relation: Relation, continuation: Continuation, facts
         }
     }
     let link = link.map(|target| (relation.as_str().to_owned(), ids(target)));
+    // A new run or generation keeps the request that it comes from.
+    let is_new = matches!(relation, Relation::NewRun | Relation::Expired)
+        && continuation == Continuation::NewRootAndLink;
+    let request = natural.as_ref().filter(|_| is_new);
+    let request = request.map(|request| ("foreign".to_owned(), ids(request)));
     assert_eq!(
         links(&subject),
-        Vec::from_iter(link),
+        Vec::from_iter(link.into_iter().chain(request)),
         "the relation and the target of its links"
     );
 
@@ -523,7 +528,14 @@ fn a_resampled_relation_takes_a_new_sampling_decision_for_a_new_trace() {
                     if is_taken {
                         assert_root(&worker.span("subject"));
                         let to_stored = (relation.as_str().to_owned(), ids(&stored));
-                        assert_eq!(links(&worker.span("subject")), [to_stored]);
+                        // A new run or generation keeps the request that it comes from.
+                        let is_new = relation != Relation::Resumed;
+                        let request = natural.filter(|_| is_new);
+                        let request = request.map(|request| ("foreign".to_owned(), ids(&request)));
+                        assert_eq!(
+                            links(&worker.span("subject")),
+                            Vec::from_iter([to_stored].into_iter().chain(request))
+                        );
                     }
                 };
                 labelled(&label, || {
