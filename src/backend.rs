@@ -5,10 +5,6 @@
 
 pub(crate) mod client;
 #[cfg(any(test, feature = "redb", feature = "redis"))]
-#[cfg_attr(
-    not(feature = "redb"),
-    allow(dead_code, reason = "only redb reads the expiry alone")
-)]
 pub(crate) mod codec;
 pub(crate) mod keys;
 pub(crate) mod memory;

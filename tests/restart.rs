@@ -449,7 +449,7 @@ fn a_file_of_somebody_else_is_refused_and_left_as_it_is() {
             );
             let message = error.to_string();
             assert!(
-                message.contains("no file of workflow contexts"),
+                message.contains("not a workflow-context database"),
                 "{message}"
             );
             assert!(message.contains(&path.display().to_string()), "{message}");

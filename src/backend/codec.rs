@@ -1,22 +1,22 @@
-//! A [`Record`] as bytes: what is kept by backends that keep bytes.
+//! The binary form of a [`Record`], for backends that store bytes.
 //!
-//! Version 1, all numbers little-endian:
+//! Version 1; all numbers are little-endian:
 //!
-//! | bytes | what |
+//! | bytes | content |
 //! |---|---|
 //! | 1 | 1, the version |
 //! | 8 | `expires_at`, in nanoseconds since 1970 |
-//! | 8 | `recorded_at`, the same |
+//! | 8 | `recorded_at`, in nanoseconds since 1970 |
 //! | 16 | trace id |
 //! | 8 | span id |
 //! | 4 | generation |
 //! | 1 | trace flags |
 //! | 1 | 1 if resumed, plus 2 if there is a run id, plus 4 if there is a tracestate |
-//! | 4 + n | the length of the run id and the run id, if there is one |
-//! | 4 + n | the length of the tracestate and the tracestate, if there is one |
+//! | 4 + n | the length of the run id, and the run id, if there is one |
+//! | 4 + n | the length of the tracestate, and the tracestate, if there is one |
 //!
-//! Each record has one form, and nothing else is read: what [`decode`] answers encodes to the bytes it was given.
-//! Times before 1970 and after 2554 are moved to the nearer end.
+//! The encoding is canonical: a record that [`decode`] returns encodes to the same bytes again, and all other bytes are
+//! malformed. Times before 1970 and after 2554 are clamped.
 
 use std::time::{Duration, SystemTime};
 
@@ -28,7 +28,7 @@ use crate::traceparent;
 
 const VERSION: u8 = 1;
 
-/// Everything but the run id and the tracestate.
+/// Length without the run id and the tracestate.
 const FIXED: usize = 47;
 
 const RESUMED: u8 = 1;
@@ -59,14 +59,14 @@ pub(super) fn encode(record: &Record) -> Vec<u8> {
     bytes.extend(generation.to_le_bytes());
     bytes.extend([context.flags().to_u8(), flags]);
     for text in texts.into_iter().flatten() {
-        // A text of 4 GiB would become undecodable here; there is none.
+        // Far below 4 GiB: ids and tracestates are bounded.
         bytes.extend((text.len() as u32).to_le_bytes());
         bytes.extend(text.as_bytes());
     }
     bytes
 }
 
-/// The record, marked as another process's; `None` for anything that [`encode`] does not write.
+/// Decodes a record, whose context is marked as remote. Returns `None` for bytes that [`encode`] does not write.
 pub(super) fn decode(bytes: &[u8]) -> Option<Record> {
     let mut bytes = Bytes(bytes);
     if bytes.take()? != [VERSION] {
@@ -108,7 +108,8 @@ pub(super) fn decode(bytes: &[u8]) -> Option<Record> {
     })
 }
 
-/// When the record of these bytes is gone, without a look at the rest of it; `None` for another version's.
+/// Decodes the expiry of a record alone. Returns `None` for another version.
+#[cfg(any(test, feature = "redb"))]
 pub(super) fn expires_at(bytes: &[u8]) -> Option<SystemTime> {
     let mut bytes = Bytes(bytes);
     (bytes.take()? == [VERSION]).then_some(())?;
@@ -124,7 +125,7 @@ fn time(nanoseconds: u64) -> SystemTime {
     SystemTime::UNIX_EPOCH + Duration::from_nanos(nanoseconds)
 }
 
-/// What is still to be read.
+/// The bytes that are still to be read.
 struct Bytes<'a>(&'a [u8]);
 
 impl Bytes<'_> {
