@@ -109,11 +109,6 @@ impl WriteOutcome {
             Self::Done | Self::Failed(_) => None,
         }
     }
-
-    /// The outcome of a write that was carried out, unless it found a record.
-    pub(crate) fn found(existing: Option<Record>) -> Self {
-        existing.map_or(Self::Done, Self::Existing)
-    }
 }
 
 /// A failure of a backend.

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant, SystemTime};
 use redis::Commands as _;
 use redis_server::{Proxy, RedisServer, Says};
 use support::*;
-use tracing_workflow_context::backend::{Record, StorageBackend as _, Write};
+use tracing_workflow_context::backend::{Record, StorageBackend as _, Write, WriteOutcome};
 use tracing_workflow_context::testing::check_backend;
 use tracing_workflow_context::{ConnectError, Form, RedisBackend, WorkflowContext};
 
@@ -48,6 +48,13 @@ fn raw(server: &RedisServer) -> redis::Connection {
 fn record(traceparent: &str) -> Record {
     let context = WorkflowContext::parse(traceparent, "").expect("well formed");
     Record::new(context, SystemTime::now() + Duration::from_secs(3600))
+}
+
+/// Returns `true` if all writes were carried out.
+fn is_written(backend: &RedisBackend, writes: &[Write]) -> bool {
+    let is_done = |outcome: &WriteOutcome| !matches!(outcome, WriteOutcome::Failed(_));
+    let outcomes = backend.write(writes);
+    outcomes.is_ok_and(|outcomes| outcomes.iter().all(is_done))
 }
 
 fn claim(key: &str, record: &Record) -> Write {

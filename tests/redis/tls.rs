@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tracing_workflow_context::RedisBackend;
 use tracing_workflow_context::backend::StorageBackend as _;
 
-use super::{Directory, PARENT, PATIENCE, RedisServer, claim, raw, record};
+use super::{Directory, PARENT, PATIENCE, RedisServer, claim, is_written, raw, record};
 
 /// The URL, what is there, and whether it is to be trusted, for a process with certificates of its own.
 const TLS: &str = "WORKFLOW_CONTEXT_TLS";
@@ -63,7 +63,7 @@ fn one_process_by_tls() {
     if trusted == "trusted" {
         let deadline = Instant::now() + PATIENCE;
         // A Cluster takes nothing for a moment after its start.
-        while backend.write(&[claim("first", &record(PARENT))]).is_err() {
+        while !is_written(&backend, &[claim("first", &record(PARENT))]) {
             assert!(
                 Instant::now() < deadline,
                 "it is written to within {PATIENCE:?}"
