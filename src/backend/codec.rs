@@ -188,7 +188,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_record_comes_back_as_it_was(record in record()) {
+        fn a_record_is_decoded_as_it_was_encoded(record in record()) {
             let bytes = encode(&record);
             let decoded = decode(&bytes).expect("just encoded");
             prop_assert!(decoded.context.is_remote());
@@ -203,7 +203,7 @@ mod tests {
             }
         }
 
-        /// Random bytes are hardly ever nearly right: these are.
+        /// One wrong byte in a valid record: random bytes are hardly ever that close to one.
         #[test]
         fn a_damaged_record_is_another_one_or_none(
             record in record(),
@@ -219,7 +219,7 @@ mod tests {
         }
 
         #[test]
-        fn what_is_cut_or_goes_on_is_none(record in record(), more in any::<u8>()) {
+        fn a_truncated_or_extended_record_is_none(record in record(), more in any::<u8>()) {
             let mut bytes = encode(&record);
             for len in 0..bytes.len() {
                 prop_assert!(decode(&bytes[..len]).is_none(), "{} of {}", len, bytes.len());
@@ -230,14 +230,14 @@ mod tests {
     }
 
     #[test]
-    fn a_usual_record_is_small() {
+    fn a_typical_record_is_small() {
         let encoded = encode(&plain());
         assert_eq!(encoded.len(), FIXED);
         const { assert!(FIXED <= 64) };
     }
 
     #[test]
-    fn each_thing_that_is_not_exactly_right_is_none() {
+    fn each_kind_of_malformed_record_is_none() {
         let plain = plain();
         let with = |at: usize, bytes: &[u8]| {
             let mut encoded = encode(&plain);
@@ -262,20 +262,20 @@ mod tests {
             ("a newer version", with(0, &[2])),
             ("a zero trace id", with(17, &[0; 16])),
             ("a zero span id", with(33, &[0; 8])),
-            ("a trace flag without a meaning", with(45, &[4])),
-            ("a flag without a meaning", with(46, &[8])),
-            ("a run id that is not there", with(46, &[HAS_RUN_ID])),
+            ("an undefined trace flag", with(45, &[4])),
+            ("an undefined flag", with(46, &[8])),
+            ("a missing run id", with(46, &[HAS_RUN_ID])),
             ("a run id that is too short", with_run_id(4, b"run")),
             ("a run id that is too long", with_run_id(2, b"run")),
             ("a run id of 4 GiB", with_run_id(u32::MAX as usize, b"run")),
-            ("a run id that is no text", with_run_id(3, b"r\xffn")),
+            ("a run id that is not UTF-8", with_run_id(3, b"r\xffn")),
             ("an empty tracestate", with_trace_state("")),
             ("a tracestate with blanks", with_trace_state("a=1, b=2")),
             ("a tracestate without a value", with_trace_state("a=")),
             ("a tracestate with a key twice", with_trace_state("a=1,a=2")),
         ];
-        for (what, bytes) in wrong {
-            assert_eq!(decode(&bytes), None, "{what}");
+        for (kind, bytes) in wrong {
+            assert_eq!(decode(&bytes), None, "{kind}");
         }
     }
 

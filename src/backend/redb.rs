@@ -115,7 +115,7 @@ impl RedbBackend {
     ///
     /// # Errors
     ///
-    /// As [`open`](Self::open).
+    /// The errors of [`open`](Self::open).
     pub fn open_with(path: impl AsRef<Path>, sync: RedbSync) -> Result<Self, OpenError> {
         Self::open_on(Disk::new(path.as_ref()), sync)
     }

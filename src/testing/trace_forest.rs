@@ -163,9 +163,8 @@ impl TraceForest {
 
     /// Returns the number of spans of each name.
     ///
-    /// Use it to assert how often something ran, or was exported. A replay that exports an activity twice cannot be
-    /// told from a retry of that activity: both are two spans of one name under one parent. The test knows which it
-    /// expects.
+    /// Use it to assert how often something ran, or was exported. A replay that exports an activity twice looks like a
+    /// retry of that activity: two spans of one name under one parent. The test knows which of them it expects.
     pub fn count_by_name(&self) -> BTreeMap<String, usize> {
         let mut counts = BTreeMap::new();
         for span in self.spans() {

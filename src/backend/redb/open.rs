@@ -3,7 +3,7 @@
 //! A foreign file stays untouched to the last byte, although redb writes to each database that it opens. So the format
 //! is first looked up in a [`Scratch`], and redb opens the file itself only if it is ours.
 //!
-//! A file that was being created when the process or the machine died is recognised, and created anew: it begins with
+//! A file that was being created when the process or the machine died is recognised, and created again: it begins with
 //! [`UNFINISHED`] until all the rest is on the disk.
 
 use std::fs::{File, OpenOptions};
@@ -21,7 +21,7 @@ use redb::{
 
 use super::scratch::Scratch;
 
-/// Holds the version of the format under [`FORMAT`]. Its name tells our files from all others.
+/// Holds the version of the format under [`FORMAT`]. The name of the table identifies our files.
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("tracing-workflow-context");
 const FORMAT: &str = "format";
 const FORMAT_VERSION: u64 = 1;
@@ -145,7 +145,7 @@ impl Disk {
         let file = self.open_file.file(&self.path);
         let file = file.map_err(|error| self.refused(error.into()))?;
         match file.try_lock_range(Bound::Unbounded, Bound::Unbounded) {
-            // Where the file system has no locks, redb does without them too.
+            // On a file system without locks, redb opens the file too.
             Ok(true) | Err(redb::BackendError::Unsupported) => {}
             Ok(false) => return Err(self.refused(redb::Error::DatabaseAlreadyOpen)),
             Err(error) => return Err(io(io::Error::other(error))),
@@ -269,7 +269,7 @@ fn create(file: &dyn StorageBackend) -> Result<(), redb::Error> {
     Ok(file.sync_data()?)
 }
 
-/// Makes the entry of a new file in its directory durable, where that is a step of its own.
+/// Makes the directory entry of a new file durable, on systems where syncing the file does not.
 fn sync_directory(path: &Path) {
     let parent = path
         .parent()

@@ -359,7 +359,7 @@ fn a_disk_that_was_full_for_a_while_is_used_again_by_itself() {
     }
 }
 
-/// redb panics on some files that have changed beneath it.
+/// redb panics on some changes of an open file.
 #[test]
 fn a_file_that_is_damaged_while_it_is_open_is_an_error_and_no_panic() {
     for seed in 0..25 {
@@ -370,7 +370,7 @@ fn a_file_that_is_damaged_while_it_is_open_is_an_error_and_no_panic() {
             .map(|n| Write::Put(format!("order {n}"), record(n + 1)))
             .collect();
         backend.write(&writes).expect("there is power");
-        // What redb has in memory is sound: another one has to read the file.
+        // The cache of this one is sound, so another one has to read the file.
         drop(backend);
         let backend = disk.open(RedbSync::Group).expect("it was closed");
         {

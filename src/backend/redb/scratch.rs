@@ -1,4 +1,4 @@
-//! A file of which changes stay in memory: to look at a database without touching it.
+//! A view of a file whose changes stay in memory, to look into a database without changing the file.
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -7,11 +7,11 @@ use redb::StorageBackend;
 
 use crate::lock::lock;
 
-/// A file as it is on the disk, with changes on top that are dropped with the last clone. Clones are one file.
+/// A file with changes on top, which are dropped with the last clone. Clones are the same file.
 ///
-/// A database that was not closed properly can only be read after redb has repaired it. Here it repairs a view.
+/// redb reads a database that was not closed properly only after a repair; here it repairs the view.
 ///
-/// Takes no locks: whoever owns the file below has to keep others from changing it.
+/// It takes no locks: its owner has to lock the file below.
 #[derive(Clone, Debug)]
 pub(super) struct Scratch(Arc<Shared>);
 

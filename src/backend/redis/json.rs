@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_comes_back_as_it_was() {
+    fn a_record_is_decoded_as_it_was_encoded() {
         let moment = |s| SystemTime::UNIX_EPOCH + Duration::from_secs(s);
         for (tracestate, run_id) in [("", None), ("a=1,b=\"\\", Some("run\u{1f}\n\"ü"))] {
             let context = WorkflowContext::parse(PARENT, tracestate).expect("well formed");
@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn what_python_has_written_is_read() {
+    fn an_object_of_dapr_agents_is_read() {
         let record = decoded(&format!(
             r#"{{"traceparent": "{PARENT}", "tracestate": null, "instance_id": "order-42",
                 "resumed": true, "debug_info": "New trace", "other": [1, {{}}]}}"#
@@ -140,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn anything_else_is_none() {
+    fn a_malformed_object_is_none() {
         let with = |members: &str| format!(r#"{{"traceparent":"{PARENT}",{members}}}"#);
         let wrong = [
             String::new(),

@@ -151,7 +151,7 @@ impl Members {
         let Some(recovery) = &state.recovery else {
             return false;
         };
-        // A full channel has told it already.
+        // If the channel is full, the thread is told already.
         let _ = recovery.try_send(());
         true
     }
@@ -191,7 +191,7 @@ impl Shared {
             let mut state = self.state();
             state.is_stale |= !is_refreshed;
             if !state.is_stale && !state.members.values().any(|member| member.is_down()) {
-                // Under the lock: whoever finds a problem after this starts another thread.
+                // Under the lock, so that a problem that is found later starts another thread.
                 state.recovery = None;
                 return;
             }
