@@ -1,11 +1,7 @@
-//! What an instance costs in memory, and how long an insertion takes at the worst: one that finds room, and one
-//! that has to evict another instance.
+//! Measures the memory of an instance, and the time of insertions with and without eviction, the slowest included.
 //!
 //! `cargo run --release --example memory`
-#![allow(
-    unsafe_code,
-    reason = "an allocator that counts is one of unsafe methods"
-)]
+#![allow(unsafe_code, reason = "the methods of a counting allocator are unsafe")]
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::fmt::Write as _;
@@ -25,10 +21,10 @@ static ALLOCATOR: Counting = Counting;
 
 struct Counting;
 
-/// Bytes that were asked for and not given back.
+/// Bytes that are allocated now.
 static LIVE: AtomicUsize = AtomicUsize::new(0);
 
-// SAFETY: whatever is asked for, `System` does; counting neither allocates nor unwinds.
+// SAFETY: all calls go to `System`; counting neither allocates nor unwinds.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         LIVE.fetch_add(layout.size(), Relaxed);
@@ -42,7 +38,7 @@ unsafe impl GlobalAlloc for Counting {
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    println!("bytes per instance, of {INSTANCES} with UUIDs for ids:");
+    println!("bytes per instance, with {INSTANCES} instances whose ids are UUIDs:");
     per_instance("stored by a call", |storage| {
         let context = context();
         uuids(|id| storage.store(id, context.clone()).expect("a good id"));
@@ -60,24 +56,27 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         });
     });
 
-    println!("time of an insertion, with {INSTANCES} instances at most:");
+    println!("time of an insertion, with at most {INSTANCES} instances:");
     let before = LIVE.load(Relaxed);
     let storage = WorkflowContextStorage::builder()
         .max_instances(INSTANCES)
         .build()?;
     let context = context();
     let mut instances = 0..;
-    for (what, insertions) in [("finds room", INSTANCES), ("evicts another", 4 * INSTANCES)] {
+    for (kind, insertions) in [
+        ("without eviction", INSTANCES),
+        ("with eviction", 4 * INSTANCES),
+    ] {
         let mut id = String::new();
-        let mut pauses = Vec::with_capacity(insertions);
+        let mut times = Vec::with_capacity(insertions);
         for instance in instances.by_ref().take(insertions) {
             write_uuid(&mut id, instance);
             let (id, context) = (&*id, context.clone());
             let start = Instant::now();
             storage.store(id, context)?;
-            pauses.push(start.elapsed());
+            times.push(start.elapsed());
         }
-        print(what, pauses);
+        print(kind, times);
     }
     let stats = storage.stats();
     assert_eq!(
@@ -85,13 +84,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         (INSTANCES as u64, 4 * INSTANCES as u64)
     );
     println!(
-        "bytes per instance after all these: {}",
+        "bytes per instance after these insertions: {}",
         (LIVE.load(Relaxed) - before) / INSTANCES
     );
     Ok(())
 }
 
-/// Fills a new storage, and prints what was allocated by then.
+/// Fills a new storage, and prints the bytes that this has allocated.
 fn per_instance(how: &str, fill: impl FnOnce(&WorkflowContextStorage)) {
     let storage = WorkflowContextStorage::new();
     let before = LIVE.load(Relaxed);
@@ -101,19 +100,19 @@ fn per_instance(how: &str, fill: impl FnOnce(&WorkflowContextStorage)) {
     println!("  {:>6.1}  {how}", bytes as f64 / INSTANCES as f64);
 }
 
-/// Runs with the layer of the storage, and exports nothing.
+/// Runs with the layer of the storage, without an exporter.
 fn in_spans(storage: &WorkflowContextStorage, run: impl FnOnce()) {
     let provider = SdkTracerProvider::builder().build();
     let layer = storage.layer(provider.tracer("memory"));
     tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), run);
 }
 
-fn print(what: &str, mut pauses: Vec<Duration>) {
-    pauses.sort_unstable();
-    let part = |of: f64| pauses[((pauses.len() - 1) as f64 * of) as usize];
-    let [median, late, later, last] = [0.5, 0.999, 0.99999, 1.0].map(part);
+fn print(kind: &str, mut times: Vec<Duration>) {
+    times.sort_unstable();
+    let quantile = |part: f64| times[((times.len() - 1) as f64 * part) as usize];
+    let [median, late, later, last] = [0.5, 0.999, 0.99999, 1.0].map(quantile);
     println!(
-        "  one that {what}: median {median:.1?}, 99.9 % within {late:.1?}, 99.999 % within {later:.1?}, worst {last:.1?}"
+        "  {kind}: median {median:.1?}, 99.9 % within {late:.1?}, 99.999 % within {later:.1?}, slowest {last:.1?}"
     );
 }
 
@@ -132,7 +131,7 @@ fn write_uuid(id: &mut String, instance: usize) {
     let [b, c, d] = [b, c, d].map(|part| part as u16);
     let e = e as u64 & 0xffff_ffff_ffff;
     write!(id, "{:08x}-{b:04x}-{c:04x}-{d:04x}-{e:012x}", a as u32)
-        .expect("a String takes everything");
+        .expect("writing to a String succeeds");
 }
 
 fn context() -> WorkflowContext {

@@ -1,11 +1,8 @@
-//! What a fleet costs its Redis server: commands, bytes and memory of a workflow, measured on a server.
+//! Measures the load of a fleet on its Redis server: commands, bytes and memory of a workflow.
 //!
-//! `scripts/scale` starts a server of its own for it. By hand, with an empty server:
+//! `scripts/scale` runs it with a server of its own. By hand, with an empty server:
 //! `cargo run --release --features redis --example scale redis://127.0.0.1:6379/`
-#![allow(
-    clippy::print_stdout,
-    reason = "the terminal is where it shows what it measures"
-)]
+#![allow(clippy::print_stdout, reason = "it prints its results")]
 
 use std::error::Error;
 use std::time::{Duration, Instant};
@@ -17,9 +14,9 @@ use tracing_workflow_context::{RedisBackend, WorkflowContextStorage};
 
 const WORKERS: usize = 8;
 const WORKFLOWS: usize = 20_000;
-/// Later steps of a workflow, each on another worker: the worst case, no worker has seen it before.
+/// Later steps of a workflow, each on another worker: in this worst case, no worker has seen the workflow before.
 const STEPS: usize = 4;
-/// The fleet to plan for.
+/// The fleet that the results are scaled to.
 const FLEET_WORKFLOWS_PER_DAY: f64 = 100e6;
 const FLEET_WORKERS: f64 = 10_000.0;
 
@@ -43,13 +40,13 @@ fn main() -> Result<(), Box<dyn Error>> {
         tracer.build(span)
     };
 
-    let before = Usage::of(&mut server)?;
+    let before = Usage::from_server(&mut server)?;
     let start = Instant::now();
     for workflow in 0..WORKFLOWS {
         step(workflow % WORKERS, workflow, "first").end();
     }
     storages.iter().try_for_each(|storage| storage.flush())?;
-    let recorded = Usage::of(&mut server)?;
+    let recorded = Usage::from_server(&mut server)?;
     for workflow in 0..WORKFLOWS {
         for later in 1..=STEPS {
             let mut span = step((workflow + later) % WORKERS, workflow, "later");
@@ -61,7 +58,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     storages.iter().try_for_each(|storage| storage.flush())?;
     let seconds = start.elapsed().as_secs_f64();
-    let done = Usage::of(&mut server)?;
+    let done = Usage::from_server(&mut server)?;
 
     let hits: u64 = storages.iter().map(|storage| storage.stats().hits).sum();
     assert_eq!(
@@ -107,12 +104,12 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// As long as the ids that engines make.
+/// Formats an id as long as those of engines.
 fn uuid_like(n: usize) -> String {
     format!("{n:08x}-0000-4000-8000-{n:012x}")
 }
 
-/// What the server says of itself.
+/// Figures of the server's `INFO`.
 struct Usage {
     commands: f64,
     received: f64,
@@ -121,7 +118,7 @@ struct Usage {
 }
 
 impl Usage {
-    fn of(server: &mut redis::Connection) -> Result<Self, Box<dyn Error>> {
+    fn from_server(server: &mut redis::Connection) -> Result<Self, Box<dyn Error>> {
         let info: redis::InfoDict = redis::cmd("INFO").arg("everything").query(server)?;
         let figure = |name| {
             info.get::<f64>(name)

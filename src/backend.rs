@@ -5,10 +5,6 @@
 
 pub(crate) mod client;
 #[cfg(any(test, feature = "redb", feature = "redis"))]
-#[cfg_attr(
-    not(feature = "redb"),
-    allow(dead_code, reason = "only redb reads the expiry alone")
-)]
 pub(crate) mod codec;
 pub(crate) mod keys;
 pub(crate) mod memory;
@@ -112,11 +108,6 @@ impl WriteOutcome {
             Self::Existing(record) => Some(record),
             Self::Done | Self::Failed(_) => None,
         }
-    }
-
-    /// The outcome of a write that was carried out, unless it found a record.
-    pub(crate) fn found(existing: Option<Record>) -> Self {
-        existing.map_or(Self::Done, Self::Existing)
     }
 }
 

@@ -1,8 +1,8 @@
-//! Helpers for tests: finished spans as trees, and the contract of a backend as a suite.
+//! Helpers for tests: finished spans as trees, and the contract of a backend as a suite of checks.
 //!
-//! A test of a workflow mostly asks one thing: did everything land in one trace, connected? Collect the spans with
-//! any exporter that hands them back, such as `InMemorySpanExporter` of `opentelemetry_sdk`, and ask a
-//! [`TraceForest`]. Where an assertion fails, its message holds the whole drawing.
+//! Most tests of a workflow assert that all spans are in one trace, and connected. Collect the spans with an exporter
+//! such as `InMemorySpanExporter` of `opentelemetry_sdk`, and arrange them as a [`TraceForest`]. If an assertion fails,
+//! its message has the whole drawing.
 
 mod backend_contract;
 mod trace_forest;

@@ -1,22 +1,22 @@
-//! A [`Record`] as bytes: what is kept by backends that keep bytes.
+//! The binary form of a [`Record`], for backends that store bytes.
 //!
-//! Version 1, all numbers little-endian:
+//! Version 1; all numbers are little-endian:
 //!
-//! | bytes | what |
+//! | bytes | content |
 //! |---|---|
 //! | 1 | 1, the version |
 //! | 8 | `expires_at`, in nanoseconds since 1970 |
-//! | 8 | `recorded_at`, the same |
+//! | 8 | `recorded_at`, in nanoseconds since 1970 |
 //! | 16 | trace id |
 //! | 8 | span id |
 //! | 4 | generation |
 //! | 1 | trace flags |
 //! | 1 | 1 if resumed, plus 2 if there is a run id, plus 4 if there is a tracestate |
-//! | 4 + n | the length of the run id and the run id, if there is one |
-//! | 4 + n | the length of the tracestate and the tracestate, if there is one |
+//! | 4 + n | the length of the run id, and the run id, if there is one |
+//! | 4 + n | the length of the tracestate, and the tracestate, if there is one |
 //!
-//! Each record has one form, and nothing else is read: what [`decode`] answers encodes to the bytes it was given.
-//! Times before 1970 and after 2554 are moved to the nearer end.
+//! The encoding is canonical: a record that [`decode`] returns encodes to the same bytes again, and all other bytes are
+//! malformed. Times before 1970 and after 2554 are clamped.
 
 use std::time::{Duration, SystemTime};
 
@@ -28,7 +28,7 @@ use crate::traceparent;
 
 const VERSION: u8 = 1;
 
-/// Everything but the run id and the tracestate.
+/// Length without the run id and the tracestate.
 const FIXED: usize = 47;
 
 const RESUMED: u8 = 1;
@@ -59,14 +59,14 @@ pub(super) fn encode(record: &Record) -> Vec<u8> {
     bytes.extend(generation.to_le_bytes());
     bytes.extend([context.flags().to_u8(), flags]);
     for text in texts.into_iter().flatten() {
-        // A text of 4 GiB would become undecodable here; there is none.
+        // Far below 4 GiB: ids and tracestates are bounded.
         bytes.extend((text.len() as u32).to_le_bytes());
         bytes.extend(text.as_bytes());
     }
     bytes
 }
 
-/// The record, marked as another process's; `None` for anything that [`encode`] does not write.
+/// Decodes a record, whose context is marked as remote. Returns `None` for bytes that [`encode`] does not write.
 pub(super) fn decode(bytes: &[u8]) -> Option<Record> {
     let mut bytes = Bytes(bytes);
     if bytes.take()? != [VERSION] {
@@ -108,7 +108,8 @@ pub(super) fn decode(bytes: &[u8]) -> Option<Record> {
     })
 }
 
-/// When the record of these bytes is gone, without a look at the rest of it; `None` for another version's.
+/// Decodes the expiry of a record alone. Returns `None` for another version.
+#[cfg(any(test, feature = "redb"))]
 pub(super) fn expires_at(bytes: &[u8]) -> Option<SystemTime> {
     let mut bytes = Bytes(bytes);
     (bytes.take()? == [VERSION]).then_some(())?;
@@ -124,7 +125,7 @@ fn time(nanoseconds: u64) -> SystemTime {
     SystemTime::UNIX_EPOCH + Duration::from_nanos(nanoseconds)
 }
 
-/// What is still to be read.
+/// The bytes that are still to be read.
 struct Bytes<'a>(&'a [u8]);
 
 impl Bytes<'_> {
@@ -187,7 +188,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_record_comes_back_as_it_was(record in record()) {
+        fn a_record_is_decoded_as_it_was_encoded(record in record()) {
             let bytes = encode(&record);
             let decoded = decode(&bytes).expect("just encoded");
             prop_assert!(decoded.context.is_remote());
@@ -202,7 +203,7 @@ mod tests {
             }
         }
 
-        /// Random bytes are hardly ever nearly right: these are.
+        /// One wrong byte in a valid record: random bytes are hardly ever that close to one.
         #[test]
         fn a_damaged_record_is_another_one_or_none(
             record in record(),
@@ -218,7 +219,7 @@ mod tests {
         }
 
         #[test]
-        fn what_is_cut_or_goes_on_is_none(record in record(), more in any::<u8>()) {
+        fn a_truncated_or_extended_record_is_none(record in record(), more in any::<u8>()) {
             let mut bytes = encode(&record);
             for len in 0..bytes.len() {
                 prop_assert!(decode(&bytes[..len]).is_none(), "{} of {}", len, bytes.len());
@@ -229,14 +230,14 @@ mod tests {
     }
 
     #[test]
-    fn a_usual_record_is_small() {
+    fn a_typical_record_is_small() {
         let encoded = encode(&plain());
         assert_eq!(encoded.len(), FIXED);
         const { assert!(FIXED <= 64) };
     }
 
     #[test]
-    fn each_thing_that_is_not_exactly_right_is_none() {
+    fn each_kind_of_malformed_record_is_none() {
         let plain = plain();
         let with = |at: usize, bytes: &[u8]| {
             let mut encoded = encode(&plain);
@@ -261,20 +262,20 @@ mod tests {
             ("a newer version", with(0, &[2])),
             ("a zero trace id", with(17, &[0; 16])),
             ("a zero span id", with(33, &[0; 8])),
-            ("a trace flag without a meaning", with(45, &[4])),
-            ("a flag without a meaning", with(46, &[8])),
-            ("a run id that is not there", with(46, &[HAS_RUN_ID])),
+            ("an undefined trace flag", with(45, &[4])),
+            ("an undefined flag", with(46, &[8])),
+            ("a missing run id", with(46, &[HAS_RUN_ID])),
             ("a run id that is too short", with_run_id(4, b"run")),
             ("a run id that is too long", with_run_id(2, b"run")),
             ("a run id of 4 GiB", with_run_id(u32::MAX as usize, b"run")),
-            ("a run id that is no text", with_run_id(3, b"r\xffn")),
+            ("a run id that is not UTF-8", with_run_id(3, b"r\xffn")),
             ("an empty tracestate", with_trace_state("")),
             ("a tracestate with blanks", with_trace_state("a=1, b=2")),
             ("a tracestate without a value", with_trace_state("a=")),
             ("a tracestate with a key twice", with_trace_state("a=1,a=2")),
         ];
-        for (what, bytes) in wrong {
-            assert_eq!(decode(&bytes), None, "{what}");
+        for (kind, bytes) in wrong {
+            assert_eq!(decode(&bytes), None, "{kind}");
         }
     }
 

@@ -1,77 +1,43 @@
-//! A backend in a file of this machine.
+//! The backend in one file: a redb database.
 
-mod file;
+mod open;
 #[cfg(test)]
 mod power_cut;
+mod scratch;
 
 use std::fmt;
-use std::fs::OpenOptions;
 use std::io;
 use std::ops::Bound;
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::path::Path;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
-use redb::backends::FileBackend;
-use redb::{
-    Database, Durability, ReadableDatabase, ReadableTable, ReadableTableMetadata, Table,
-    TableDefinition, TableError,
-};
+use redb::{Database, Durability, ReadableDatabase, ReadableTable, Table};
 
+use self::open::{Disk, RECORDS, close, guarded};
 use super::codec;
 use crate::backend::{BackendError, Record, StorageBackend, Write, WriteOutcome};
 use crate::lock::lock;
 use crate::stats::Counter;
-use file::HeldBack;
 
-/// Some keys and their records, as they are in the file.
-#[derive(Default)]
-struct Page {
-    bytes: Vec<u8>,
-    /// Where each key ends, and its record.
-    ends: Vec<(usize, usize)>,
-}
+pub use self::open::OpenError;
 
-impl Page {
-    fn iter(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
-        let starts = std::iter::once(0).chain(self.ends.iter().map(|(_, end)| *end));
-        let between = |(start, (key, end)): (usize, &(usize, usize))| {
-            (&self.bytes[start..*key], &self.bytes[*key..*end])
-        };
-        starts.zip(&self.ends).map(between)
-    }
-}
-
-/// Has the version of the format under [`FORMAT`], and by its name tells our files from all others.
-const META: TableDefinition<'_, &str, u64> = TableDefinition::new("tracing-workflow-context");
-const FORMAT: &str = "format";
-const FORMAT_VERSION: u64 = 1;
-
-/// Keys, which are text, and records as [`codec`] writes them.
-const RECORDS: TableDefinition<'_, &[u8], &[u8]> = TableDefinition::new("records");
-
-/// What redb may keep in memory of the file. Its own default is 1 GiB.
-const CACHE: usize = 32 * 1024 * 1024;
-
-/// A file of at least this many bytes is made smaller when it is opened and less than half of it is in use.
-const WORTH_COMPACTING: u64 = 4 * 1024 * 1024;
-
-/// How many records a scan reads at a time.
+/// Number of records that a scan reads in one transaction.
 const PAGE: usize = 1024;
 
-/// How many records a write looks at for those that are over, and for how many more with each change in it.
+/// Number of records that a group of writes checks for expiry: a few, and some more for each write in the group.
 const SWEPT: usize = 64;
-const SWEPT_PER_CHANGE: usize = 4;
+const SWEPT_PER_WRITE: usize = 4;
 
 /// The longest time that [`RedbSync::Eventual`] keeps a write in memory alone.
 const EVENTUALLY: Duration = Duration::from_secs(1);
 
-/// A backend in one file of this machine, which survives restarts: a [redb] database.
+/// A backend in one file, which survives restarts: a [redb] database.
 ///
-/// One process at a time has the file open. A new storage loads what is in it, so that spans find their instances in
-/// memory; what memory has no room for is looked up in the file.
+/// One process at a time can open the file. A new storage loads all its records, so that spans find their instances in
+/// memory; those that do not fit into memory are looked up in the file.
 ///
 /// ```
 /// # let directory = std::env::temp_dir().join(format!("redb-doctest-{}", std::process::id()));
@@ -95,21 +61,21 @@ const EVENTUALLY: Duration = Duration::from_secs(1);
 ///
 /// # The file
 ///
-/// It is created where there is none, or an empty one. Any other file that this crate has not written is refused,
-/// and left as it is to the last byte. Each opening checks the whole file, which also brings it in order after a
-/// crash, and makes it smaller where it is larger than 4 MiB and less than half of it is in use.
+/// It is created if it is missing or empty. Any other file that this crate has not written is refused, and stays
+/// unchanged to the last byte. Each opening checks the whole file, which also repairs it after a crash, and compacts it
+/// if it is larger than 4 MiB and less than half of it is in use.
 ///
-/// A record that is over is no longer shown; its space is freed by later writes, each of which looks at a few
-/// records. Within the file that space is used again.
+/// An expired record is no longer returned. Later writes, each of which checks a few records, free its space for other
+/// records in the file.
 ///
-/// Where reading or writing fails, the file is closed, and opened again by the next call.
+/// If reading or writing fails, the file is closed, and opened again by the next call.
 ///
 /// # What can be lost
 ///
 /// | | the process dies | the machine dies |
 /// |---|---|---|
-/// | what was flushed | nothing | nothing, where the disk keeps its word |
-/// | other writes, [`RedbSync::Group`] | what the storage has still queued | the same |
+/// | flushed writes | nothing | nothing, if fsync is honoured |
+/// | other writes, [`RedbSync::Group`] | those still queued in the storage | the same |
 /// | other writes, [`RedbSync::Eventual`] | those of the last second | the same |
 ///
 /// No lock is held while code of the caller runs.
@@ -117,67 +83,21 @@ const EVENTUALLY: Duration = Duration::from_secs(1);
 /// [redb]: https://docs.rs/redb
 pub struct RedbBackend {
     shared: Arc<Shared>,
-    /// With [`RedbSync::Eventual`].
-    syncing: Option<JoinHandle<()>>,
+    /// Present with [`RedbSync::Eventual`].
+    syncer: Option<Syncer>,
 }
 
-/// When a [`RedbBackend`] waits for the disk.
+/// The moment at which the writes of a [`RedbBackend`] are durable.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum RedbSync {
-    /// Each group of writes is on the disk before the next one begins. At any moment only what the storage has still
+    /// Each group of writes is synced to the disk before the next one begins. Only writes that the storage has still
     /// queued can be lost.
     #[default]
     Group,
-    /// Within a second, or when something is flushed. For a disk on which waiting costs much, or wears it out: a
-    /// crash of the process loses the writes of up to that second, unless they were flushed.
+    /// All writes are synced once a second, and by each flush. For a disk on which syncing is slow or causes wear: a
+    /// crash of the process loses the writes of up to a second, unless they were flushed.
     Eventual,
-}
-
-/// Why a [`RedbBackend`] could not be opened. The file is as it was.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum OpenError {
-    /// Another process has the file open, or another backend of this one.
-    #[error("{}: the file is open already, in this process or in another one", path.display())]
-    Locked {
-        /// The file.
-        path: PathBuf,
-    },
-    /// The file is something else: another program's database, no database at all, or not even a file.
-    #[error("{}: this is no file of workflow contexts, and is left alone", path.display())]
-    NotOurs {
-        /// The file.
-        path: PathBuf,
-    },
-    /// A newer version of this crate has written the file.
-    #[error(
-        "{}: the file has format {found}, and this version of the crate knows formats up to {FORMAT_VERSION}",
-        path.display()
-    )]
-    NewerVersion {
-        /// The file.
-        path: PathBuf,
-        /// The version of its format.
-        found: u64,
-    },
-    /// The file was truncated, or changed by something else. What is in it cannot be trusted; without the file,
-    /// instances that are under way begin new traces.
-    #[error("{}: the file is damaged; remove it to begin anew", path.display())]
-    Damaged {
-        /// The file.
-        path: PathBuf,
-        /// What redb has found.
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
-    /// The operating system refused something.
-    #[error("{}: the file cannot be opened", path.display())]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// What it said.
-        source: io::Error,
-    },
 }
 
 impl RedbBackend {
@@ -185,7 +105,8 @@ impl RedbBackend {
     ///
     /// # Errors
     ///
-    /// [`OpenError`], which names the file, for anything but a sound file of ours that nobody else has open.
+    /// If the file was not written by this crate, is damaged or open elsewhere, or if the operating system fails.
+    /// Each [`OpenError`] names the file.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, OpenError> {
         Self::open_with(path, RedbSync::default())
     }
@@ -194,11 +115,9 @@ impl RedbBackend {
     ///
     /// # Errors
     ///
-    /// As [`open`](Self::open).
+    /// The errors of [`open`](Self::open).
     pub fn open_with(path: impl AsRef<Path>, sync: RedbSync) -> Result<Self, OpenError> {
-        let path = path.as_ref().to_owned();
-        let open_file = Box::new(open_file);
-        Self::open_on(Disk { path, open_file }, sync)
+        Self::open_on(Disk::new(path.as_ref()), sync)
     }
 
     fn open_on(disk: Disk, sync: RedbSync) -> Result<Self, OpenError> {
@@ -210,26 +129,22 @@ impl RedbBackend {
             malformed: Counter::default(),
             swept: Mutex::default(),
             pending: Mutex::default(),
-            wake: Condvar::new(),
         });
-        let syncing = match sync {
+        let syncer = match sync {
             RedbSync::Group => None,
             RedbSync::Eventual => {
-                let shared = shared.clone();
-                let thread = thread::Builder::new().name("workflow-context-sync".into());
-                Some(thread.spawn(move || shared.sync_until_closed()))
+                let syncer = Syncer::start(&shared).map_err(|error| shared.disk.io(error))?;
+                Some(syncer)
             }
         };
-        let syncing = syncing.transpose().map_err(|error| shared.disk.io(error))?;
-        Ok(Self { shared, syncing })
+        Ok(Self { shared, syncer })
     }
 }
 
 impl Drop for RedbBackend {
     fn drop(&mut self) {
-        self.shared.pending().closing = true;
-        self.shared.wake.notify_one();
-        if let Some(thread) = self.syncing.take() {
+        if let Some(Syncer { written, thread }) = self.syncer.take() {
+            drop(written);
             let _ = thread.join();
         }
     }
@@ -241,33 +156,49 @@ struct Shared {
     /// `None` after a failure, until the file is opened again.
     database: Mutex<Option<Arc<Database>>>,
     malformed: Counter,
-    /// The key up to which a sweep has come.
+    /// The last key that a sweep has checked.
     swept: Mutex<Vec<u8>>,
     pending: Mutex<Pending>,
-    wake: Condvar,
 }
 
-/// What is not on the disk yet, with [`RedbSync::Eventual`].
+/// The state of syncing, with [`RedbSync::Eventual`].
 #[derive(Debug, Default)]
 struct Pending {
+    /// Some writes are not synced yet.
     writes: bool,
-    /// Some of it never came there.
+    /// Some writes were lost, and no `flush` has reported it yet.
     lost: bool,
-    closing: bool,
+}
+
+/// The thread that syncs once a second, as long as there are writes.
+struct Syncer {
+    /// Wakes the thread after a write, and ends it when dropped.
+    written: SyncSender<()>,
+    thread: JoinHandle<()>,
+}
+
+impl Syncer {
+    fn start(shared: &Arc<Shared>) -> io::Result<Self> {
+        let (written, wakes) = sync_channel(1);
+        let shared = shared.clone();
+        let thread = thread::Builder::new().name("workflow-context-sync".into());
+        let thread = thread.spawn(move || shared.sync_until_closed(&wakes))?;
+        Ok(Self { written, thread })
+    }
 }
 
 type Records<'txn> = Table<'txn, &'static [u8], &'static [u8]>;
 
 impl Shared {
-    /// Runs with the database, opened again if need be. After a failure it is closed.
+    /// Runs `run` with the database, which is opened if a failure has closed it, and closed after a failure.
     fn with<R>(
         &self,
         run: impl FnOnce(&Database) -> Result<R, redb::Error>,
     ) -> Result<R, BackendError> {
         let database = self.database()?;
         guarded(|| run(&database)).map_err(|error| {
-            self.give_up(database);
-            let message = format!("{}: the file has failed", self.disk.path.display());
+            self.close_failed(database);
+            let message = format!("{}: the database file failed", self.disk.path.display());
             BackendError::new(message, Some(Box::new(error)))
         })
     }
@@ -278,15 +209,15 @@ impl Shared {
             return Ok(database.clone());
         }
         let opened = self.disk.open_database().map_err(|error| {
-            let message = "the file had failed, and could not be opened again";
+            let message = "the database file failed before, and cannot be opened again";
             BackendError::new(message, Some(Box::new(error)))
         })?;
         Ok(database.insert(Arc::new(opened)).clone())
     }
 
-    /// Closes the database, unless another thread has done so and it was opened again. redb does nothing more with
-    /// a file that has failed once, were it only that the disk was full for a while.
-    fn give_up(&self, failed: Arc<Database>) {
+    /// Closes a database that has failed, unless another thread has done so already. redb refuses all further work on
+    /// it, even if the disk was only full for a while.
+    fn close_failed(&self, failed: Arc<Database>) {
         let mut database = lock(&self.database);
         let closed = database.take_if(|database| Arc::ptr_eq(database, &failed));
         drop(database);
@@ -301,21 +232,21 @@ impl Shared {
         &self,
         database: &Database,
         writes: &[Write],
-    ) -> Result<Vec<Option<Record>>, redb::Error> {
+    ) -> Result<Vec<WriteOutcome>, redb::Error> {
         let mut transaction = database.begin_write()?;
         if self.sync == RedbSync::Eventual {
             transaction.set_durability(Durability::None)?;
         }
         let now = SystemTime::now();
         let mut records = transaction.open_table(RECORDS)?;
-        let winners = writes
+        let outcomes = writes
             .iter()
             .map(|write| self.write_one(&mut records, write, now))
             .collect::<Result<_, _>>()?;
-        self.sweep(&mut records, SWEPT + SWEPT_PER_CHANGE * writes.len(), now)?;
+        self.sweep(&mut records, SWEPT + SWEPT_PER_WRITE * writes.len(), now)?;
         drop(records);
         transaction.commit()?;
-        Ok(winners)
+        Ok(outcomes)
     }
 
     fn write_one(
@@ -323,7 +254,7 @@ impl Shared {
         records: &mut Records<'_>,
         write: &Write,
         now: SystemTime,
-    ) -> Result<Option<Record>, redb::Error> {
+    ) -> Result<WriteOutcome, redb::Error> {
         let key = write.key().as_bytes();
         match write {
             Write::Put(_, record) => drop(records.insert(key, &*codec::encode(record))?),
@@ -338,13 +269,14 @@ impl Shared {
                 }
             }
             Write::PutIfAbsent(_, record) => match self.live(records, key, now)? {
-                Some(winner) => return Ok(Some(winner)),
+                Some(existing) => return Ok(WriteOutcome::Existing(existing)),
                 None => drop(records.insert(key, &*codec::encode(record))?),
             },
         }
-        Ok(None)
+        Ok(WriteOutcome::Done)
     }
 
+    /// Reads a record that has not expired.
     fn live(
         &self,
         records: &impl ReadableTable<&'static [u8], &'static [u8]>,
@@ -364,38 +296,38 @@ impl Shared {
         record
     }
 
-    /// Removes what is over among the next few records.
+    /// Removes the expired ones among the next `count` records.
     fn sweep(
         &self,
         records: &mut Records<'_>,
-        most: usize,
+        count: usize,
         now: SystemTime,
     ) -> Result<(), redb::Error> {
         let mut swept = lock(&self.swept);
-        let (mut over, mut last) = (Vec::new(), Vec::new());
-        for entry in beyond(records, &swept)?.take(most) {
+        let (mut expired, mut last) = (Vec::new(), Vec::new());
+        for entry in entries_after(records, &swept)?.take(count) {
             let (key, value) = entry?;
-            // What cannot be read may be a newer version's, and is left alone.
+            // An undecodable record may be of a newer version, and is kept.
             if codec::expires_at(value.value()).is_some_and(|at| at <= now) {
-                over.push(key.value().to_owned());
+                expired.push(key.value().to_owned());
             }
             last = key.value().to_owned();
         }
-        for key in over {
+        for key in expired {
             records.remove(&*key)?;
         }
-        // Empty at the end: the next sweep begins anew.
+        // Empty after the last record: the next sweep begins with the first.
         *swept = last;
         Ok(())
     }
 
-    /// Reads the next few records after a key into the page, in place of what it has.
+    /// Fills `page` with the records that follow `after`.
     fn read_page(&self, after: &[u8], page: &mut Page) -> Result<(), BackendError> {
         page.bytes.clear();
         page.ends.clear();
         self.with(|database| {
             let records = database.begin_read()?.open_table(RECORDS)?;
-            for entry in beyond(&records, after)?.take(PAGE) {
+            for entry in entries_after(&records, after)?.take(PAGE) {
                 let (key, value) = entry?;
                 page.bytes.extend_from_slice(key.value());
                 let end_of_key = page.bytes.len();
@@ -414,9 +346,9 @@ impl Shared {
         if self.sync == RedbSync::Group {
             return Ok(());
         }
-        // Before it is written: what comes meanwhile is for the next time.
-        let waiting = std::mem::take(&mut self.pending().writes);
-        if waiting {
+        // Taken before syncing: writes that come meanwhile set it again.
+        let has_writes = std::mem::take(&mut self.pending().writes);
+        if has_writes {
             let synced = self.with(|database| Ok(database.begin_write()?.commit()?));
             if synced.is_err() {
                 self.pending().lost = true;
@@ -425,30 +357,22 @@ impl Shared {
         match std::mem::take(&mut self.pending().lost) {
             false => Ok(()),
             true => Err(BackendError::new(
-                "what was written since the last flush is lost",
+                "writes since the last flush were lost",
                 None,
             )),
         }
     }
 
-    fn sync_until_closed(&self) {
-        let mut pending = self.pending();
-        while !pending.closing {
-            if !pending.writes {
-                pending = self
-                    .wake
-                    .wait(pending)
-                    .unwrap_or_else(PoisonError::into_inner);
-                continue;
-            }
-            let closing = |pending: &mut Pending| !pending.closing;
-            let waited = self.wake.wait_timeout_while(pending, EVENTUALLY, closing);
-            drop(waited.unwrap_or_else(PoisonError::into_inner));
+    fn sync_until_closed(&self, wakes: &Receiver<()>) {
+        while wakes.recv().is_ok() {
+            let deadline = Instant::now() + EVENTUALLY;
+            let left = || deadline.saturating_duration_since(Instant::now());
+            // More writes end no wait: they are synced together with the first one.
+            while wakes.recv_timeout(left()).is_ok() {}
             if self.flush().is_err() {
-                // The next caller of `flush` is the one to be told.
+                // There is no caller to tell: the next `flush` reports it.
                 self.pending().lost = true;
             }
-            pending = self.pending();
         }
     }
 }
@@ -460,18 +384,19 @@ impl Drop for Shared {
 }
 
 impl StorageBackend for RedbBackend {
-    /// Carries out the writes as one transaction: all of them, or none.
+    /// Carries out the writes in one transaction: all of them, or none.
     fn write(&self, writes: &[Write]) -> Result<Vec<WriteOutcome>, BackendError> {
         if writes.is_empty() {
             return Ok(Vec::new());
         }
         let shared = &*self.shared;
-        let winners = shared.with(|database| shared.write(database, writes))?;
-        if shared.sync == RedbSync::Eventual {
+        let outcomes = shared.with(|database| shared.write(database, writes))?;
+        if let Some(syncer) = &self.syncer {
             shared.pending().writes = true;
-            shared.wake.notify_one();
+            // A full channel has woken the thread already.
+            let _ = syncer.written.try_send(());
         }
-        Ok(winners.into_iter().map(WriteOutcome::found).collect())
+        Ok(outcomes)
     }
 
     fn get(&self, key: &str) -> Result<Option<Record>, BackendError> {
@@ -528,195 +453,33 @@ impl fmt::Debug for RedbBackend {
     }
 }
 
-/// Where the file is, and how it is got at.
-struct Disk {
-    path: PathBuf,
-    open_file: Box<OpenFile>,
-}
-
-type OpenFile = dyn Fn(&Path) -> io::Result<Box<dyn redb::StorageBackend>> + Send + Sync;
-
-impl Disk {
-    fn open_database(&self) -> Result<Database, OpenError> {
-        let file = (self.open_file)(&self.path).map_err(|error| self.refused(error.into()))?;
-        let file = HeldBack::new(file);
-        let mut builder = Database::builder();
-        // The check is what tells a damaged file from a sound one; redb would trust a file that was closed.
-        builder
-            .set_cache_size(CACHE)
-            .set_check_integrity_on_open(true);
-        let opened = guarded(|| Ok(builder.create_with_backend(file.clone())?));
-        let mut database = opened.map_err(|error| self.refused(error))?;
-        // Ours from the moment that nothing is held back any more: until then, closing it changes nothing.
-        match self.let_go(&mut database, &file) {
-            Ok(()) => Ok(database),
-            Err(error) => {
-                close([Some(Arc::new(database))]);
-                Err(error)
-            }
-        }
-    }
-
-    fn let_go(&self, database: &mut Database, file: &HeldBack) -> Result<(), OpenError> {
-        let is_new = file.is_new().map_err(|error| self.io(error))?;
-        match is_new {
-            true => guarded(|| create_tables(database)).map_err(|error| self.refused(error))?,
-            false => self.check_format(database)?,
-        }
-        file.let_go().map_err(|error| self.io(error))?;
-        if is_new {
-            sync_directory(&self.path);
-        }
-        guarded(|| compact(database, file)).map_err(|error| self.refused(error))
-    }
-
-    fn check_format(&self, database: &Database) -> Result<(), OpenError> {
-        let path = || self.path.clone();
-        let found = guarded(|| {
-            let transaction = database.begin_read()?;
-            let format = match transaction.open_table(META) {
-                Ok(meta) => meta.get(FORMAT)?.map(|format| format.value()),
-                Err(TableError::Storage(error)) => return Err(error.into()),
-                Err(_) => None,
-            };
-            if format == Some(FORMAT_VERSION) {
-                transaction.open_table(RECORDS)?;
-            }
-            Ok(format)
-        });
-        match found.map_err(|error| self.refused(error))? {
-            Some(FORMAT_VERSION) => Ok(()),
-            Some(found @ FORMAT_VERSION..) => Err(OpenError::NewerVersion {
-                path: path(),
-                found,
-            }),
-            Some(_) | None => Err(OpenError::NotOurs { path: path() }),
-        }
-    }
-
-    fn refused(&self, error: redb::Error) -> OpenError {
-        let path = self.path.clone();
-        match error {
-            redb::Error::DatabaseAlreadyOpen | redb::Error::LockProtocolMismatch => {
-                OpenError::Locked { path }
-            }
-            // What redb says of a file without its magic number, and we of what is no file.
-            redb::Error::Io(error) if error.kind() == io::ErrorKind::InvalidData => {
-                OpenError::NotOurs { path }
-            }
-            // Of a redb older than any that we have used.
-            redb::Error::UpgradeRequired(_) => OpenError::NotOurs { path },
-            redb::Error::Io(error) if error.kind() != io::ErrorKind::UnexpectedEof => {
-                self.io(error)
-            }
-            error => OpenError::Damaged {
-                path,
-                source: Box::new(error),
-            },
-        }
-    }
-
-    fn io(&self, source: io::Error) -> OpenError {
-        OpenError::Io {
-            path: self.path.clone(),
-            source,
-        }
-    }
-}
-
-fn open_file(path: &Path) -> io::Result<Box<dyn redb::StorageBackend>> {
-    // A device or a pipe has no length, and would be taken for an empty file.
-    if path.metadata().is_ok_and(|metadata| !metadata.is_file()) {
-        return Err(io::ErrorKind::InvalidData.into());
-    }
-    let mut options = OpenOptions::new();
-    let options = options.read(true).write(true).create(true).truncate(false);
-    let file = FileBackend::new(options.open(path)?).map_err(io::Error::other)?;
-    Ok(Box::new(file))
-}
-
-/// Has the file still be in its directory after a power cut, where that takes a step of its own.
-fn sync_directory(path: &Path) {
-    let parent = path
-        .parent()
-        .filter(|parent| !parent.as_os_str().is_empty());
-    let directory = std::fs::File::open(parent.unwrap_or(Path::new(".")));
-    // Not every system lets a directory be opened, and the others do without.
-    let _ = directory.and_then(|directory| directory.sync_all());
-}
-
-fn create_tables(database: &Database) -> Result<(), redb::Error> {
-    let transaction = database.begin_write()?;
-    transaction
-        .open_table(META)?
-        .insert(FORMAT, FORMAT_VERSION)?;
-    transaction.open_table(RECORDS)?;
-    Ok(transaction.commit()?)
-}
-
-/// Moves what is in use to the front of the file, where that is the smaller part of it.
-fn compact(database: &mut Database, file: &HeldBack) -> Result<(), redb::Error> {
-    let len = redb::StorageBackend::len(file)?;
-    if len < WORTH_COMPACTING || is_surely_in_use(database, len)? {
-        return Ok(());
-    }
-    let transaction = database.begin_write()?;
-    let stats = transaction.stats()?;
-    transaction.abort()?;
-    if stats.allocated_pages() * stats.page_size() as u64 * 2 < len {
-        database.compact()?;
-    }
-    Ok(())
-}
-
-/// Whether the records alone take half of the file, if the others are as long as the first few: counting the pages
-/// that are in use takes a walk through all of them. A wrong guess leaves the file as large as it is.
-fn is_surely_in_use(database: &Database, len: u64) -> Result<bool, redb::Error> {
-    let records = database.begin_read()?.open_table(RECORDS)?;
-    let (mut seen, mut bytes) = (0, 0);
-    for entry in records.iter()?.take(PAGE) {
-        let (key, value) = entry?;
-        seen += 1;
-        bytes += (key.value().len() + value.value().len()) as u64;
-    }
-    let all = u128::from(records.len()?) * u128::from(bytes) / u128::from(seen.max(1_u64));
-    Ok(all * 2 >= u128::from(len))
-}
-
 type Entry<'a> = (
     redb::AccessGuard<'a, &'static [u8]>,
     redb::AccessGuard<'a, &'static [u8]>,
 );
 
-/// The entries after a key, in order.
-fn beyond<'a>(
+/// Iterates over the entries that follow a key, in order.
+fn entries_after<'a>(
     records: &'a impl ReadableTable<&'static [u8], &'static [u8]>,
     key: &[u8],
 ) -> Result<impl Iterator<Item = Result<Entry<'a>, redb::StorageError>>, redb::Error> {
     Ok(records.range::<&[u8]>((Bound::Excluded(key), Bound::Unbounded))?)
 }
 
-/// Has a panic of redb be an error.
-///
-/// redb panics where a file turns out to be damaged which it takes for sound, as one that changes beneath it after
-/// it was opened. A backend must not panic, and what has panicked is closed.
-fn guarded<R>(run: impl FnOnce() -> Result<R, redb::Error>) -> Result<R, redb::Error> {
-    catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|panic| {
-        let text = panic.downcast_ref::<String>().map(String::as_str);
-        let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
-        Err(redb::Error::Corrupted(format!(
-            "redb panicked: {}",
-            text.unwrap_or("without a word")
-        )))
-    })
+/// Keys and encoded records, as they are in the file.
+#[derive(Default)]
+struct Page {
+    bytes: Vec<u8>,
+    /// The offsets at which each key and its record end.
+    ends: Vec<(usize, usize)>,
 }
 
-/// The last one to let go of a database closes it, which writes to the file, and can fail or panic as all else.
-fn close<const N: usize>(databases: [Option<Arc<Database>>; N]) {
-    let closed = guarded(|| {
-        drop(databases);
-        Ok(())
-    });
-    // Nobody is left to be told; the next one to open the file brings it in order.
-    let _ = closed;
+impl Page {
+    fn iter(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
+        let starts = std::iter::once(0).chain(self.ends.iter().map(|(_, end)| *end));
+        let between = |(start, (key, end)): (usize, &(usize, usize))| {
+            (&self.bytes[start..*key], &self.bytes[*key..*end])
+        };
+        starts.zip(&self.ends).map(between)
+    }
 }

@@ -1,39 +1,42 @@
-//! A backend on a server that many machines share.
+//! The backend on a Redis server or Cluster.
 
 mod cluster;
+mod command;
+mod connect;
+mod hash_tag;
 mod json;
 mod node;
+mod topology;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use redis::{Cmd, Value, cmd};
 
-use self::cluster::{Answers, Cluster};
-use self::node::{Node, Timeouts, client};
+use self::cluster::{Cluster, Reply};
+use self::command::Found;
+use self::connect::client;
+use self::node::{Node, Timeouts};
 use super::{codec, keys};
 use crate::backend::{BackendError, Record, StorageBackend, Write, WriteOutcome};
 use crate::stats::Counter;
 
-/// Ends the instance id in a key of the storage, where there is more than that.
-const SEPARATOR: char = '\u{1f}';
+pub use self::connect::ConnectError;
 
 const KEY_PREFIX: &str = "workflow-context:";
 const TIMEOUT: Duration = Duration::from_secs(1);
+const MIN_TIMEOUT: Duration = Duration::from_millis(1);
 
-/// How many commands go to the server before its answers are read.
+/// Number of commands that are sent before the replies are read.
 const PIPELINE: usize = 1000;
 
-/// Stands before the closing brace that an id begins with, since an empty tag would be none, and before itself there.
-const BEFORE_BRACE: char = '\u{1e}';
-
-/// How often a value that cannot be decoded is tried to be replaced while others change it.
+/// Number of attempts to replace a malformed value while others change it.
 const REPLACEMENTS: usize = 10;
 
-/// A backend on a [Redis] or Valkey server of version 7 or later, which any number of machines share: a single one, the
-/// master that [sentinels](Self::with_sentinels) name, or a [Cluster](Self::connect_cluster).
+/// A backend on a [Redis] or Valkey server of version 7 or later, which any number of machines share: a single server,
+/// the master that [sentinels](Self::with_sentinels) name, or a [Cluster](Self::connect_cluster).
 ///
 /// ```no_run
 /// use tracing_workflow_context::{RedisBackend, WorkflowContextStorage};
@@ -51,58 +54,59 @@ const REPLACEMENTS: usize = 10;
 /// | [`with_connect_timeout`](Self::with_connect_timeout) | 1 second |
 /// | [`with_response_timeout`](Self::with_response_timeout) | 1 second |
 ///
-/// # When the server is away
+/// # When the server is down
 ///
-/// Telemetry fails open: a server that cannot be reached is no error of [`connect`](Self::connect), which connects to
-/// nothing yet. The first call does, and each call after a connection was lost; one that the server closed while it
-/// was not in use is replaced unnoticed. While calls fail, the storage leaves the server alone for pauses that grow
-/// from 100 milliseconds to 5 seconds, keeps what is to be written, and counts in
-/// [`backend_errors`](crate::Stats::backend_errors). Each pause is cut by chance, down to half of it at most, so that a
-/// fleet does not come back at one moment.
+/// Telemetry fails open: a server that cannot be reached is no error of [`connect`](Self::connect), which does not
+/// connect yet. The first call does, and each call after a connection was lost; an idle connection that the server has
+/// closed is replaced without an error. While calls fail, the storage pauses between attempts, from 100 milliseconds up
+/// to 5 seconds with jitter, keeps what is to be written, and counts in
+/// [`backend_errors`](crate::Stats::backend_errors).
 ///
-/// No call waits longer for the server than the two timeouts allow, for each 1,000 writes and each address that its
-/// name has. How long the name itself takes is the operating system's matter.
+/// A call waits for the server no longer than the two timeouts allow, for each 1,000 writes and each address of its name.
+/// The time to resolve the name is up to the operating system.
 ///
 /// # Cluster
 ///
-/// All keys of an instance lie in one hash slot, so on one server; a group of writes goes to all its servers at once.
-/// Only masters are asked. A slot that moves is followed (`MOVED`, `ASK`), and so is a replica that takes over.
+/// All keys of an instance are in one hash slot, and so on one server; a group of writes goes to all its servers at once.
+/// Only masters are asked. Slots that move to another server are followed (`MOVED`, `ASK`), and so are replicas that
+/// take over.
 ///
-/// A server that fails is left alone, with the same pauses, until it answers a thread that exists for this alone. Spans
-/// of its instances fail open at once meanwhile, and what they write is kept as above; those of the other servers go on.
-/// Where a server hangs instead of refusing, the others' lookups wait for it once, for the response timeout at most, and
-/// one call waits for that long for each server that begins to hang. All this needs a Cluster that itself goes on
-/// without some of its slots: `cluster-require-full-coverage no`, or a replica for each master.
+/// A server that fails is marked down until it replies to a thread that pings it with the same pauses. Meanwhile,
+/// spans of its instances fail open at once, and what they write is kept as above; those of the other servers are not
+/// affected. If a server hangs instead of refusing connections, one call waits for it, for at most the response timeout,
+/// and the lookups behind that call wait too. All this requires a Cluster that itself works without some of its slots:
+/// `cluster-require-full-coverage no`, or a replica for each master.
 ///
-/// # What is on the server
+/// # Keys and permissions
 ///
-/// One string for each instance, and one for each of its runs and of its second, third, ... traces. The key of instance
-/// `order-42` is `workflow-context:{order-42}`; the others have more text after the brace, which makes all of them
-/// share one hash slot. In that of an id that begins with a closing brace, U+001E stands before it, since an empty tag
-/// would be none. The server itself removes what has expired, by its own clock: the clocks of all machines must
-/// agree within what is acceptable for the
+/// There is one string for each instance, and one for each of its runs and of its second, third, ... traces. The key of
+/// instance `order-42` is `workflow-context:{order-42}`; the others have more text after the brace, so all of them
+/// share one hash slot. If an id begins with a closing brace, U+001E stands before it, since a tag must not be empty.
+/// The server removes expired keys by its own clock: the clocks of all machines must agree within the
 /// [grace of a completed instance](crate::WorkflowContextStorageBuilder::completed_grace).
 ///
 /// The user needs `SET`, `GET`, `DEL`, `PEXPIREAT`, `PEXPIRETIME`, `PING`, `WATCH`, `UNWATCH`, `MULTI` and `EXEC`;
 /// a Cluster also `CLUSTER SLOTS` and `ASKING`, and a [scan](StorageBackend::scan), which a storage never makes, `SCAN`.
 ///
-/// Whoever else may write these keys is not trusted: what cannot be decoded is counted in
+/// Values that others write are not trusted: one that cannot be decoded is counted in
 /// [`malformed`](crate::Stats::malformed), treated as missing, and replaced by the next context of its instance.
 ///
 /// # What can be lost
 ///
-/// Written means that the server has answered. What it keeps when it dies itself is the matter of its persistence and
-/// replication.
+/// A write is done when the server has replied. Whether it survives a crash of the server depends on the persistence and
+/// replication of the server.
 ///
 /// # TLS
 ///
-/// With feature `redis-tls`, by a URL that begins with `rediss://`. The server's certificate is checked against those
-/// that the operating system trusts, or those in the file that the variable `SSL_CERT_FILE` names. Where the process
-/// has not chosen its cryptography for rustls when the backend is made, that of `ring` is chosen.
+/// Feature `redis-tls` accepts URLs that begin with `rediss://`. The certificate of the server is verified with the
+/// roots of the operating system, or those in the file that the variable `SSL_CERT_FILE` names. If the process has not
+/// installed a cryptography provider for rustls when the backend is created, that of `ring` is installed.
 ///
-/// # What is left out
+/// # Not supported
 ///
-/// Reading from replicas, and databases other than 0 of a Cluster that has none.
+/// Reading from replicas, and databases other than 0 of a Cluster without them.
+///
+/// # Locking
 ///
 /// Clones share connections. A lock is held only while an idle connection is taken or given back, or the server of a
 /// slot is looked up.
@@ -123,53 +127,38 @@ enum Servers {
     Cluster(Arc<Cluster>),
 }
 
-/// How a [`RedisBackend`] writes contexts. It reads both forms, whichever it writes.
+/// The form of the values that a [`RedisBackend`] writes. It reads both forms.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Form {
-    /// A compact form of this crate, mostly of less than 64 bytes.
+    /// A compact form of this crate, in most cases shorter than 64 bytes.
     #[default]
     Binary,
     /// The JSON object of dapr-agents, about 280 bytes, for workers in other languages.
     ///
-    /// `traceparent` and `tracestate` (or null) are those of the headers; `instance_id`, `resumed` and `debug_info` stand
-    /// beside them, and `run_id`, `generation`, `recorded_at` and `expires_at` (in seconds since 1970) of this crate. Of
-    /// a value that another worker has written only `traceparent` must be there. The expiry of the key on the server
-    /// goes before `expires_at`; with neither, a context lives for another 24 hours each time that it is read.
+    /// `traceparent` and `tracestate` (or null) are those of the headers. dapr-agents also writes `instance_id`,
+    /// `resumed` and `debug_info`; this crate adds `run_id`, `generation`, `recorded_at` and `expires_at` (in seconds
+    /// since 1970). Only `traceparent` is required when reading. The expiry of the key on the server overrides
+    /// `expires_at`; with neither, a context expires 24 hours after it is read.
     Json,
 }
 
-/// Why a [`RedisBackend`] could not be made.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum ConnectError {
-    /// The text is no URL of a Redis server, or asks for what is [left out](RedisBackend#what-is-left-out). It is not
-    /// repeated here, since it may contain a password.
-    #[error("this is not the URL of a Redis server")]
-    InvalidUrl {
-        /// What is wrong with it.
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
-    /// There is no URL among those of a Cluster.
-    #[error("no URL was given")]
-    NoUrl,
-}
-
 impl RedisBackend {
-    /// A backend on the server of that URL: `redis://user:password@host:port/database`, all but the host optional,
-    /// `rediss://` for [TLS](Self#tls), or `redis+unix:///path`.
+    /// Creates a backend on the server of a URL: `redis://user:password@host:port/database`, of which only the host is
+    /// required, `rediss://` for [TLS](Self#tls), or `redis+unix:///path`.
     ///
-    /// It connects when it is first used, see [above](Self#when-the-server-is-away).
+    /// It connects when it is first used, see [above](Self#when-the-server-is-down).
     ///
     /// # Errors
     ///
-    /// [`ConnectError::InvalidUrl`], and nothing that has to do with the server.
+    /// [`ConnectError::InvalidUrl`]. A server that is down is no error here.
     pub fn connect(url: &str) -> Result<Self, ConnectError> {
-        Ok(Self::of(Servers::One(Arc::new(Node::new(client(url)?)))))
+        let node = Node::new(client(url)?);
+        Ok(Self::with_servers(Servers::One(Arc::new(node))))
     }
 
-    /// A backend on a [Cluster](Self#cluster), which is asked for its servers by way of any of those URLs, one after the
-    /// other until one answers. Of the first URL all but the host and the port holds for the other servers too.
+    /// Creates a backend on a [Cluster](Self#cluster). The URLs are asked for all its servers, one after the other until
+    /// one replies. The settings of the first URL, all but its host and port, hold for all servers.
     ///
     /// ```no_run
     /// use tracing_workflow_context::RedisBackend;
@@ -180,7 +169,8 @@ impl RedisBackend {
     ///
     /// # Errors
     ///
-    /// [`ConnectError::InvalidUrl`] where one is none, [`ConnectError::NoUrl`], and nothing that has to do with servers.
+    /// [`ConnectError::InvalidUrl`] if one of them is invalid, and [`ConnectError::NoUrl`] if there are none. Servers
+    /// that are down are no error here.
     pub fn connect_cluster<'a>(
         urls: impl IntoIterator<Item = &'a str>,
     ) -> Result<Self, ConnectError> {
@@ -191,10 +181,11 @@ impl RedisBackend {
         if seeds.is_empty() {
             return Err(ConnectError::NoUrl);
         }
-        Ok(Self::of(Servers::Cluster(Arc::new(Cluster::new(seeds)))))
+        let cluster = Cluster::new(seeds);
+        Ok(Self::with_servers(Servers::Cluster(Arc::new(cluster))))
     }
 
-    fn of(servers: Servers) -> Self {
+    fn with_servers(servers: Servers) -> Self {
         Self {
             servers,
             malformed: Arc::default(),
@@ -207,15 +198,15 @@ impl RedisBackend {
         }
     }
 
-    /// Asks sentinels, by their URLs and one after the other, for the server: the master of that service. Asks again for
-    /// each new connection, and so follows a failover. Of the URL given to [`connect`](Self::connect) all but the host
-    /// and the port holds. A Cluster needs none, and is one no more with them.
+    /// Asks sentinels, one after the other, for the master of a service, for each new connection and so also after a
+    /// failover. The settings of the URL given to [`connect`](Self::connect), all but its host and port, hold for the
+    /// master. A Cluster does without sentinels; with them, this is no backend on a Cluster any more.
     ///
-    /// By default, there are none. Clones made before this do not share connections with it.
+    /// By default, there are no sentinels. Earlier clones do not share connections with the result.
     ///
     /// # Errors
     ///
-    /// [`ConnectError::InvalidUrl`] where a sentinel's is none.
+    /// [`ConnectError::InvalidUrl`] if the URL of a sentinel is invalid.
     pub fn with_sentinels<'a>(
         mut self,
         urls: impl IntoIterator<Item = &'a str>,
@@ -226,13 +217,13 @@ impl RedisBackend {
             Servers::One(node) => node.client(),
             Servers::Cluster(cluster) => &cluster.seeds()[0],
         };
-        let node = Node::of_sentinels(client.clone(), sentinels, service.to_owned());
+        let node = Node::with_sentinels(client.clone(), sentinels, service.to_owned());
         self.servers = Servers::One(Arc::new(node));
         Ok(self)
     }
 
-    /// What all keys begin with: whatever shares contexts must have the same. With braces in it, all keys may fall
-    /// into one hash slot, or, where nothing is between them, those of one instance into several.
+    /// Sets the prefix of all keys. Workers that share contexts need the same one. With braces in the prefix, all keys
+    /// may fall into one hash slot, or, if nothing is between them, the keys of one instance into several.
     ///
     /// By default, `workflow-context:`.
     #[must_use]
@@ -241,7 +232,7 @@ impl RedisBackend {
         self
     }
 
-    /// How contexts are written.
+    /// Sets the form of the values that are written.
     ///
     /// By default, [`Form::Binary`].
     #[must_use]
@@ -250,192 +241,124 @@ impl RedisBackend {
         self
     }
 
-    /// How long to wait at most until the server accepts a connection, and then until it accepts the user.
+    /// Sets the longest wait for a connection, and then for each step of the login.
     ///
     /// By default, 1 second; at least 1 millisecond.
     #[must_use]
     pub fn with_connect_timeout(mut self, timeout: Duration) -> Self {
-        self.timeouts.connect = at_least_a_moment(timeout);
+        self.timeouts.connect = timeout.max(MIN_TIMEOUT);
         self
     }
 
-    /// How long to wait at most for an answer of the server.
+    /// Sets the longest wait for the replies to a group of commands.
     ///
     /// By default, 1 second; at least 1 millisecond.
     #[must_use]
     pub fn with_response_timeout(mut self, timeout: Duration) -> Self {
-        self.timeouts.response = at_least_a_moment(timeout);
+        self.timeouts.response = timeout.max(MIN_TIMEOUT);
         self
     }
 
-    fn failure(
-        &self,
-        what: &str,
-        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
-    ) -> BackendError {
-        let name = self.servers.name();
-        BackendError::new(
-            format!("the Redis server {name} {what}"),
-            Some(source.into()),
-        )
-    }
-
-    /// The key on the server: two keys of one instance have the same text in the braces, up to the first that closes.
     fn key(&self, key: &str) -> String {
-        let (id, rest) = key.split_at(key.find(SEPARATOR).unwrap_or(key.len()));
-        let begins_with_brace = id.trim_start_matches(BEFORE_BRACE).starts_with('}');
-        let before = if begins_with_brace { "\u{1e}" } else { "" };
-        format!("{}{{{before}{id}}}{rest}", self.key_prefix)
+        hash_tag::to_server(&self.key_prefix, key)
     }
 
-    /// The opposite of [`key`](Self::key); `None` for what it does not make.
-    fn key_of(&self, on_server: &[u8]) -> Option<String> {
-        let key = std::str::from_utf8(on_server).ok()?;
-        let key = key.strip_prefix(&*self.key_prefix)?.strip_prefix('{')?;
-        let (id, rest) = key.split_at(key.find(SEPARATOR).unwrap_or(key.len()));
-        let id = id.strip_suffix('}')?;
-        let id = match id.trim_start_matches(BEFORE_BRACE).starts_with('}') {
-            true => id.strip_prefix(BEFORE_BRACE)?,
-            false => id,
-        };
-        Some(format!("{id}{rest}"))
+    fn ask(&self, commands: &[Cmd]) -> Vec<Reply> {
+        self.servers.ask(commands, self.timeouts)
     }
 
-    /// Each command is on the key that is its first argument.
-    fn ask(&self, commands: &[Cmd]) -> Answers {
-        match &self.servers {
-            Servers::Cluster(cluster) => cluster.ask(commands, self.timeouts),
-            Servers::One(node) => {
-                let called = node.session(self.timeouts).and_then(|mut session| {
-                    let answers = session.call(commands)?;
-                    session.give_back();
-                    Ok(answers)
-                });
-                let (values, error) = match called {
-                    Ok(answers) => (answers.into_iter().map(Some).collect(), None),
-                    Err(error) => (vec![None; commands.len()], Some(error)),
-                };
-                Answers { values, error }
-            }
-        }
-    }
-
-    /// Marks an error as partial if other nodes of a cluster go on.
-    fn scoped(&self, error: BackendError) -> BackendError {
-        match &self.servers {
-            Servers::Cluster(cluster) if cluster.is_alive() => error.partial(),
-            _ => error,
-        }
+    /// Returns the replies, or the first error.
+    fn ask_all(&self, commands: &[Cmd]) -> Result<Vec<Value>, BackendError> {
+        self.ask(commands).into_iter().collect()
     }
 
     fn encode(&self, key: &str, record: &Record) -> Vec<u8> {
         match self.form {
             Form::Binary => codec::encode(record),
-            Form::Json => {
-                let id = keys::instance_part(key);
-                json::encode(id, record)
-            }
+            Form::Json => json::encode(keys::instance_part(key), record),
         }
     }
 
     fn command(&self, write: &Write) -> Cmd {
-        let key = self.key(write.key());
+        let on_server = self.key(write.key());
         match write {
-            Write::Put(key_of, record) => self.set(&key, key_of, record),
-            Write::PutIfAbsent(key_of, record) => {
-                let mut set = self.set(&key, key_of, record);
-                set.arg("NX").arg("GET");
-                set
+            Write::Put(key, record) => {
+                command::set(&on_server, self.encode(key, record), record.expires_at)
             }
-            Write::Expire(_, at) => on_key("PEXPIREAT", &key, &[milliseconds(*at)]),
-            Write::Remove(_) => on_key("DEL", &key, &[]),
+            Write::PutIfAbsent(key, record) => {
+                command::set_if_absent(&on_server, self.encode(key, record), record.expires_at)
+            }
+            Write::Expire(_, at) => command::expire(&on_server, *at),
+            Write::Remove(_) => command::on_key("DEL", &on_server, &[]),
         }
     }
 
-    fn set(&self, on_server: &str, key: &str, record: &Record) -> Cmd {
-        let mut set = cmd("SET");
-        set.arg(on_server).arg(self.encode(key, record));
-        set.arg("PXAT").arg(milliseconds(record.expires_at));
-        set
-    }
-
-    /// What an answer shows, counted where it cannot be decoded.
+    /// Reads a value, and counts it if it is malformed.
     fn read(&self, value: &Value) -> Found {
-        let found = found(value);
+        let found = command::found(value);
         if let Found::Malformed = found {
             self.malformed.add();
         }
         found
     }
 
-    /// What two answers, of `GET` and of `PEXPIRETIME`, tell of a key.
-    fn read_with_expiry(&self, value: &Value, expiry: &Value) -> Option<Record> {
-        match self.read(value) {
-            Found::Record(record) => expiring(record, expiry),
-            Found::Nothing | Found::Malformed => None,
+    /// Reads the replies to [`command::read`].
+    fn read_record(&self, value: &Value, expiry: &Value) -> Option<Record> {
+        let Found::Record(mut record) = self.read(value) else {
+            return None;
+        };
+        if let Some(at) = command::expiry(expiry) {
+            record.expires_at = at;
+            return Some(record);
         }
+        // Another program wrote it without an expiry on the server.
+        (record.expires_at > SystemTime::now()).then_some(record)
     }
 }
 
 impl StorageBackend for RedisBackend {
     fn write(&self, writes: &[Write]) -> Result<Vec<WriteOutcome>, BackendError> {
-        let mut answers = Vec::with_capacity(writes.len());
-        let mut failed = None;
+        let mut outcomes = Vec::with_capacity(writes.len());
         for group in writes.chunks(PIPELINE) {
-            let mut written = self.write_group(group);
-            answers.append(&mut written.answers);
-            failed = failed.or(written.error);
-            if failed.is_some() && !matches!(self.servers, Servers::Cluster(_)) {
-                break;
+            let group = self.write_group(group);
+            let error = group.iter().find_map(failure);
+            if let (Servers::One(_), Some(error)) = (&self.servers, error) {
+                return Err(error.clone());
             }
+            outcomes.extend(group);
         }
-        let error = match failed.map(|error| self.scoped(error)) {
-            Some(error) if !error.is_partial() => return Err(error),
-            error => error,
-        };
-        // After a failed write, no other on its key counts as carried out.
-        let mut failed_keys = HashSet::new();
-        let outcomes = writes
-            .iter()
-            .zip(answers)
-            .map(|(write, answer)| match (answer, &error) {
-                (Some(existing), _) if !failed_keys.contains(write.key()) => {
-                    WriteOutcome::found(existing)
-                }
-                (_, Some(error)) => {
-                    failed_keys.insert(write.key());
-                    WriteOutcome::Failed(error.clone())
-                }
-                (existing, None) => WriteOutcome::found(existing.flatten()),
-            });
-        Ok(outcomes.collect())
+        let error = outcomes.iter().find_map(failure);
+        if let Some(error) = error.filter(|_| !self.servers.is_any_up()) {
+            return Err(error.clone());
+        }
+        fail_later_writes(writes, &mut outcomes);
+        Ok(outcomes)
     }
 
     fn get(&self, key: &str) -> Result<Option<Record>, BackendError> {
-        let mut answers = self.ask(&read_commands(&self.key(key)));
-        match (&*answers.values, answers.error.take()) {
-            ([Some(value), Some(expiry)], _) => Ok(self.read_with_expiry(value, expiry)),
-            (_, Some(error)) => Err(self.scoped(error)),
-            _ => Err(self.failure("answers too little", key)),
+        let replies = self.ask_all(&command::read(&*self.key(key)));
+        match &*replies.map_err(|error| self.servers.scoped(error))? {
+            [value, expiry] => Ok(self.read_record(value, expiry)),
+            _ => Err(self.servers.failure("unexpected number of replies to GET")),
         }
     }
 
-    /// Remembers every key that it has shown. What others add or remove meanwhile may be shown or not, and what a Cluster
-    /// moves from one server to another.
+    /// Visits all masters of a Cluster. Remembers every key, to visit it once. Keys that others add or remove during the
+    /// scan, and those that a Cluster moves to another server, may be visited or not.
     fn scan(&self, visit: &mut dyn FnMut(&str, Record)) -> Result<(), BackendError> {
-        let mut shown = HashSet::new();
+        let mut visited = HashSet::new();
         match &self.servers {
-            Servers::One(node) => self.scan_node(node, &mut shown, visit),
+            Servers::One(node) => self.scan_node(node, &mut visited, visit),
             Servers::Cluster(cluster) => {
                 for master in cluster.masters(self.timeouts)? {
-                    self.scan_node(&master.node, &mut shown, visit)?;
+                    self.scan_node(master.node(), &mut visited, visit)?;
                 }
                 Ok(())
             }
         }
     }
 
-    /// Asks whether the server is there, or any of a Cluster; it has already answered every write.
+    /// Succeeds if the server replies, or any server of a Cluster: each write that is done was replied to.
     fn flush(&self) -> Result<(), BackendError> {
         match &self.servers {
             Servers::Cluster(cluster) => cluster.ping(self.timeouts),
@@ -458,56 +381,26 @@ impl fmt::Debug for RedisBackend {
     }
 }
 
-impl Servers {
-    fn name(&self) -> String {
-        match self {
-            Self::One(node) => node.name(),
-            Self::Cluster(cluster) => {
-                let first = cluster
-                    .seeds()
-                    .first()
-                    .map(|seed| seed.get_connection_info());
-                let address = first.map_or_else(String::new, |info| info.addr().to_string());
-                format!("of the Cluster around {address}")
-            }
-        }
-    }
-}
-
-/// What is under a key.
-enum Found {
-    Nothing,
-    Malformed,
-    Record(Record),
-}
-
-/// What became of a group of writes.
-struct Written {
-    /// To each one; `None` where it was not carried out.
-    answers: Vec<Option<Option<Record>>>,
-    /// Why, the first time.
-    error: Option<BackendError>,
-}
-
 impl RedisBackend {
-    fn write_group(&self, writes: &[Write]) -> Written {
+    /// Carries out at most [`PIPELINE`] writes.
+    fn write_group(&self, writes: &[Write]) -> Vec<WriteOutcome> {
         let commands: Vec<_> = writes.iter().map(|write| self.command(write)).collect();
-        let Answers { values, mut error } = self.ask(&commands);
-        let (mut answers, mut malformed) = (vec![None; writes.len()], Vec::new());
-        for (at, value) in values.iter().enumerate() {
-            let Some(value) = value else {
-                continue;
-            };
-            answers[at] = Some(None);
-            if let Write::PutIfAbsent(..) = writes[at] {
-                match self.read(value) {
-                    Found::Nothing => {}
-                    Found::Malformed => malformed.push(at),
-                    Found::Record(winner) => answers[at] = Some(Some(winner)),
+        let mut malformed = Vec::new();
+        let replies = writes.iter().zip(self.ask(&commands)).enumerate();
+        let outcome = |(at, (write, reply)): (usize, (&Write, Reply))| match (write, reply) {
+            (_, Err(error)) => WriteOutcome::Failed(error),
+            (Write::PutIfAbsent(..), Ok(value)) => match self.read(&value) {
+                Found::Nothing => WriteOutcome::Done,
+                Found::Record(existing) => WriteOutcome::Existing(existing),
+                Found::Malformed => {
+                    malformed.push(at);
+                    WriteOutcome::Done
                 }
-            }
-        }
-        error = error.or(self.read_expiries(writes, &mut answers));
+            },
+            (_, Ok(_)) => WriteOutcome::Done,
+        };
+        let mut outcomes: Vec<_> = replies.map(outcome).collect();
+        self.read_expiries(writes, &mut outcomes);
 
         let mut replaced = HashSet::new();
         for at in malformed {
@@ -517,129 +410,110 @@ impl RedisBackend {
             if !replaced.insert(key) {
                 continue;
             }
-            match self.replace(key, record) {
-                Ok(winner) => answers[at] = Some(winner),
-                Err(failed) => {
-                    answers[at] = None;
-                    error = error.or(Some(failed));
-                    continue;
-                }
+            outcomes[at] = self.replace(key, record);
+            if failure(&outcomes[at]).is_some() {
+                continue;
             }
-            // What came after it has to be written after it.
+            // The later writes on the key have to be carried out after it.
             let of_key = |at: &usize| writes[*at].key() == key;
             let later: Vec<_> = (at + 1..writes.len()).filter(of_key).collect();
-            if !later.is_empty() {
-                let again: Vec<_> = later.iter().map(|&at| writes[at].clone()).collect();
-                let written = self.write_group(&again);
-                error = error.or(written.error);
-                for (at, answer) in later.into_iter().zip(written.answers) {
-                    answers[at] = answer;
-                }
+            let again: Vec<_> = later.iter().map(|&at| writes[at].clone()).collect();
+            for (at, outcome) in later.into_iter().zip(self.write_group(&again)) {
+                outcomes[at] = outcome;
             }
         }
-        Written { answers, error }
+        outcomes
     }
 
-    /// The expiry in a value is that of its writing; the server knows better.
-    fn read_expiries(
-        &self,
-        writes: &[Write],
-        answers: &mut [Option<Option<Record>>],
-    ) -> Option<BackendError> {
-        let is_lost = |&at: &usize| matches!(answers[at], Some(Some(_)));
-        let lost: Vec<_> = (0..answers.len()).filter(is_lost).collect();
-        if lost.is_empty() {
-            return None;
-        }
-        let command = |&at: &usize| on_key("PEXPIRETIME", self.key(writes[at].key()), &[]);
-        let commands: Vec<_> = lost.iter().map(command).collect();
-        let expiries = self.ask(&commands);
-        for (at, expiry) in lost.into_iter().zip(expiries.values) {
-            answers[at] = match (answers[at].take(), expiry) {
-                (Some(Some(winner)), Some(expiry)) => {
-                    let own = winner.clone();
-                    Some(Some(expiring(winner, &expiry).unwrap_or(own)))
+    /// Takes the expiries of existing records from the server: those in the values are older.
+    fn read_expiries(&self, writes: &[Write], outcomes: &mut [WriteOutcome]) {
+        let is_existing = |&at: &usize| outcomes[at].existing().is_some();
+        let existing: Vec<_> = (0..outcomes.len()).filter(is_existing).collect();
+        let command = |&at: &usize| {
+            let key = self.key(writes[at].key());
+            command::on_key("PEXPIRETIME", key, &[])
+        };
+        let commands: Vec<_> = existing.iter().map(command).collect();
+        for (at, reply) in existing.into_iter().zip(self.ask(&commands)) {
+            match (reply, &mut outcomes[at]) {
+                (Ok(expiry), WriteOutcome::Existing(record)) => {
+                    record.expires_at = command::expiry(&expiry).unwrap_or(record.expires_at);
                 }
-                _ => None,
-            };
+                (Ok(_), _) => {}
+                (Err(error), outcome) => *outcome = WriteOutcome::Failed(error),
+            }
         }
-        expiries.error
     }
 
-    /// Puts a record in place of what cannot be decoded, unless somebody else has been faster: the winner then.
-    fn replace(&self, key: &str, record: &Record) -> Result<Option<Record>, BackendError> {
+    /// Puts a record in place of a malformed value, unless another worker has replaced it before.
+    fn replace(&self, key: &str, record: &Record) -> WriteOutcome {
         let on_server = self.key(key);
-        match &self.servers {
-            Servers::One(node) => self.replace_on(node, &on_server, key, record),
-            Servers::Cluster(cluster) => {
-                let slot = cluster::slot(on_server.as_bytes());
-                let master = cluster.master(slot, self.timeouts)?;
-                self.replace_on(&master.node, &on_server, key, record)
-            }
-        }
+        let set = command::set(&on_server, self.encode(key, record), record.expires_at);
+        let replaced = match &self.servers {
+            Servers::One(node) => self.replace_on(node, &on_server, &set),
+            Servers::Cluster(cluster) => cluster
+                .master(&on_server, self.timeouts)
+                .and_then(|master| self.replace_on(master.node(), &on_server, &set)),
+        };
+        replaced.unwrap_or_else(WriteOutcome::Failed)
     }
 
     fn replace_on(
         &self,
         node: &Node,
         on_server: &str,
-        key: &str,
-        record: &Record,
-    ) -> Result<Option<Record>, BackendError> {
+        set: &Cmd,
+    ) -> Result<WriteOutcome, BackendError> {
         let mut session = node.session(self.timeouts)?;
         for _ in 0..REPLACEMENTS {
-            let mut commands = vec![on_key("WATCH", on_server, &[])];
-            commands.extend(read_commands(on_server));
-            let answers = session.call(&commands)?;
-            if let Found::Record(winner) = found(&answers[1]) {
+            let mut commands = vec![command::on_key("WATCH", on_server, &[])];
+            commands.extend(command::read(on_server));
+            let replies = session.call(&commands)?;
+            if let Found::Record(mut existing) = command::found(&replies[1]) {
                 session.call(&[cmd("UNWATCH")])?;
                 session.give_back();
-                let own = winner.clone();
-                return Ok(Some(expiring(winner, &answers[2]).unwrap_or(own)));
+                existing.expires_at = command::expiry(&replies[2]).unwrap_or(existing.expires_at);
+                return Ok(WriteOutcome::Existing(existing));
             }
-            let set = self.set(on_server, key, record);
-            match session.call(&[cmd("MULTI"), set, cmd("EXEC")])?.pop() {
+            let transaction = [cmd("MULTI"), set.clone(), cmd("EXEC")];
+            match session.call(&transaction)?.pop() {
                 Some(Value::Array(_)) => {
                     session.give_back();
-                    return Ok(None);
+                    return Ok(WriteOutcome::Done);
                 }
+                // The value was changed after `WATCH`.
                 Some(Value::Nil) => {}
-                _ => return Err(node.failure("answers what is no answer", "to EXEC")),
+                _ => return Err(node.failure("unexpected reply to EXEC")),
             }
         }
-        Err(node.failure("changes a value all the time", on_server))
+        Err(node.failure(&format!(
+            "malformed value of {on_server:?} changed during each of {REPLACEMENTS} attempts to replace it"
+        )))
     }
 
     fn scan_node(
         &self,
         node: &Node,
-        shown: &mut HashSet<Vec<u8>>,
+        visited: &mut HashSet<Vec<u8>>,
         visit: &mut dyn FnMut(&str, Record),
     ) -> Result<(), BackendError> {
-        let pattern = format!("{}{{*", escaped(&self.key_prefix));
+        let prefix = format!("{}{{", self.key_prefix);
+        let key_of = |on_server: &[u8]| hash_tag::from_server(&self.key_prefix, on_server);
         let mut session = node.session(self.timeouts)?;
         let mut cursor = b"0".to_vec();
         loop {
-            let mut scan = cmd("SCAN");
-            scan.arg(&*cursor).arg("MATCH").arg(&pattern);
-            scan.arg("COUNT").arg(PIPELINE);
-            let page = session.call(&[scan])?.pop();
-            let Some((next, mut keys)) = page.and_then(scanned) else {
-                return Err(node.failure("answers what is no answer", "to SCAN"));
+            let page = session.call(&[command::scan(&cursor, &prefix, PIPELINE)])?;
+            let page = page.into_iter().next().and_then(command::scanned);
+            let Some((next, mut keys)) = page else {
+                return Err(node.failure("unexpected reply to SCAN"));
             };
-            keys.retain(|key| self.key_of(key).is_some() && shown.insert(key.clone()));
+            keys.retain(|key| key_of(key).is_some() && visited.insert(key.clone()));
             for keys in keys.chunks(PIPELINE) {
-                let commands: Vec<_> = keys.iter().flat_map(read_commands).collect();
-                let answers = self.ask(&commands);
-                if let Some(error) = answers.error {
-                    return Err(error);
-                }
-                for (key, answers) in keys.iter().zip(answers.values.chunks_exact(2)) {
-                    let record = match answers {
-                        [Some(value), Some(expiry)] => self.read_with_expiry(value, expiry),
-                        _ => None,
-                    };
-                    if let (Some(key), Some(record)) = (self.key_of(key), record) {
+                let commands: Vec<_> = keys.iter().flat_map(command::read).collect();
+                let replies = self.ask_all(&commands)?;
+                for (key, replies) in keys.iter().zip(replies.chunks_exact(2)) {
+                    let record = self.read_record(&replies[0], &replies[1]);
+                    if let (Some(key), Some(record)) = (key_of(key), record) {
                         visit(&key, record);
                     }
                 }
@@ -654,78 +528,80 @@ impl RedisBackend {
     }
 }
 
-fn found(value: &Value) -> Found {
-    let record = match value {
-        Value::Nil => return Found::Nothing,
-        Value::BulkString(bytes) if bytes.first() == Some(&b'{') => json::decode(bytes),
-        Value::BulkString(bytes) => codec::decode(bytes),
-        // Not even a string.
-        _ => None,
-    };
-    record.map_or(Found::Malformed, Found::Record)
-}
-
-fn at_least_a_moment(timeout: Duration) -> Duration {
-    timeout.max(Duration::from_millis(1))
-}
-
-fn on_key(name: &str, key: impl redis::ToRedisArgs, arguments: &[u64]) -> Cmd {
-    let mut command = cmd(name);
-    command.arg(key).arg(arguments);
-    command
-}
-
-fn read_commands(key: impl redis::ToRedisArgs + Copy) -> [Cmd; 2] {
-    ["GET", "PEXPIRETIME"].map(|name| on_key(name, key, &[]))
-}
-
-/// The record with the expiry that the server has for its key; `None` where it is over by all that is known.
-fn expiring(mut record: Record, expiry: &Value) -> Option<Record> {
-    if let Value::Int(ms @ 1..) = *expiry {
-        record.expires_at = SystemTime::UNIX_EPOCH.checked_add(Duration::from_millis(ms as u64))?;
-        return Some(record);
-    }
-    // Somebody else wrote it without an expiry.
-    (record.expires_at > SystemTime::now()).then_some(record)
-}
-
-/// Since 1970; not zero, which the server does not take.
-fn milliseconds(time: SystemTime) -> u64 {
-    let since_epoch = time
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .unwrap_or_default();
-    // More than a signed number can hold is no time at all.
-    since_epoch.as_millis().clamp(1, i64::MAX as u128) as u64
-}
-
-/// The next cursor and the keys in an answer to `SCAN`.
-fn scanned(answer: Value) -> Option<(Vec<u8>, Vec<Vec<u8>>)> {
-    fn bytes(value: Value) -> Option<Vec<u8>> {
-        match value {
-            Value::BulkString(bytes) => Some(bytes),
-            _ => None,
+impl Servers {
+    fn name(&self) -> String {
+        match self {
+            Self::One(node) => node.name(),
+            Self::Cluster(cluster) => {
+                let seeds = cluster.seeds().iter();
+                let addresses: Vec<_> = seeds
+                    .map(|seed| seed.get_connection_info().addr().to_string())
+                    .collect();
+                format!("Redis Cluster {}", addresses.join(", "))
+            }
         }
     }
-    let Value::Array(parts) = answer else {
-        return None;
-    };
-    let [cursor, Value::Array(keys)] = <[Value; 2]>::try_from(parts).ok()? else {
-        return None;
-    };
-    Some((
-        bytes(cursor)?,
-        keys.into_iter().map(bytes).collect::<Option<_>>()?,
-    ))
+
+    fn failure(&self, message: &str) -> BackendError {
+        BackendError::new(format!("{}: {message}", self.name()), None)
+    }
+
+    /// Returns one reply for each command, of which the first argument is the key.
+    fn ask(&self, commands: &[Cmd], timeouts: Timeouts) -> Vec<Reply> {
+        if commands.is_empty() {
+            return Vec::new();
+        }
+        match self {
+            Self::Cluster(cluster) => cluster.ask(commands, timeouts),
+            Self::One(node) => {
+                let called = node.session(timeouts).and_then(|mut session| {
+                    let replies = session.call(commands)?;
+                    session.give_back();
+                    Ok(replies)
+                });
+                match called {
+                    Ok(replies) => replies.into_iter().map(Ok).collect(),
+                    Err(error) => vec![Err(error); commands.len()],
+                }
+            }
+        }
+    }
+
+    /// Returns `true` for a Cluster of which some servers may go on after a failure.
+    fn is_any_up(&self) -> bool {
+        match self {
+            Self::Cluster(cluster) => cluster.is_any_up(),
+            Self::One(_) => false,
+        }
+    }
+
+    /// Marks an error as partial if other servers of a Cluster go on.
+    fn scoped(&self, error: BackendError) -> BackendError {
+        match self.is_any_up() {
+            true => error.partial(),
+            false => error,
+        }
+    }
 }
 
-/// A pattern of `SCAN` that stands for the text itself.
-fn escaped(text: &str) -> String {
-    let mut pattern = String::new();
-    for letter in text.chars() {
-        if matches!(letter, '*' | '?' | '[' | ']' | '\\') {
-            pattern.push('\\');
-        }
-        pattern.push(letter);
+fn failure(outcome: &WriteOutcome) -> Option<&BackendError> {
+    match outcome {
+        WriteOutcome::Failed(error) => Some(error),
+        WriteOutcome::Done | WriteOutcome::Existing(_) => None,
     }
-    pattern
+}
+
+/// Fails the writes that follow a failed one on its key, as the contract of [`WriteOutcome::Failed`] demands, and marks
+/// all failures as partial.
+fn fail_later_writes(writes: &[Write], outcomes: &mut [WriteOutcome]) {
+    let mut failed: HashMap<&str, BackendError> = HashMap::new();
+    for (write, outcome) in writes.iter().zip(outcomes) {
+        if let WriteOutcome::Failed(error) = outcome {
+            let error = error.clone().partial();
+            failed.entry(write.key()).or_insert(error);
+        }
+        if let Some(error) = failed.get(write.key()) {
+            *outcome = WriteOutcome::Failed(error.clone());
+        }
+    }
 }

@@ -1,4 +1,4 @@
-//! Finished spans as trees, to look at and to assert on.
+//! Finished spans as trees, to print and to assert on.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -7,23 +7,23 @@ use std::time::{Duration, SystemTime};
 use opentelemetry::trace::{Link, SpanId, Status, TraceId};
 use opentelemetry_sdk::trace::SpanData;
 
-/// Attribute of a link which says why the link was made.
+/// Attribute of a link with the reason for the link.
 const RELATION: &str = "workflow.relation";
 
-/// Levels drawn with an indent. Deeper spans state their depth instead: indenting each level of a long chain would
-/// make the drawing grow with the square of its length.
+/// Number of levels that are indented. Deeper spans are labelled with their depth: with indentation, the drawing of a
+/// long chain would grow with the square of its length.
 const MAX_INDENT: usize = 32;
 
 /// Finished spans, arranged as the trees their parent ids describe.
 ///
-/// Any input is accepted: spans in any order, of any number of traces, with parents missing, ids repeated or parents
-/// in a cycle. Spans belong together only within one trace; where a span id is repeated there, children hang below
-/// the earliest span of that id.
+/// Any input is accepted: spans in any order, of any number of traces, with missing parents, repeated ids or parents in
+/// a cycle. A parent is looked for in the trace of the span only; if its span id is repeated there, the earliest span of
+/// that id is the parent.
 ///
 /// # Drawing order
 ///
-/// Traces come in order of their earliest start; within a trace each span is followed by its descendants, siblings
-/// in order of start, then span id. [`Display`](fmt::Display) draws in this order and all methods answer in it.
+/// Traces are ordered by their earliest start. Within a trace, each span is followed by its descendants, with siblings
+/// ordered by start, then span id. [`Display`](fmt::Display) and all methods use this order.
 ///
 /// # The drawing
 ///
@@ -36,10 +36,11 @@ const MAX_INDENT: usize = 32;
 /// └─ ship  1.2ms  c8be7c82…  (parent d75597de… not exported)
 /// ```
 ///
-/// Each line holds the name, the duration and the start of the span id (its end, where it starts with zeros). A span
-/// whose parent is not among the given ones is drawn as a root, with a note. A link shows its target, the link's
-/// `workflow.relation` attribute and, where the target is among the given spans, its name. Control characters are
-/// escaped, and very deep spans state their depth instead of being indented. Without spans the drawing reads `no spans`.
+/// Each line has the name, the duration and the first digits of the span id (the last ones, if it starts with zeros). A
+/// span whose parent is not among the given spans is drawn as a root, with a note. A link shows its target, its
+/// `workflow.relation` attribute and, if the target is among the given spans, the name of the target. Control characters
+/// are escaped, and very deep spans are labelled with their depth instead of being indented. Without spans the drawing
+/// is `no spans`.
 ///
 /// # Examples
 ///
@@ -67,14 +68,14 @@ const MAX_INDENT: usize = 32;
 /// ```
 #[derive(Clone, Debug)]
 pub struct TraceForest {
-    /// In drawing order.
+    /// All spans, in drawing order.
     nodes: Vec<Node>,
-    /// Where in `nodes` the earliest span of each id is.
+    /// The index of the earliest span of each id.
     by_id: HashMap<Id, usize>,
 }
 
 impl TraceForest {
-    /// Arranges `spans`, which are copied.
+    /// Arranges copies of `spans`.
     ///
     /// ```
     /// use tracing_workflow_context::testing::TraceForest;
@@ -100,7 +101,7 @@ impl TraceForest {
 
         let mut nodes = Vec::with_capacity(spans.len());
         let mut by_id = HashMap::with_capacity(earliest.len());
-        // A stack of its own instead of recursion: nesting may be deeper than the thread's stack.
+        // An explicit stack, since recursion could overflow the thread's stack.
         let mut todo = Vec::new();
         for roots in roots.chunk_by(|&a, &b| trace_id(spans[a]) == trace_id(spans[b])) {
             push_siblings(&mut todo, roots, 0);
@@ -121,37 +122,37 @@ impl TraceForest {
         Self { nodes, by_id }
     }
 
-    /// How many traces the spans fell into.
+    /// Returns the number of traces.
     pub fn trace_count(&self) -> usize {
         self.traces().count()
     }
 
-    /// How many spans there are, repeated ones included.
+    /// Returns the number of spans, repeated ones included.
     pub fn span_count(&self) -> usize {
         self.nodes.len()
     }
 
-    /// The id of each trace, in drawing order.
+    /// Returns the id of each trace, in drawing order.
     pub fn trace_ids(&self) -> Vec<TraceId> {
         self.traces()
             .map(|nodes| trace_id(&nodes[0].span))
             .collect()
     }
 
-    /// All spans, in drawing order.
+    /// Iterates over all spans, in drawing order.
     pub fn spans(&self) -> impl Iterator<Item = &SpanData> {
         self.nodes.iter().map(|node| &node.span)
     }
 
-    /// The first span of this name, in drawing order.
+    /// Returns the first span of this name, in drawing order.
     pub fn find(&self, name: &str) -> Option<&SpanData> {
         self.spans().find(|span| span.name == name)
     }
 
-    /// The span that `span` hangs below.
+    /// Returns the parent of a span.
     ///
     /// `None` for a root, for a span whose parent is not in the forest, and for the one span of a cycle that is drawn
-    /// as its root; climbing from parent to parent thus always ends.
+    /// as a root, so the way from parent to parent always ends.
     pub fn parent_of(&self, span: &SpanData) -> Option<&SpanData> {
         let cut = self
             .get(id(span))
@@ -160,11 +161,10 @@ impl TraceForest {
         self.get(parent).map(|node| &node.span)
     }
 
-    /// How many spans there are of each name.
+    /// Returns the number of spans of each name.
     ///
-    /// This is how to assert that something ran, or was exported, as often as it should. No method of this type
-    /// guesses it: a replay which exports an activity a second time and an honest retry of that activity look alike,
-    /// two spans of one name under one parent. The test knows which it expects.
+    /// Use it to assert how often something ran, or was exported. A replay that exports an activity twice looks like a
+    /// retry of that activity: two spans of one name under one parent. The test knows which of them it expects.
     pub fn count_by_name(&self) -> BTreeMap<String, usize> {
         let mut counts = BTreeMap::new();
         for span in self.spans() {
@@ -173,11 +173,11 @@ impl TraceForest {
         counts
     }
 
-    /// Asserts that all spans are in one trace, and that there are any.
+    /// Asserts that there are spans, and that all of them are in one trace.
     ///
     /// # Panics
     ///
-    /// If they are in several traces, or if there is no span. The message ends with the drawing.
+    /// If there are several traces, or no spans. The message ends with the drawing.
     #[track_caller]
     pub fn assert_one_trace(&self) -> &Self {
         let traces = self.trace_count();
@@ -190,12 +190,12 @@ impl TraceForest {
 
     /// Asserts that every span is a root or has its parent in the forest.
     ///
-    /// A remote parent must be there like any other: it was exported by another process, whose spans the test has to
-    /// collect too. A span without a parent id is a root. A cycle of parents passes: none of them is missing.
+    /// A remote parent has to be in the forest too: the test has to collect the spans of the process that exported it. A
+    /// span without a parent id is a root. A cycle of parents passes, since none of them is missing.
     ///
     /// # Panics
     ///
-    /// If a span names a parent that is not in the forest. The message ends with the drawing.
+    /// If the parent of a span is not in the forest. The message ends with the drawing.
     #[track_caller]
     pub fn assert_no_orphans(&self) -> &Self {
         let orphans = self
@@ -211,10 +211,9 @@ impl TraceForest {
         self
     }
 
-    /// Asserts that no two spans have the same trace id and span id, as they would if one were exported twice.
+    /// Asserts that no two spans have the same trace id and span id, as if one was exported twice.
     ///
-    /// Something that was done, or traced, twice has two span ids and passes: see
-    /// [`count_by_name`](Self::count_by_name).
+    /// Work that was done, or traced, twice has two span ids and passes: see [`count_by_name`](Self::count_by_name).
     ///
     /// # Panics
     ///
@@ -257,7 +256,7 @@ impl TraceForest {
                 end.fold(first.end_time, SystemTime::max)
             ),
         )?;
-        // For each span from the root to the current one: is it the last of its siblings?
+        // For each span from the root to the current one, `true` if it is the last of its siblings.
         let mut path = Vec::new();
         for (i, node) in nodes.iter().enumerate() {
             path.truncate(node.depth);
@@ -344,7 +343,7 @@ struct Node {
     /// An earlier span of the same trace has the same id.
     repeated: bool,
     depth: usize,
-    /// The last of its siblings.
+    /// It is the last of its siblings.
     last: bool,
 }
 
@@ -362,7 +361,7 @@ fn parent_id(span: &SpanData) -> Option<Id> {
     (span.parent_span_id != SpanId::INVALID).then(|| (trace_id(span), span.parent_span_id))
 }
 
-/// By trace, and in each trace in the order in which siblings are drawn.
+/// Sorts spans by trace, and in each trace in the order in which siblings are drawn.
 fn sorted(spans: &[SpanData]) -> Vec<&SpanData> {
     let mut spans: Vec<_> = spans.iter().collect();
     spans.sort_by_key(|span| {
@@ -374,19 +373,19 @@ fn sorted(spans: &[SpanData]) -> Vec<&SpanData> {
         let next = traces.len();
         traces.entry(trace_id(span)).or_insert(next);
     }
-    // Stable, so what is sorted within a trace stays so.
+    // A stable sort, which keeps the order within a trace.
     spans.sort_by_key(|span| traces[&trace_id(span)]);
     spans
 }
 
-/// The index of each span's parent, save where it is missing or would close a cycle.
+/// Returns the index of each span's parent, unless it is missing or would close a cycle.
 fn parents(spans: &[&SpanData], earliest: &HashMap<Id, usize>) -> Vec<Option<usize>> {
     let mut parents: Vec<_> = spans
         .iter()
         .map(|span| earliest.get(&parent_id(span)?).copied())
         .collect();
-    // Which climb came by here first. A climb that meets its own trail has found a cycle, which is cut there; as a
-    // climb stops at any trail, each span is passed once.
+    // The climb that reached each span first. A climb that meets its own trail has found a cycle, which is cut there.
+    // Each climb stops at the trail of any other, so each span is passed once.
     let mut trail = vec![None; spans.len()];
     for climb in 0..spans.len() {
         let mut at = climb;
@@ -401,7 +400,7 @@ fn parents(spans: &[&SpanData], earliest: &HashMap<Id, usize>) -> Vec<Option<usi
     parents
 }
 
-/// Puts siblings on the stack so that the first is taken first.
+/// Pushes siblings so that the first one is popped first.
 fn push_siblings(stack: &mut Vec<(usize, usize, bool)>, siblings: &[usize], depth: usize) {
     let last = siblings.last();
     stack.extend(siblings.iter().rev().map(|i| (*i, depth, Some(i) == last)));
@@ -414,7 +413,7 @@ fn indent(path: &[bool]) -> String {
         .collect()
 }
 
-/// Eight digits of an id: the first, or, as ids counted up in tests differ only at their end, the last.
+/// Shortens an id to its first eight digits, or to the last ones if it starts with zeros, as ids that a test counts do.
 fn short(id: impl fmt::Display) -> String {
     let hex = id.to_string();
     if hex.starts_with("00000000") {
@@ -428,13 +427,13 @@ fn counted(n: usize, one: &str, many: &str) -> String {
     format!("{n} {}", if n == 1 { one } else { many })
 }
 
-/// Negative where a span ends before it starts, as clocks may be set back.
+/// Formats a duration, which is negative if the clock was set back meanwhile.
 fn elapsed(start: SystemTime, end: SystemTime) -> String {
     end.duration_since(start)
         .map_or_else(|before| format!("-{}", human(before.duration())), human)
 }
 
-/// Workflows sleep for days, which `Duration` would print in seconds.
+/// Formats a duration of up to days, which `Debug` would print in seconds.
 fn human(duration: Duration) -> String {
     let s = duration.as_secs();
     match s {
@@ -445,7 +444,7 @@ fn human(duration: Duration) -> String {
     }
 }
 
-/// Escapes what would break the line or reorder it on a terminal.
+/// Escapes characters that would break the line or reorder it on a terminal.
 fn escaped(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {

@@ -429,7 +429,7 @@ fn a_file_of_another_application_is_refused_and_unchanged() {
             );
             let message = error.to_string();
             assert!(
-                message.contains("no file of workflow contexts"),
+                message.contains("not a workflow-context database"),
                 "{message}"
             );
             assert!(message.contains(&path.display().to_string()), "{message}");

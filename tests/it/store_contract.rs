@@ -40,38 +40,35 @@ fn a_correct_backend_passes() {
 #[test]
 fn each_broken_rule_is_named() {
     let broken = [
-        (Fault::IsNotEmpty, "`make` answers an empty backend"),
+        (Fault::IsNotEmpty, "`make` returns an empty backend"),
         (
             Fault::AnswersTooLittle,
             "`write` returns one outcome for each write",
         ),
         (
             Fault::AnswersForPuts,
-            "`write` finds a record for a `PutIfAbsent` only",
+            "`write` returns `Existing` for a `PutIfAbsent` only",
         ),
         (
             Fault::AnswersInReverse,
-            "each answer stands at the place of its write",
+            "the outcomes are in the order of their writes",
         ),
-        (
-            Fault::KeepsTheFirstPut,
-            "`Put` stores over any other record",
-        ),
+        (Fault::KeepsTheFirstPut, "`Put` replaces any other record"),
         (
             Fault::PutsWhatIsNotAbsent,
-            "`PutIfAbsent` answers the record that is there, and leaves it",
+            "`PutIfAbsent` returns the existing record and leaves it unchanged",
         ),
         (
             Fault::NamesTheLoser,
-            "`PutIfAbsent` answers the record that is there, and leaves it",
+            "`PutIfAbsent` returns the existing record and leaves it unchanged",
         ),
         (
             Fault::NamesNobody,
-            "`PutIfAbsent` answers the record that is there, and leaves it",
+            "`PutIfAbsent` returns the existing record and leaves it unchanged",
         ),
         (
             Fault::RemovesNothing,
-            "`Remove` forgets its key and no other",
+            "`Remove` removes the record of its key and no other",
         ),
         (
             Fault::RemovesByPrefix,
@@ -79,13 +76,19 @@ fn each_broken_rule_is_named() {
         ),
         (
             Fault::ExpiresNothing,
-            "`Expire` moves the expiry and nothing else",
+            "`Expire` changes the expiry and nothing else",
         ),
-        (Fault::ExpireBringsBack, "`Expire` brings no record back"),
-        (Fault::RemovesLast, "happen in their order for each key"),
+        (
+            Fault::ExpireBringsBack,
+            "`Expire` does not bring back an expired record",
+        ),
+        (
+            Fault::RemovesLast,
+            "take effect in their order for each key",
+        ),
         (
             Fault::RefusesLargeGroups,
-            "it must work while it is checked: `write` fails",
+            "`write` must succeed while the backend is checked",
         ),
         (Fault::IgnoresCase, "any text of 1 to 4095 bytes is a key"),
         (
@@ -117,32 +120,32 @@ fn each_broken_rule_is_named() {
             Fault::LosesGeneration,
             "a record comes back as it was stored",
         ),
-        (Fault::LosesExpiry, "`Put` stores over any other record"),
-        (Fault::GetShowsWhatIsOver, "a past moment ends a record"),
-        (Fault::ScanShowsWhatIsOver, "a past moment ends a record"),
-        (Fault::EndsEarly, "a record is there until its `expires_at`"),
+        (Fault::LosesExpiry, "`Put` replaces any other record"),
+        (Fault::GetShowsWhatIsOver, "with a past time ends a record"),
+        (Fault::ScanShowsWhatIsOver, "with a past time ends a record"),
+        (Fault::EndsEarly, "a record exists until its `expires_at`"),
         (
             Fault::WhatIsOverWins,
-            "`PutIfAbsent` stores where the record that was there is over",
+            "`PutIfAbsent` stores its record over an expired one",
         ),
-        (Fault::ScansAtMost(1000), "`scan` shows every record once"),
-        (Fault::ScansSomeTwice, "`scan` shows every record once"),
+        (Fault::ScansAtMost(1000), "`scan` visits every record once"),
+        (Fault::ScansSomeTwice, "`scan` visits every record once"),
         (
             Fault::ScansUnderItsLock,
             "`scan` holds no lock while `visit` runs",
         ),
         (
             Fault::DecidesWithoutALock,
-            "of many that put if absent at once one wins",
+            "of concurrent `PutIfAbsent`s on one key one stores its record",
         ),
-        (Fault::FlushLosesAll, "`flush` keeps everything"),
+        (Fault::FlushLosesAll, "`flush` loses nothing"),
         (
             Fault::FlushFails,
-            "it must work while it is checked: `flush` fails",
+            "`flush` must succeed while the backend is checked",
         ),
         (
             Fault::CountsMalformed,
-            "`malformed` counts what could not be decoded, and nothing else",
+            "`malformed` counts values that could not be decoded, and nothing else",
         ),
     ];
     let find = |(fault, rule): &(Fault, &str)| {

@@ -1,7 +1,9 @@
-//! A disk that keeps its word and nothing more: power cuts at every moment of a file's life.
+//! Tests on a simulated disk that honours fsync and guarantees nothing more: power cuts at every moment of a file's
+//! life, a full disk, and damage while the file is open.
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime};
 
 use redb::StorageBackend as File;
@@ -11,20 +13,21 @@ use crate::context::WorkflowContext;
 
 const SECTOR: usize = 512;
 
-/// A file on a disk. Clones are the same file.
+/// A file on the disk. Clones are the same file.
 #[derive(Clone, Debug, Default)]
 struct Platter(Arc<Mutex<State>>);
 
 #[derive(Debug, Default)]
 struct State {
-    /// As the processes of the machine see it.
+    /// The content that processes see.
     seen: Vec<u8>,
-    /// As it is for certain after a power cut.
+    /// The content that a power cut cannot change.
     synced: Vec<u8>,
-    /// What the disk may have done of its own accord, in part.
+    /// Operations that the disk may have carried out, wholly or in part.
     unsynced: Vec<Operation>,
-    /// How many operations the power lasts for, and how many there were.
+    /// Number of operations until the power cut.
     power: Option<usize>,
+    /// Number of operations so far.
     operations: usize,
     has_room: bool,
 }
@@ -67,12 +70,12 @@ impl Platter {
         Self(Arc::new(Mutex::new(state)))
     }
 
-    /// What another machine finds that gets this disk after a power cut.
+    /// Returns the file as it may be found after a power cut.
     fn after_power_cut(&self, random: &mut Random, power: Option<usize>) -> Self {
         let state = self.state();
         let mut file = state.synced.clone();
         for operation in &state.unsynced {
-            // All of it, nothing, or some sectors.
+            // All sectors of it, some, or none.
             let chance = [0, 50, 90, 100][random.below(4)];
             let mut is_done = || random.below(100) < chance;
             if (matches!(operation, Operation::Write(..)) || is_done()) && chance > 0 {
@@ -98,13 +101,13 @@ impl Platter {
 
     fn open(&self, sync: RedbSync) -> Result<RedbBackend, OpenError> {
         let file = self.clone();
-        let open_file = Box::new(move |_: &Path| Ok(Box::new(file.clone()) as Box<dyn File>));
+        let open_file = Box::new(move |_: &Path| Ok(file.clone()));
         let path = PathBuf::from("a file on a simulated disk");
         RedbBackend::open_on(Disk { path, open_file }, sync)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 
     fn operate(&self, operation: Operation) -> io::Result<()> {
@@ -159,7 +162,7 @@ impl File for Platter {
     }
 }
 
-/// The same numbers for the same seed.
+/// A pseudo-random generator with a seed, so that failures can be repeated.
 struct Random(u64);
 
 impl Random {
@@ -185,7 +188,7 @@ fn span_of(record: &Record) -> u64 {
     u64::from_be_bytes(record.context.span_id().to_bytes())
 }
 
-/// What is known of a few keys: what was acknowledged by a flush, and what was written since.
+/// The possible values of a few keys: those that a flush acknowledged, and those written since.
 #[derive(Debug, Default)]
 struct Expected {
     acknowledged: [Option<u64>; KEYS],
@@ -233,7 +236,7 @@ impl Expected {
         Ok(())
     }
 
-    /// Nothing is less than what was acknowledged; what is there now is what goes on.
+    /// Asserts that each key has a possible value, which from now on is the only one.
     fn check(&mut self, backend: &RedbBackend, what: &str) {
         for n in 0..KEYS {
             let found = backend
@@ -253,7 +256,8 @@ impl Expected {
     }
 }
 
-/// Three lives of one file, each with a power cut at some moment, from its creation to its recovery.
+/// Opens and writes one file three times, each time until a power cut at a random moment, also during creation and
+/// recovery.
 fn three_lives(seed: u64, sync: RedbSync) {
     let what = format!("seed {seed}, {sync:?}");
     let mut random = Random(seed);
@@ -295,7 +299,7 @@ fn a_power_cut_costs_nothing_that_was_flushed_and_the_file_always_opens() {
     }
 }
 
-/// Cut at each moment of it, once: the file is nothing, or unfinished, or complete.
+/// The file is then empty, unfinished or complete.
 #[test]
 fn a_power_cut_at_any_moment_of_the_creation_leaves_a_file_that_opens() {
     let whole = Platter::new(None);
@@ -314,7 +318,7 @@ fn a_power_cut_at_any_moment_of_the_creation_leaves_a_file_that_opens() {
     }
 }
 
-/// redb gives a file up at the first failure; the backend opens it again.
+/// redb refuses to work on a file after the first failure; the backend opens it again.
 #[test]
 fn a_disk_that_was_full_for_a_while_is_used_again_by_itself() {
     for sync in [RedbSync::Group, RedbSync::Eventual] {
@@ -355,7 +359,7 @@ fn a_disk_that_was_full_for_a_while_is_used_again_by_itself() {
     }
 }
 
-/// redb panics on some files that have changed beneath it.
+/// redb panics on some changes of an open file.
 #[test]
 fn a_file_that_is_damaged_while_it_is_open_is_an_error_and_no_panic() {
     for seed in 0..25 {
@@ -366,7 +370,7 @@ fn a_file_that_is_damaged_while_it_is_open_is_an_error_and_no_panic() {
             .map(|n| Write::Put(format!("order {n}"), record(n + 1)))
             .collect();
         backend.write(&writes).expect("there is power");
-        // What redb has in memory is sound: another one has to read the file.
+        // The cache of this one is sound, so another one has to read the file.
         drop(backend);
         let backend = disk.open(RedbSync::Group).expect("it was closed");
         {

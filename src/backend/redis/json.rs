@@ -1,17 +1,17 @@
-//! A [`Record`] as the JSON object that the Python original keeps, for workers in other languages.
+//! The JSON form of a [`Record`], which is the object that dapr-agents keeps, for workers in other languages.
 //!
-//! | member | |
+//! | member | value |
 //! |---|---|
-//! | `traceparent` | text, as in the header; the only member that must be there |
+//! | `traceparent` | text, as in the header; the only required member |
 //! | `tracestate` | text or null |
-//! | `instance_id` | text; written, and not read: the key tells |
+//! | `instance_id` | text; written, but not read: the key has it |
 //! | `resumed` | a boolean |
-//! | `debug_info` | text; written, and not read |
+//! | `debug_info` | text; written, but not read |
 //! | `run_id` | text or null |
 //! | `generation` | a positive integer |
-//! | `recorded_at`, `expires_at` | seconds since 1970, as `time.time()` tells them |
+//! | `recorded_at`, `expires_at` | seconds since 1970, as `time.time()` returns them |
 //!
-//! A member that is there and of another type makes the value undecodable; members of other names are passed over.
+//! A member of another type makes the value malformed; members with other names are ignored.
 
 use std::time::{Duration, SystemTime};
 
@@ -27,8 +27,8 @@ const WRITER: &str = concat!(
     env!("CARGO_PKG_VERSION")
 );
 
-/// How long a value lives on for which neither the server nor the value itself tells an end.
-const UNTOLD: Duration = Duration::from_secs(24 * 60 * 60);
+/// Time to live of a value without an expiry, in it or on the server.
+const DEFAULT_TTL: Duration = Duration::from_secs(24 * 60 * 60);
 
 pub(super) fn encode(instance_id: &str, record: &Record) -> Vec<u8> {
     let context = &record.context;
@@ -70,11 +70,11 @@ pub(super) fn decode(bytes: &[u8]) -> Option<Record> {
         generation: u32::try_from(generation.unwrap_or(1))
             .ok()
             .filter(|&it| it > 0)?,
-        expires_at: expires_at.unwrap_or_else(|| SystemTime::now() + UNTOLD),
+        expires_at: expires_at.unwrap_or_else(|| SystemTime::now() + DEFAULT_TTL),
     })
 }
 
-/// `Some(None)` where the member is null or not there, `None` where it is of another type.
+/// Reads an optional member. Returns `None` if it is of another type.
 fn member<'a, T>(
     object: &'a Map<String, Value>,
     name: &str,
@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_comes_back_as_it_was() {
+    fn a_record_is_decoded_as_it_was_encoded() {
         let moment = |s| SystemTime::UNIX_EPOCH + Duration::from_secs(s);
         for (tracestate, run_id) in [("", None), ("a=1,b=\"\\", Some("run\u{1f}\n\"ü"))] {
             let context = WorkflowContext::parse(PARENT, tracestate).expect("well formed");
@@ -124,7 +124,7 @@ mod tests {
     }
 
     #[test]
-    fn what_python_has_written_is_read() {
+    fn an_object_of_dapr_agents_is_read() {
         let record = decoded(&format!(
             r#"{{"traceparent": "{PARENT}", "tracestate": null, "instance_id": "order-42",
                 "resumed": true, "debug_info": "New trace", "other": [1, {{}}]}}"#
@@ -133,14 +133,14 @@ mod tests {
         assert_eq!(record.context.traceparent(), PARENT);
         assert_eq!((record.run_id, record.generation), (None, 1));
         assert!(record.context.is_resumed());
-        assert!(record.expires_at > SystemTime::now() + UNTOLD / 2);
+        assert!(record.expires_at > SystemTime::now() + DEFAULT_TTL / 2);
 
         let least = decoded(&format!(r#"{{"traceparent":"{PARENT}"}}"#));
         assert!(!least.expect("enough").context.is_resumed());
     }
 
     #[test]
-    fn anything_else_is_none() {
+    fn a_malformed_object_is_none() {
         let with = |members: &str| format!(r#"{{"traceparent":"{PARENT}",{members}}}"#);
         let wrong = [
             String::new(),

@@ -1,18 +1,15 @@
-//! One server, and connections to it.
+//! One server, and the connections to it.
 
-use std::sync::{Mutex, MutexGuard};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use redis::{
-    Client, Cmd, Connection, ConnectionAddr, IntoConnectionInfo, RedisError, RedisResult, Value,
-    cmd,
-};
+use redis::{Client, Cmd, Connection, RedisError, RedisResult, Value, cmd};
 
-use super::ConnectError;
+use super::connect;
 use crate::backend::BackendError;
 use crate::lock::lock;
 
-/// How many connections to a server are kept for later use. A storage uses two.
+/// Number of idle connections that are kept. A storage uses two.
 const IDLE: usize = 8;
 
 #[derive(Clone, Copy)]
@@ -24,17 +21,17 @@ pub(super) struct Timeouts {
 pub(super) struct Node {
     client: Client,
     sentinels: Vec<Client>,
-    /// What the sentinels call it.
+    /// The name of the master in the configuration of the sentinels.
     service: String,
     idle: Mutex<Vec<Connection>>,
 }
 
 impl Node {
     pub(super) fn new(client: Client) -> Self {
-        Self::of_sentinels(client, Vec::new(), String::new())
+        Self::with_sentinels(client, Vec::new(), String::new())
     }
 
-    pub(super) fn of_sentinels(client: Client, sentinels: Vec<Client>, service: String) -> Self {
+    pub(super) fn with_sentinels(client: Client, sentinels: Vec<Client>, service: String) -> Self {
         Self {
             client,
             sentinels,
@@ -49,25 +46,22 @@ impl Node {
 
     pub(super) fn name(&self) -> String {
         match &*self.sentinels {
-            [] => format!("at {}", self.client.get_connection_info().addr()),
-            _ => format!("{:?} of its sentinels", self.service),
+            [] => format!("Redis server {}", self.client.get_connection_info().addr()),
+            _ => format!("Redis service {:?}", self.service),
         }
     }
 
-    pub(super) fn failure(
-        &self,
-        what: &str,
-        source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
-    ) -> BackendError {
-        let name = self.name();
-        BackendError::new(
-            format!("the Redis server {name} {what}"),
-            Some(source.into()),
-        )
+    pub(super) fn failure(&self, message: &str) -> BackendError {
+        BackendError::new(format!("{}: {message}", self.name()), None)
     }
 
+    pub(super) fn failure_by(&self, source: RedisError, message: &str) -> BackendError {
+        BackendError::new(format!("{}: {message}", self.name()), Some(source.into()))
+    }
+
+    /// Takes an idle connection, or opens one.
     pub(super) fn session(&self, timeouts: Timeouts) -> Result<Session<'_>, BackendError> {
-        let idle = self.idle().pop();
+        let idle = lock(&self.idle).pop();
         let reused = idle.is_some();
         let connection = match idle {
             Some(connection) => connection,
@@ -81,14 +75,15 @@ impl Node {
         })
     }
 
-    /// A session by a new connection, since the others are of no use any more.
+    /// Opens a connection after closing the idle ones, which have failed or are about to.
     pub(super) fn new_session(&self, timeouts: Timeouts) -> Result<Session<'_>, BackendError> {
         self.close_idle();
         self.session(timeouts)
     }
 
     pub(super) fn close_idle(&self) {
-        let idle = std::mem::take(&mut *self.idle());
+        let idle = std::mem::take(&mut *lock(&self.idle));
+        // Closed without the lock.
         drop(idle);
     }
 
@@ -96,7 +91,7 @@ impl Node {
         let open = || match &*self.sentinels {
             [] => open_on(&self.client, timeouts),
             sentinels => {
-                let mut result = Err(no_answer("no sentinel"));
+                let mut result = Err(not_found("there are no sentinels"));
                 for sentinel in sentinels {
                     result = self
                         .master(sentinel, timeouts)
@@ -108,35 +103,31 @@ impl Node {
                 result
             }
         };
-        open().map_err(|error: RedisError| self.failure("cannot be reached", error))
+        open().map_err(|error| self.failure_by(error, "cannot connect"))
     }
 
-    /// The server that a sentinel names.
+    /// Asks a sentinel for the master.
     fn master(&self, sentinel: &Client, timeouts: Timeouts) -> RedisResult<Client> {
         let mut connection = open_on(sentinel, timeouts)?;
         let mut ask = cmd("SENTINEL");
         ask.arg("GET-MASTER-ADDR-BY-NAME").arg(&self.service);
         let address: Option<(String, u16)> = ask.query(&mut connection)?;
-        let (host, port) =
-            address.ok_or_else(|| no_answer("the sentinel knows no such service"))?;
-        at(&self.client, host, port)
-    }
-
-    fn idle(&self) -> MutexGuard<'_, Vec<Connection>> {
-        lock(&self.idle)
+        let (host, port) = address.ok_or_else(|| not_found("the sentinel has no such service"))?;
+        connect::with_address(&self.client, host, port)
     }
 }
 
-/// One connection, which is closed unless it is given back: after an error nobody knows which answer comes next.
+/// One connection. It is closed unless it is given back: after a failure, the next reply may belong to an earlier
+/// command.
 pub(super) struct Session<'a> {
     node: &'a Node,
     timeouts: Timeouts,
     connection: Connection,
-    /// It was idle before, and the server may have closed it since.
+    /// The connection was idle before, and the server may have closed it since.
     reused: bool,
 }
 
-/// Commands on their way to the server.
+/// Commands that were sent, and are to be replied to.
 pub(super) struct Sent {
     packed: Vec<u8>,
     commands: usize,
@@ -144,17 +135,15 @@ pub(super) struct Sent {
 }
 
 impl Session<'_> {
-    /// The answer of each command. An error among them fails the call, unless it tells that a value is no string.
+    /// Returns the reply to each command. An error reply fails the call, unless it says that a value is no string.
     pub(super) fn call(&mut self, commands: &[Cmd]) -> Result<Vec<Value>, BackendError> {
         let deadline = Instant::now() + self.timeouts.response;
         let sent = self.send(commands);
-        let answers = self.receive(sent, deadline)?;
-        for answer in &answers {
-            if let Some(error) = refusal(answer) {
-                return Err(self.node.failure("refuses", error));
-            }
+        let replies = self.receive(sent, deadline)?;
+        match replies.iter().find_map(error_reply) {
+            Some(error) => Err(self.node.failure_by(error, "error reply")),
+            None => Ok(replies),
         }
-        Ok(answers)
     }
 
     pub(super) fn ping(mut self) -> Result<(), BackendError> {
@@ -176,7 +165,7 @@ impl Session<'_> {
         }
     }
 
-    /// The answer of each command, errors among them.
+    /// Returns the reply to each command, error replies included.
     pub(super) fn receive(
         &mut self,
         sent: Sent,
@@ -187,80 +176,46 @@ impl Session<'_> {
             commands,
             sent,
         } = sent;
-        let mut answers = sent.and_then(|()| self.receive_until(deadline, commands));
-        if self.reused && matches!(&answers, Err(error) if error.is_connection_dropped()) {
-            // The others are as old.
+        let mut replies = sent.and_then(|()| self.receive_until(deadline, commands));
+        if self.reused && matches!(&replies, Err(error) if error.is_connection_dropped()) {
+            // The other idle connections are as old.
             self.node.close_idle();
             self.connection = self.node.open(self.timeouts)?;
             let deadline = Instant::now() + self.timeouts.response;
             let sent = self.connection.send_packed_command(&packed);
-            answers = sent.and_then(|()| self.receive_until(deadline, commands));
+            replies = sent.and_then(|()| self.receive_until(deadline, commands));
         }
         self.reused = false;
-        answers.map_err(|error| self.node.failure("does not answer", error))
+        replies.map_err(|error| self.node.failure_by(error, "no reply"))
     }
 
-    /// As a pipeline of the client does it, which however waits for every answer for as long again after the first one
-    /// has failed to come.
+    /// Receives all replies by one deadline. A pipeline of the redis crate waits for the timeout again for each reply
+    /// after the first one that did not come.
     fn receive_until(&mut self, deadline: Instant, commands: usize) -> RedisResult<Vec<Value>> {
-        let mut answers = Vec::with_capacity(commands);
+        let mut replies = Vec::with_capacity(commands);
         for _ in 0..commands {
             if Instant::now() > deadline {
                 return Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into());
             }
-            answers.push(self.connection.recv_response()?);
+            replies.push(self.connection.recv_response()?);
         }
-        Ok(answers)
+        Ok(replies)
     }
 
     pub(super) fn give_back(self) {
-        let mut idle = self.node.idle();
+        let mut idle = lock(&self.node.idle);
         if idle.len() < IDLE {
             idle.push(self.connection);
         }
     }
 }
 
-/// The error that an answer is, unless it tells that a value is no string.
-pub(super) fn refusal(answer: &Value) -> Option<RedisError> {
-    match answer {
+/// Returns the error that a reply is, unless it says that a value is no string: such a value is malformed.
+pub(super) fn error_reply(reply: &Value) -> Option<RedisError> {
+    match reply {
         Value::ServerError(error) if error.code() != "WRONGTYPE" => Some(error.clone().into()),
         _ => None,
     }
-}
-
-/// Connects to nothing yet.
-pub(super) fn client(url: &str) -> Result<Client, ConnectError> {
-    let invalid = |source: RedisError| ConnectError::InvalidUrl {
-        source: source.into(),
-    };
-    let info = url.into_connection_info().map_err(invalid)?;
-    #[cfg(feature = "redis-tls")]
-    if matches!(info.addr(), ConnectionAddr::TcpTls { .. }) {
-        have_cryptography();
-    }
-    // Each message of a handshake has the whole timeout again: none that is not needed.
-    let redis = info.redis_settings().clone().set_skip_set_lib_name();
-    Client::open(info.set_redis_settings(redis)).map_err(invalid)
-}
-
-/// A client of another address, as the one in everything else.
-pub(super) fn at(client: &Client, host: String, port: u16) -> RedisResult<Client> {
-    let info = client.get_connection_info();
-    let address = match info.addr().clone() {
-        ConnectionAddr::TcpTls {
-            insecure,
-            tls_params,
-            ..
-        } => ConnectionAddr::TcpTls {
-            host,
-            port,
-            insecure,
-            tls_params,
-        },
-        _ => ConnectionAddr::Tcp(host, port),
-    };
-    Client::open(info.clone().set_addr(address))
 }
 
 fn open_on(client: &Client, timeouts: Timeouts) -> RedisResult<Connection> {
@@ -270,15 +225,6 @@ fn open_on(client: &Client, timeouts: Timeouts) -> RedisResult<Connection> {
     Ok(connection)
 }
 
-fn no_answer(what: &'static str) -> RedisError {
-    std::io::Error::new(std::io::ErrorKind::NotFound, what).into()
-}
-
-/// Without a choice of the process's, and with several to choose from, rustls would panic.
-#[cfg(feature = "redis-tls")]
-fn have_cryptography() {
-    if rustls::crypto::CryptoProvider::get_default().is_none() {
-        // If another thread has been faster, its choice stands.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-    }
+fn not_found(message: &'static str) -> RedisError {
+    std::io::Error::new(std::io::ErrorKind::NotFound, message).into()
 }

@@ -1,0 +1,116 @@
+//! The commands that read and change records, and the meaning of their replies.
+
+use std::time::{Duration, SystemTime};
+
+use redis::{Cmd, ToRedisArgs, Value, cmd};
+
+use super::json;
+use crate::backend::{Record, codec};
+
+/// The content of a value.
+pub(super) enum Found {
+    Nothing,
+    Malformed,
+    Record(Record),
+}
+
+/// Reads the reply to `GET`, in either form.
+pub(super) fn found(value: &Value) -> Found {
+    let record = match value {
+        Value::Nil => return Found::Nothing,
+        Value::BulkString(bytes) if bytes.first() == Some(&b'{') => json::decode(bytes),
+        Value::BulkString(bytes) => codec::decode(bytes),
+        // The error of a key that holds no string.
+        _ => None,
+    };
+    record.map_or(Found::Malformed, Found::Record)
+}
+
+/// Creates a command on a key, which every command but `SCAN` has as its first argument.
+pub(super) fn on_key(name: &str, key: impl ToRedisArgs, arguments: &[u64]) -> Cmd {
+    let mut command = cmd(name);
+    command.arg(key).arg(arguments);
+    command
+}
+
+/// Creates the two commands whose replies make a record.
+pub(super) fn read(key: impl ToRedisArgs + Copy) -> [Cmd; 2] {
+    ["GET", "PEXPIRETIME"].map(|name| on_key(name, key, &[]))
+}
+
+pub(super) fn set(key: &str, value: Vec<u8>, expires_at: SystemTime) -> Cmd {
+    let mut set = cmd("SET");
+    set.arg(key).arg(value);
+    set.arg("PXAT").arg(milliseconds(expires_at));
+    set
+}
+
+/// Creates the command that sets a key without a value, and replies with the value that it finds.
+pub(super) fn set_if_absent(key: &str, value: Vec<u8>, expires_at: SystemTime) -> Cmd {
+    let mut set = set(key, value, expires_at);
+    set.arg("NX").arg("GET");
+    set
+}
+
+pub(super) fn expire(key: &str, at: SystemTime) -> Cmd {
+    on_key("PEXPIREAT", key, &[milliseconds(at)])
+}
+
+/// Reads the reply to `PEXPIRETIME`. Returns `None` for a key without an expiry.
+pub(super) fn expiry(reply: &Value) -> Option<SystemTime> {
+    match *reply {
+        Value::Int(ms @ 1..) => {
+            SystemTime::UNIX_EPOCH.checked_add(Duration::from_millis(ms as u64))
+        }
+        _ => None,
+    }
+}
+
+/// Milliseconds since 1970, from 1, since the server refuses 0, to the largest number that it takes.
+fn milliseconds(time: SystemTime) -> u64 {
+    let since_epoch = time
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default();
+    since_epoch.as_millis().clamp(1, i64::MAX as u128) as u64
+}
+
+/// Creates the command for one page of the keys that begin with `prefix`.
+pub(super) fn scan(cursor: &[u8], prefix: &str, count: usize) -> Cmd {
+    let mut scan = cmd("SCAN");
+    scan.arg(cursor).arg("MATCH");
+    scan.arg(format!("{}*", escape_pattern(prefix)));
+    scan.arg("COUNT").arg(count);
+    scan
+}
+
+/// Reads the next cursor and the keys of a reply to `SCAN`.
+pub(super) fn scanned(reply: Value) -> Option<(Vec<u8>, Vec<Vec<u8>>)> {
+    fn bytes(value: Value) -> Option<Vec<u8>> {
+        match value {
+            Value::BulkString(bytes) => Some(bytes),
+            _ => None,
+        }
+    }
+    let Value::Array(parts) = reply else {
+        return None;
+    };
+    let [cursor, Value::Array(keys)] = <[Value; 2]>::try_from(parts).ok()? else {
+        return None;
+    };
+    Some((
+        bytes(cursor)?,
+        keys.into_iter().map(bytes).collect::<Option<_>>()?,
+    ))
+}
+
+/// Escapes a text for the glob patterns of `SCAN`.
+fn escape_pattern(text: &str) -> String {
+    let mut pattern = String::new();
+    for letter in text.chars() {
+        if matches!(letter, '*' | '?' | '[' | ']' | '\\') {
+            pattern.push('\\');
+        }
+        pattern.push(letter);
+    }
+    pattern
+}

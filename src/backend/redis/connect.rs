@@ -1,0 +1,62 @@
+//! Clients from URLs and addresses; they connect to nothing yet.
+
+use redis::{Client, ConnectionAddr, IntoConnectionInfo, RedisError, RedisResult};
+
+/// Why a [`RedisBackend`](super::RedisBackend) could not be created.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConnectError {
+    /// The text is no URL of a Redis server, or it asks for something that is
+    /// [not supported](super::RedisBackend#not-supported). The message does not repeat it, since it may contain a
+    /// password.
+    #[error("invalid URL of a Redis server, expected a form like redis://127.0.0.1:6379/")]
+    InvalidUrl {
+        /// The reason why it is invalid.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The list of URLs of a Cluster is empty.
+    #[error("no URL of a Redis Cluster was given, at least one is needed")]
+    NoUrl,
+}
+
+pub(super) fn client(url: &str) -> Result<Client, ConnectError> {
+    let invalid = |source: RedisError| ConnectError::InvalidUrl {
+        source: source.into(),
+    };
+    let info = url.into_connection_info().map_err(invalid)?;
+    #[cfg(feature = "redis-tls")]
+    if matches!(info.addr(), ConnectionAddr::TcpTls { .. }) {
+        ensure_crypto_provider();
+    }
+    // The connect timeout applies to each message of the handshake, so it has none that is not needed.
+    let redis = info.redis_settings().clone().set_skip_set_lib_name();
+    Client::open(info.set_redis_settings(redis)).map_err(invalid)
+}
+
+/// Creates a client of another address with all other settings of `client`.
+pub(super) fn with_address(client: &Client, host: String, port: u16) -> RedisResult<Client> {
+    let info = client.get_connection_info();
+    let address = match info.addr().clone() {
+        ConnectionAddr::TcpTls {
+            insecure,
+            tls_params,
+            ..
+        } => ConnectionAddr::TcpTls {
+            host,
+            port,
+            insecure,
+            tls_params,
+        },
+        _ => ConnectionAddr::Tcp(host, port),
+    };
+    Client::open(info.clone().set_addr(address))
+}
+
+/// Installs `ring` for rustls, which panics if the process has chosen nothing and several providers are linked.
+#[cfg(feature = "redis-tls")]
+fn ensure_crypto_provider() {
+    if rustls::crypto::CryptoProvider::get_default().is_none() {
+        // If another thread was faster, its choice stands.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+    }
+}
