@@ -3,6 +3,7 @@
 //! Only the author of a backend needs this module. The backends of this crate are
 //! [`MemoryBackend`](crate::MemoryBackend), `RedbBackend` (feature `redb`) and `RedisBackend` (feature `redis`).
 
+pub(crate) mod breaker;
 pub(crate) mod client;
 #[cfg(any(test, feature = "redb", feature = "redis"))]
 #[cfg_attr(
@@ -10,13 +11,16 @@ pub(crate) mod client;
     allow(dead_code, reason = "only redb reads the expiry alone")
 )]
 pub(crate) mod codec;
+mod guard;
 pub(crate) mod keys;
 pub(crate) mod memory;
+mod reader;
 #[cfg(feature = "redb")]
 pub(crate) mod redb;
 #[cfg(feature = "redis")]
 pub(crate) mod redis;
 pub(crate) mod write_queue;
+pub(crate) mod writer;
 
 use std::error::Error;
 use std::fmt;

@@ -68,7 +68,7 @@ impl Remote {
         };
         // Records that the scan could not read are asked for one by one later.
         let loaded_all = warms_up && client.load(&mut load) && has_room;
-        let refresher = Refresher::new(client.queuing(), &cache, clock.clone(), lifetimes.idle);
+        let refresher = Refresher::new(client.writer(), &cache, clock.clone(), lifetimes.idle);
         Ok(Self {
             client,
             cache,

@@ -14,7 +14,7 @@ use redis::{Arg, Client, Cmd, ConnectionAddr, Value, cmd};
 
 use super::node::{self, Node, Session, Timeouts};
 use crate::backend::BackendError;
-use crate::backend::client::{BACKOFF, jittered};
+use crate::backend::breaker::{BACKOFF, jittered};
 use crate::lock::lock;
 
 const SLOTS: u16 = 16 * 1024;
