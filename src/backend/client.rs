@@ -205,7 +205,7 @@ mod tests {
     use crate::backend::memory::MemoryBackend;
     use crate::context::WorkflowContext;
 
-    /// The lock holder may have been preempted.
+    /// As if the lock holder was preempted.
     #[test]
     fn no_span_waits_for_a_thread_that_has_locked_the_queue() {
         let backend = Arc::new(MemoryBackend::new());
@@ -220,7 +220,7 @@ mod tests {
         let has = |key: &str| backend.get(key).expect("it works");
         for round in 1..50 {
             let key = format!("key {round}");
-            // Sometimes the writer is asleep by then, and sometimes not.
+            // The writer is asleep after 100 ms, and not yet after the shorter pauses.
             thread::sleep(Duration::from_millis(round % 3 * 50));
             let locked = client.writer.lock_queue();
             thread::scope(|scope| {
@@ -240,7 +240,7 @@ mod tests {
                 let known = client.get(&key).expect("it is known").context;
                 assert_eq!(known.span_id(), record(round + 2).context.span_id());
             }
-            // By itself, without a flush or the clock.
+            // Nobody flushes.
             let deadline = Instant::now() + Duration::from_secs(30);
             while has(&key).is_none() {
                 assert!(Instant::now() < deadline, "it is written");

@@ -318,7 +318,7 @@ mod tests {
     use super::*;
     use crate::context::WorkflowContext;
 
-    /// Seconds since some moment.
+    /// A moment of the test, in seconds.
     fn time(seconds: u64) -> SystemTime {
         SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000 + seconds)
     }
@@ -333,7 +333,7 @@ mod tests {
         u64::from_be_bytes(record.context.span_id().to_bytes())
     }
 
-    /// What a backend does.
+    /// A backend by its contract.
     #[derive(Clone, Debug, Default)]
     struct Model(BTreeMap<String, Record>);
 
@@ -375,7 +375,7 @@ mod tests {
             0 => Write::Put(key, record(span, now)),
             1 | 2 => Write::PutIfAbsent(key, record(span, now)),
             3 => Write::Remove(key),
-            // An end at once, or a longer life.
+            // Expired at once, or extended.
             4 => Write::Expire(key, time(now)),
             _ => Write::Expire(key, time(now + 200)),
         }
@@ -383,7 +383,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_left_of_many_writes_does_the_same(
+        fn merged_writes_do_what_the_single_ones_do(
             before in prop::collection::vec((0..6_usize, 0..3_usize), 0..4),
             writes in prop::collection::vec((0..6_usize, 0..3_usize), 1..12),
         ) {
@@ -397,7 +397,7 @@ mod tests {
             for (span, (kind, key)) in (100..).zip(&writes) {
                 now += 1;
                 let write = write(*kind, *key, span, now);
-                // Only what memory still has is kept longer.
+                // The storage extends only records that it still has.
                 if *kind == 5 && !one_by_one.live(now).contains_key(write.key()) {
                     continue;
                 }
@@ -408,7 +408,7 @@ mod tests {
             for key in ["a", "b", "c"] {
                 let live = one_by_one.live(now).get(key).copied();
                 match queue.known(key) {
-                    // As far as anybody can know, a claim is won.
+                    // Exact only where no claim can have found another record.
                     Some(Known::Record(record)) if merged.live(now).is_empty() && !claimed_before => {
                         let known = (record.expires_at > time(now)).then(|| (span_of(&record), record.expires_at));
                         prop_assert_eq!(known, live);

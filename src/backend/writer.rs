@@ -1,8 +1,8 @@
 //! The writer: a thread that carries out queued writes in groups, retries those that failed, and flushes.
 //!
-//! A span passes its write on through a channel and locks nothing, so it never waits for a thread that was preempted
-//! while it held a lock. Whoever locks the queue moves the content of the channel into it: the writer, a lookup, and a
-//! span if much is in the channel.
+//! A span sends its write through a channel and never waits for a lock, whose holder might have been preempted. Each
+//! thread that locks the queue first moves messages from the channel into it: the writer's own, a lookup, and a span
+//! that finds the channel crowded and the queue unlocked.
 
 use std::sync::atomic::{
     AtomicBool, AtomicUsize,
@@ -23,17 +23,21 @@ use crate::stats::Counter;
 /// The largest number of writes that go to the backend as one group.
 const GROUP: usize = 1000;
 
-/// The time for which writes gather before they go to the backend.
+/// The time for which writes gather before they are taken.
 const GATHERING: Duration = Duration::from_millis(1);
 
-/// After so many times that nothing has gathered, the writer sleeps until it is woken.
-const WAKEFUL: u32 = 64;
+/// The number of times that the thread finds nothing gathered before it sleeps until it is woken.
+const IDLE_ROUNDS: u32 = 64;
 
-/// From this number of writes in the channel on, a span that writes moves some into the queue, where they are merged.
-const CROWDED: usize = 1024;
+/// The number of messages in the channel from which on each write moves some into the queue, where they are merged and
+/// bounded. Large enough for a burst while the backend is busy with a group.
+const CROWDED: usize = 8 * 1024;
 
-/// The number of writes that one span moves.
-const MOVED_BY_SPAN: usize = 64;
+/// The number of messages that such a write moves.
+const MOVED_BY_WRITE: usize = 64;
+
+/// The number of messages that a lookup moves before it checks its budget again.
+const MOVED_BY_LOOKUP: usize = 256;
 
 /// The pause between attempts of a lookup to lock the queue.
 const LOCK_RETRY: Duration = Duration::from_micros(50);
@@ -47,7 +51,7 @@ pub(crate) struct Writer {
     /// Counts messages: incremented before sending, decremented after receiving.
     in_channel: AtomicUsize,
     queue: Mutex<Queue>,
-    /// The thread has to be woken for a new write.
+    /// Set while the thread has to be woken for a new write.
     is_asleep: AtomicBool,
     /// Set before anything is written.
     thread: OnceLock<Thread>,
@@ -58,25 +62,25 @@ pub(crate) struct Writer {
 
 enum Message {
     Write(Write, Option<OnWinner>),
-    /// Asks for no further gathering.
+    /// Ends the gathering.
     Hurry,
     Flush(Flush),
     Close,
 }
 
-/// Where the result of a flush goes.
+/// The receiver of a flush's result.
 type Flush = SyncSender<Result<(), BackendError>>;
 
 struct Queue {
     channel: Receiver<Message>,
     writes: WriteQueue,
     is_urgent: bool,
-    /// Flushes that the next turn is to answer.
+    /// Answered by the next turn.
     flushes: Vec<Flush>,
     is_closing: bool,
 }
 
-/// The writes that the thread carries out before it waits again.
+/// One turn of the thread: what it carries out before it waits again.
 struct Turn {
     waiting: usize,
     held: usize,
@@ -107,30 +111,30 @@ impl Writer {
         })
     }
 
-    /// Has this thread woken when something is written.
+    /// Sets the thread to wake when something is written.
     pub(super) fn set_thread(&self, thread: &Thread) {
         let _ = self.thread.set(thread.clone());
     }
 
-    /// Queues a write. Locks nothing, unless the channel is crowded and the queue is free.
+    /// Queues a write. Waits for no lock.
     pub(crate) fn write(&self, write: Write, on_winner: Option<OnWinner>) {
         let in_channel = self.in_channel.load(Relaxed);
         if in_channel >= CROWDED {
             if let Some(queue) = try_lock(&self.queue) {
-                self.with(queue, MOVED_BY_SPAN, |_| ());
+                self.with(queue, MOVED_BY_WRITE, |_| ());
             } else if in_channel >= MAX_WRITES {
                 self.dropped.add();
                 return;
             }
         }
         self.send(Message::Write(write, on_winner));
-        // The thread sets the mark before it looks into the channel for the last time.
+        // The thread sets this before it checks the channel for the last time.
         if self.is_asleep.load(SeqCst) && self.is_asleep.swap(false, SeqCst) {
             self.wake();
         }
     }
 
-    /// Queues a write and waits until it is carried out and its callback has run. Gives up after `most`.
+    /// Queues a write and waits, for `most` at most, until its callback has run.
     pub(super) fn write_and_wait(&self, write: Write, on_winner: OnWinner, most: Duration) {
         let (done, is_done) = sync_channel(1);
         let on_winner: OnWinner = Box::new(move |winner| {
@@ -146,18 +150,27 @@ impl Writer {
         }
     }
 
-    /// Returns the content of a key after all writes that the backend has not carried out, if there are any.
+    /// Returns the content of a key after all queued writes, or `None` if there is none of this key.
     pub(super) fn known(&self, key: &str, most: Duration) -> Result<Option<Known>, TimedOut> {
         let start = Instant::now();
+        let mut to_move = self.in_channel.load(SeqCst);
         loop {
-            if let Some(queue) = try_lock(&self.queue) {
-                return Ok(self.with(queue, usize::MAX, |queue| queue.writes.known(key)));
+            let queue = try_lock(&self.queue);
+            let is_locked = queue.is_some();
+            if let Some(queue) = queue {
+                let known = self.with(queue, MOVED_BY_LOOKUP, |queue| queue.writes.known(key));
+                to_move = to_move.saturating_sub(MOVED_BY_LOOKUP);
+                if to_move == 0 {
+                    return Ok(known);
+                }
             }
             let left = most.saturating_sub(start.elapsed());
             if left.is_zero() {
                 return Err(TimedOut);
             }
-            thread::sleep(left.min(LOCK_RETRY));
+            if !is_locked {
+                thread::sleep(left.min(LOCK_RETRY));
+            }
         }
     }
 
@@ -167,15 +180,12 @@ impl Writer {
         self.send(Message::Flush(flush));
         self.wake();
         flushed.recv_timeout(FLUSH_PATIENCE).unwrap_or_else(|_| {
-            let seconds = FLUSH_PATIENCE.as_secs();
-            Err(BackendError::new(
-                format!("flush timed out after {seconds} s"),
-                None,
-            ))
+            let message = format!("flush timed out after {} s", FLUSH_PATIENCE.as_secs());
+            Err(BackendError::new(message, None))
         })
     }
 
-    /// Lets the thread end, once everything is written or an attempt has failed.
+    /// Ends the thread once everything is written and flushed, or an attempt has failed.
     pub(super) fn close(&self) {
         self.send(Message::Close);
         self.wake();
@@ -192,7 +202,7 @@ impl Writer {
 
     fn send(&self, message: Message) {
         self.in_channel.fetch_add(1, SeqCst);
-        // The receiver lives as long as `self`.
+        // It cannot fail: the receiver lives as long as `self`.
         let _ = self.channel.send(message);
     }
 
@@ -206,7 +216,7 @@ impl Writer {
         self.with(lock(&self.queue), usize::MAX, run)
     }
 
-    /// Moves at most so many messages from the channel into the queue, then calls `run`.
+    /// Moves messages from the channel into the queue, `most` at most, and calls `run`.
     fn with<R>(
         &self,
         mut queue: MutexGuard<'_, Queue>,
@@ -214,7 +224,7 @@ impl Writer {
         run: impl FnOnce(&mut Queue) -> R,
     ) -> R {
         for _ in 0..self.in_channel.load(SeqCst).min(most) {
-            // Nothing is received if the sender has not come further than the counter.
+            // The sender may have incremented the counter and not sent yet.
             let Ok(message) = queue.channel.try_recv() else {
                 break;
             };
@@ -233,9 +243,9 @@ impl Writer {
         result
     }
 
-    /// Carries out writes until the writer is closed.
+    /// Carries out writes on the calling thread, until the writer is closed.
     pub(super) fn run(&self, backend: &Guarded) {
-        let mut turns = Turns {
+        let mut state = ThreadState {
             writer: self,
             backend,
             in_flight: Group::default(),
@@ -245,13 +255,13 @@ impl Writer {
         };
         let mut backoff = Backoff::new();
         loop {
-            let turn = turns.next();
+            let turn = state.next_turn();
             let mut partial = None;
-            let result = turns.carry_out(&turn, &mut partial);
+            let result = state.carry_out(&turn, &mut partial);
             if let Some(error) = &partial {
                 backend.report(error);
             }
-            turns.schedule_held(&turn);
+            state.schedule_held(&turn);
             let error = result.as_ref().err().or(partial.as_ref());
             for flush in &turn.flushes {
                 let _ = flush.try_send(error.map_or(Ok(()), |error| {
@@ -277,7 +287,7 @@ impl Writer {
         }
     }
 
-    /// Ends early if somebody waits for one more attempt.
+    /// Pauses, but not while a flush or the close waits for another attempt.
     fn pause_until(&self, moment: Instant) {
         while !self.with_queue(|queue| queue.is_waited_for()) {
             let left = moment.saturating_duration_since(Instant::now());
@@ -305,22 +315,22 @@ impl Queue {
     }
 }
 
-/// The state of the thread.
-struct Turns<'a> {
+/// The part of the writer that its thread alone uses.
+struct ThreadState<'a> {
     writer: &'a Writer,
     backend: &'a Guarded,
-    /// Tried again before anything else if the backend failed as a whole.
+    /// Left from a turn in which the backend failed as a whole, and tried again before anything else.
     in_flight: Group,
-    /// The next attempt at held writes, if there are any.
+    /// Time of the next attempt at held writes, if there are any.
     held_until: Option<Instant>,
     held_backoff: Backoff,
-    /// Something was written since the backend was flushed.
+    /// Set if the backend has carried out a group since its last flush.
     is_dirty: bool,
 }
 
-impl Turns<'_> {
+impl ThreadState<'_> {
     /// Waits until there is something to do.
-    fn next(&self) -> Turn {
+    fn next_turn(&self) -> Turn {
         let is_retry = !self.in_flight.writes.is_empty();
         let mut idle = 0;
         loop {
@@ -333,7 +343,7 @@ impl Turns<'_> {
             if let Some(turn) = turn {
                 return turn;
             }
-            if idle < WAKEFUL {
+            if idle < IDLE_ROUNDS {
                 thread::park_timeout(GATHERING);
                 idle += 1;
             } else {
@@ -347,8 +357,8 @@ impl Turns<'_> {
     fn sleep(&self) {
         let Writer { is_asleep, .. } = self.writer;
         is_asleep.store(true, SeqCst);
-        // A writer that has seen the mark unset has incremented the counter before. Its write may be in the queue by
-        // now, if a lookup has moved it.
+        // A span that wakes nobody has incremented the counter before this. By now, a lookup may have moved its write
+        // into the queue.
         let waiting = self.writer.with_queue(|queue| queue.writes.waiting());
         if waiting == 0 && self.writer.in_channel.load(SeqCst) == 0 {
             match self.held_until {
@@ -359,8 +369,8 @@ impl Turns<'_> {
         is_asleep.store(false, SeqCst);
     }
 
-    /// Carries out the writes of a turn, and flushes if somebody waits for that. The last failure of a single write is
-    /// left in `partial`.
+    /// Carries out the writes of a turn, and flushes if the turn is to. Leaves the last failure of a single write in
+    /// `partial`.
     fn carry_out(
         &mut self,
         turn: &Turn,

@@ -1,4 +1,4 @@
-//! The lifetimes of records in a backend, and the refresher that extends them for what memory still uses.
+//! The lifetimes of records in a backend, and the refresher that extends those of records still in use.
 
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, Weak};
@@ -11,7 +11,7 @@ use crate::cache::{Cache, Cursor};
 use crate::clock::{Clock, OnTick, ticks};
 use crate::lock::lock;
 
-/// How long records live in the backend.
+/// The lifetimes of records in the backend.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Lifetimes {
     pub(super) idle: Duration,
@@ -28,25 +28,25 @@ impl Lifetimes {
     }
 }
 
-/// Cut to a century, which every backend's format can express.
+/// Adds a lifetime, capped to a century, which every backend's format can express.
 fn after(moment: SystemTime, lifetime: Duration) -> SystemTime {
     let longest = Duration::from_secs(100 * 365 * 24 * 60 * 60);
     moment.checked_add(lifetime.min(longest)).unwrap_or(moment)
 }
 
-/// Extends records in the backend that memory still uses, since a use alone does not reach the backend.
+/// Extends the expiry of records in the backend whose cached copy is used, since a use does not reach the backend.
 pub(super) struct Refresher {
     writer: Weak<Writer>,
     cache: Weak<Cache>,
     clock: Arc<dyn Clock>,
     idle: Duration,
     next: AtomicU32,
-    /// The pass under way, and the tick since which uses count.
+    /// The pass under way, and the tick since which an instance must have been used to be extended.
     pass: Mutex<Option<(Cursor, u32)>>,
 }
 
 impl Refresher {
-    /// Passes within the idle time.
+    /// The number of passes within the idle time.
     const PASSES: u32 = 4;
 
     pub(super) fn new(
