@@ -3,16 +3,20 @@
 //! Only the author of a backend needs this module. The backends of this crate are
 //! [`MemoryBackend`](crate::MemoryBackend), `RedbBackend` (feature `redb`) and `RedisBackend` (feature `redis`).
 
+pub(crate) mod breaker;
 pub(crate) mod client;
 #[cfg(any(test, feature = "redb", feature = "redis"))]
 pub(crate) mod codec;
+mod guard;
 pub(crate) mod keys;
 pub(crate) mod memory;
+mod reader;
 #[cfg(feature = "redb")]
 pub(crate) mod redb;
 #[cfg(feature = "redis")]
 pub(crate) mod redis;
 pub(crate) mod write_queue;
+pub(crate) mod writer;
 
 use std::error::Error;
 use std::fmt;

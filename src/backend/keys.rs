@@ -1,13 +1,13 @@
-//! The key format: the one place that builds and reads the keys of a backend.
+//! The key format: builds and reads all keys of a backend.
 //!
 //! | key | record |
 //! |---|---|
-//! | `{id}` | the latest context of the instance, which a worker finds without knowing runs |
+//! | `{id}` | the latest context of the instance, found without knowing its runs |
 //! | `{id}` U+001F `{run id}` | the latest context of one run |
-//! | `{id}` U+001F U+001F `{span id}` `{run id}` | the trace that follows the one of that span, claimed by whoever opens it first |
+//! | `{id}` U+001F U+001F `{span id}` `{run id}` | the trace that follows the one of that span, claimed by the first worker that opens it |
 //!
-//! In an id, U+001F is written as U+001E and a space, and U+001E twice. A run id that begins with either gets one more
-//! U+001E in front. So no two instances, runs or claims share a key.
+//! In an instance id, U+001F is escaped as U+001E and a space, and U+001E as two of it. A run id that begins with either
+//! gets one U+001E in front. So no two instances, runs or claims share a key.
 
 use std::borrow::Cow;
 
@@ -16,11 +16,12 @@ use opentelemetry::SpanId;
 /// Separates the parts of a key.
 const SEPARATOR: char = '\u{1f}';
 
-/// Marks a separator, or itself, inside an id.
+/// Begins an escaped separator, or an escaped escape.
 const ESCAPE: char = '\u{1e}';
 
+/// Returns the key of an instance's latest context.
 pub(crate) fn instance_key(id: &str) -> String {
-    // Nearly always. All bytes, and no end at the first: so the compiler looks at many at once.
+    // Fast path: nearly every id is its own key. A fold over all bytes is vectorized, a search that ends early is not.
     let is_special = |byte| matches!(char::from(byte), SEPARATOR | ESCAPE);
     let any_special = id.bytes().fold(false, |any, byte| any | is_special(byte));
     if !any_special {
@@ -37,13 +38,13 @@ pub(crate) fn instance_key(id: &str) -> String {
     key
 }
 
-/// The part of any key that stands for the instance id.
+/// Returns the part of any key that stands for the instance id.
 #[cfg(feature = "redis")]
 pub(crate) fn instance_part(key: &str) -> &str {
     key.split(SEPARATOR).next().unwrap_or(key)
 }
 
-/// The id of which this is the key of the latest run.
+/// Returns the instance id if the key is that of an instance's latest context.
 pub(crate) fn instance_of(key: &str) -> Option<Cow<'_, str>> {
     if key.contains(SEPARATOR) {
         return None;
@@ -62,6 +63,7 @@ pub(crate) fn instance_of(key: &str) -> Option<Cow<'_, str>> {
     Some(unescape.collect())
 }
 
+/// Returns the key of a run's latest context.
 pub(crate) fn run_key(id: &str, run_id: &str) -> String {
     let escape = if run_id.starts_with([SEPARATOR, ESCAPE]) {
         "\u{1e}"
@@ -71,7 +73,7 @@ pub(crate) fn run_key(id: &str, run_id: &str) -> String {
     format!("{}{SEPARATOR}{escape}{run_id}", instance_key(id))
 }
 
-/// What all claim who are to open the trace that follows the one of that span.
+/// Returns the key that workers claim to open the trace that follows the one of the span `followed`.
 pub(crate) fn claim_key(id: &str, run_id: Option<&str>, followed: SpanId) -> String {
     let run_id = run_id.unwrap_or_default();
     format!(
@@ -86,7 +88,7 @@ mod tests {
 
     use super::*;
 
-    /// Hardly anything but what a key gives a meaning.
+    /// Short ids, mostly of characters with a meaning in keys.
     fn id() -> impl Strategy<Value = String> {
         "[a \u{1e}\u{1f}]{1,4}"
     }

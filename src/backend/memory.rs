@@ -1,4 +1,4 @@
-//! A backend in this process.
+//! The backend in memory.
 
 use std::fmt;
 use std::sync::Arc;
@@ -10,19 +10,19 @@ use dashmap::mapref::entry::Entry;
 use crate::backend::{BackendError, Record, StorageBackend, Write, WriteOutcome};
 use crate::clock::{Clock, SystemClock};
 
-/// A backend in this process, which several storages can share: a [`DashMap`].
+/// A backend in the memory of this process, which several storages can share. Clones share their records.
 ///
-/// It loses everything with its last clone, and is bounded by the expiry of its records alone. A storage without
-/// a backend needs none: it has its own, bounded memory.
+/// Its records are lost with the last clone, and are bounded by their expiry alone. A single storage does not need it,
+/// since it has a bounded cache of its own.
 ///
-/// Locks one shard of the map at a time, and none while code of the caller runs.
+/// Locks one shard of a [`DashMap`] at a time, and none while code of the caller runs.
 #[derive(Clone)]
 pub struct MemoryBackend(Arc<Shared>);
 
 struct Shared {
     records: DashMap<String, Record, foldhash::fast::RandomState>,
     clock: Arc<dyn Clock>,
-    /// At this many records those that are over are looked for.
+    /// The number of records at which expired ones are removed.
     sweep_at: AtomicUsize,
 }
 
@@ -35,13 +35,13 @@ impl Default for MemoryBackend {
 }
 
 impl MemoryBackend {
-    /// An empty backend by the operating system's clock.
+    /// Creates an empty backend that uses the operating system's clock.
     #[must_use]
     pub fn new() -> Self {
         Self::with_clock(Arc::new(SystemClock))
     }
 
-    /// An empty backend by a clock of its own; for tests.
+    /// Creates an empty backend that uses this clock; for tests.
     #[must_use]
     pub fn with_clock(clock: Arc<dyn Clock>) -> Self {
         Self(Arc::new(Shared {
@@ -66,14 +66,14 @@ impl MemoryBackend {
                 Entry::Occupied(there) if there.get().expires_at > now => {
                     return WriteOutcome::Existing(there.get().clone());
                 }
-                Entry::Occupied(mut over) => drop(over.insert(record.clone())),
+                Entry::Occupied(mut expired) => drop(expired.insert(record.clone())),
                 Entry::Vacant(vacant) => drop(vacant.insert(record.clone())),
             },
         }
         WriteOutcome::Done
     }
 
-    /// Frees what is over, each time that the number of records has doubled since.
+    /// Removes expired records, each time that the number of records has doubled since the last time.
     fn sweep(&self) {
         let Shared {
             records,

@@ -1,273 +1,310 @@
-//! What waits to be written: for each key what is left of all its writes, which mostly is one.
+//! The queue of writes: each key's writes in their order, merged where one write does what several would.
 //!
-//! Spans wait for each other here, and for the writer: nothing in it takes longer when much waits.
+//! A write stays in the queue until the backend has carried it out, so a reader of its key finds it here.
 
-mod blocks;
-
-use std::collections::HashMap;
-use std::hash::{BuildHasher, BuildHasherDefault, Hasher};
-use std::ops::Range;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::collections::{HashMap, VecDeque};
+use std::hash::BuildHasher as _;
 use std::time::SystemTime;
 
-use self::blocks::Blocks;
-use crate::backend::{Record, Write};
+use foldhash::fast::RandomState;
 
-/// How many keys wait at most. The oldest is dropped for one more, and counted.
-pub(super) const MOST_KEYS: usize = 64 * 1024;
+use crate::backend::{BackendError, Record, Write, WriteOutcome};
 
-/// Called with what is stored under a key once a write of it is done; returns the writes that follow from that.
+/// The largest number of waiting writes, and of held writes. Beyond it the oldest is dropped and counted.
+pub(super) const MAX_WRITES: usize = 64 * 1024;
+
+/// The number of writes for which memory is kept when the queue is empty.
+const KEPT: usize = 4096;
+
+/// Called with the record that is stored under a key after a write; returns the writes that follow from it.
 pub(crate) type OnWinner = Box<dyn FnOnce(Record) -> Vec<Write> + Send>;
 
-/// Writes that wait, and who wants to know what becomes of them.
+/// Writes that the backend has not carried out yet.
 #[derive(Default)]
-pub(super) struct Waiting {
-    writes: Writes,
-    /// At the places of the writes.
-    claims: Claims,
+pub(super) struct WriteQueue {
+    /// By the hash of the key, oldest first. Keys with equal hashes share a list, but their writes are not merged.
+    writes: HashMap<u64, Vec<Queued>, RandomState>,
+    /// The hash of each waiting write, oldest first.
+    waiting: VecDeque<u64>,
+    /// The hash of each held write, oldest first.
+    held: VecDeque<u64>,
+    dropped: u64,
+    /// Callbacks that will not be called. To be dropped where nothing is locked, since they may own anything.
+    discarded: Vec<OnWinner>,
 }
 
-/// What was taken to be written, and how far that has come.
-pub(super) struct InFlight {
-    writes: Writes,
-    done: AtomicUsize,
+struct Queued {
+    write: Write,
+    on_winner: Option<OnWinner>,
+    state: State,
 }
 
-/// Those who want to know what becomes of what is in flight, and is not done yet.
-pub(super) type Claims = Blocks<Option<OnWinner>>;
-
-#[derive(Default)]
-struct Writes {
-    in_order: Blocks<Write>,
-    /// Where the last write of each key is, by the hash of the key, counted from the first that there ever was. Of two
-    /// keys with one hash the second is not found here, and its writes are not merged; they keep their order.
-    places: Places,
-    hasher: foldhash::fast::RandomState,
-    /// How many have gone from the front.
-    gone: usize,
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Waiting,
+    /// Passed to the backend, which may have carried it out: nothing is merged into it.
+    InFlight,
+    /// To be tried again later: a part of the backend failed to carry out this write, or an earlier one of its key.
+    Held,
 }
 
-/// Many small maps, of which one at a time grows, and never all that there is.
+/// The writes of one backend call.
 #[derive(Default)]
-struct Places(Vec<HashMap<u64, usize, BuildHasherDefault<IsHash>>>);
+pub(super) struct Group {
+    pub(super) writes: Vec<Write>,
+    hashes: Vec<u64>,
+}
 
-/// What is known of a key without the backend.
+/// The results of a [`Group`].
+#[derive(Default)]
+pub(super) struct Settled {
+    /// Callbacks, each with the record that it is to be called with.
+    pub(super) winners: Vec<(OnWinner, Record)>,
+    /// The failures of writes that are now held.
+    pub(super) errors: Vec<BackendError>,
+}
+
+/// The content of a key after all queued writes.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Known {
     Record(Record),
     Gone,
-    /// As the backend has it, but until another moment.
+    /// The backend's record, with this expiry.
     Until(SystemTime),
 }
 
-/// What is no longer needed. It may be anybody's code, and is to be dropped where nothing is locked.
-pub(super) type Unneeded = (Option<Write>, Option<OnWinner>);
-
-impl Waiting {
-    pub(super) fn is_empty(&self) -> bool {
-        self.writes.in_order.is_empty()
+impl WriteQueue {
+    /// Queues a write, or merges it into the last one of its key.
+    pub(super) fn add(&mut self, write: Write, on_winner: Option<OnWinner>) {
+        let hash = self.hash(write.key());
+        let last = self.last_mut(hash, write.key());
+        if let Some(last) = last.filter(|last| last.can_merge(&write)) {
+            let discarded = last.merge(write, on_winner);
+            self.discarded.extend(discarded);
+        } else if self.make_room(State::Waiting, matches!(write, Write::Expire(..))) {
+            self.waiting.push_back(hash);
+            self.writes.entry(hash).or_default().push(Queued {
+                write,
+                on_winner,
+                state: State::Waiting,
+            });
+        } else {
+            self.discarded.extend(on_winner);
+        }
     }
 
-    /// `true` beside what is no longer needed where a key was dropped that was.
-    pub(super) fn add(&mut self, write: Write, claim: Option<OnWinner>) -> (Unneeded, bool) {
-        let writes = &mut self.writes;
-        let hash = writes.hasher.hash_one(write.key());
-        let place = writes.place_of(hash, write.key());
-        if let Some(place) = place.filter(|place| can_merge(&writes.in_order[*place], &write)) {
-            let there = &mut writes.in_order[place];
-            return (merge(there, &mut self.claims[place], write, claim), false);
-        }
-        let is_full = writes.in_order.len() >= MOST_KEYS;
-        let mut unneeded = (None, None);
-        if is_full {
-            // An expiry that is not moved is needed least.
-            if let Write::Expire(..) = write {
-                return ((Some(write), claim), true);
+    pub(super) fn known(&self, key: &str) -> Option<Known> {
+        let mut writes = self.writes.get(&self.hash(key))?.iter().rev();
+        Some(
+            match &writes.find(|queued| queued.write.key() == key)?.write {
+                Write::Put(_, record) | Write::PutIfAbsent(_, record) => {
+                    Known::Record(record.clone())
+                }
+                Write::Remove(_) => Known::Gone,
+                Write::Expire(_, at) => Known::Until(*at),
+            },
+        )
+    }
+
+    /// Puts the `count` oldest waiting writes into a group, without those of keys with a held write, which become held.
+    pub(super) fn take_waiting(&mut self, count: usize) -> Group {
+        let mut group = Group::default();
+        for _ in 0..count {
+            let Some(hash) = self.waiting.pop_front() else {
+                break;
+            };
+            match self.oldest(hash, State::Held) {
+                Some(_) => self.hold(hash, State::Waiting),
+                None => self.send(hash, State::Waiting, &mut group),
             }
-            unneeded = (writes.drop_oldest(), self.claims.pop_front().flatten());
         }
-        let new_place = writes.gone + writes.in_order.len();
-        match place {
-            Some(_) => drop(writes.places.of(hash).insert(hash, new_place)),
-            None => drop(writes.places.of(hash).entry(hash).or_insert(new_place)),
+        group
+    }
+
+    /// Puts the `count` oldest held writes into a group.
+    pub(super) fn take_held(&mut self, count: usize) -> Group {
+        let mut group = Group::default();
+        for _ in 0..count {
+            if let Some(hash) = self.held.pop_front() {
+                self.send(hash, State::Held, &mut group);
+            }
         }
-        writes.in_order.push_back(write);
-        self.claims.push_back(claim);
-        (unneeded, is_full)
+        group
     }
 
-    pub(super) fn known(&self, key: &str) -> Option<Known> {
-        let place = self
-            .writes
-            .place_of(self.writes.hasher.hash_one(key), key)?;
-        Some(known(&self.writes.in_order[place]))
-    }
-
-    /// Takes everything; `emptied` is what gathers from now on.
-    pub(super) fn take(&mut self, emptied: Self) -> (InFlight, Claims) {
-        let Self { writes, claims } = std::mem::replace(self, emptied);
-        let done = AtomicUsize::new(0);
-        (InFlight { writes, done }, claims)
-    }
-}
-
-impl Writes {
-    fn drop_oldest(&mut self) -> Option<Write> {
-        let write = self.in_order.pop_front()?;
-        let hash = self.hasher.hash_one(write.key());
-        if self.places.get(hash) == Some(self.gone) {
-            self.places.of(hash).remove(&hash);
+    /// Removes the writes that were carried out, and holds those that failed. A write without an outcome counts as
+    /// carried out.
+    pub(super) fn settle(&mut self, group: &Group, outcomes: Vec<WriteOutcome>) -> Settled {
+        let mut settled = Settled::default();
+        let outcomes = outcomes
+            .into_iter()
+            .chain(std::iter::repeat(WriteOutcome::Done));
+        for (hash, outcome) in group.hashes.iter().copied().zip(outcomes) {
+            let existing = match outcome {
+                WriteOutcome::Done => None,
+                WriteOutcome::Existing(record) => Some(record),
+                WriteOutcome::Failed(error) => {
+                    settled.errors.push(error);
+                    self.hold(hash, State::InFlight);
+                    continue;
+                }
+            };
+            match self.remove(hash, State::InFlight) {
+                Some(Queued {
+                    write: Write::Put(_, own) | Write::PutIfAbsent(_, own),
+                    on_winner: Some(on_winner),
+                    ..
+                }) => settled.winners.push((on_winner, existing.unwrap_or(own))),
+                other => self
+                    .discarded
+                    .extend(other.and_then(|queued| queued.on_winner)),
+            }
         }
-        self.gone += 1;
-        Some(write)
-    }
-
-    fn place_of(&self, hash: u64, key: &str) -> Option<usize> {
-        let place = self.places.get(hash)? - self.gone;
-        (self.in_order[place].key() == key).then_some(place)
-    }
-}
-
-impl Places {
-    const MAPS: usize = 64;
-
-    fn get(&self, hash: u64) -> Option<usize> {
-        self.0.get(Self::map_of(hash))?.get(&hash).copied()
-    }
-
-    fn of(&mut self, hash: u64) -> &mut HashMap<u64, usize, BuildHasherDefault<IsHash>> {
-        if self.0.is_empty() {
-            self.0.resize_with(Self::MAPS, HashMap::default);
+        if self.writes.is_empty() {
+            self.writes.shrink_to(KEPT);
+            self.waiting.shrink_to(KEPT);
+            self.held.shrink_to(KEPT);
         }
-        &mut self.0[Self::map_of(hash)]
+        settled
     }
 
-    /// By bits that a map itself makes no use of.
-    fn map_of(hash: u64) -> usize {
-        (hash >> 40) as usize % Self::MAPS
+    pub(super) fn waiting(&self) -> usize {
+        self.waiting.len()
     }
 
-    fn clear(&mut self) {
-        for map in &mut self.0 {
-            map.clear();
-            // What a backlog took is not kept for good.
-            map.shrink_to(2 * KEPT / Self::MAPS);
+    pub(super) fn held(&self) -> usize {
+        self.held.len()
+    }
+
+    pub(super) fn dropped(&self) -> u64 {
+        self.dropped
+    }
+
+    pub(super) fn take_discarded(&mut self) -> Vec<OnWinner> {
+        std::mem::take(&mut self.discarded)
+    }
+
+    fn hash(&self, key: &str) -> u64 {
+        self.writes.hasher().hash_one(key)
+    }
+
+    fn last_mut(&mut self, hash: u64, key: &str) -> Option<&mut Queued> {
+        let mut writes = self.writes.get_mut(&hash)?.iter_mut().rev();
+        writes.find(|queued| queued.write.key() == key)
+    }
+
+    fn oldest(&mut self, hash: u64, state: State) -> Option<&mut Queued> {
+        let mut writes = self.writes.get_mut(&hash)?.iter_mut();
+        writes.find(|queued| queued.state == state)
+    }
+
+    /// Removes the oldest write in this state.
+    fn remove(&mut self, hash: u64, state: State) -> Option<Queued> {
+        let writes = self.writes.get_mut(&hash)?;
+        let oldest = writes.iter().position(|queued| queued.state == state)?;
+        let removed = writes.remove(oldest);
+        if writes.is_empty() {
+            self.writes.remove(&hash);
+        }
+        Some(removed)
+    }
+
+    fn send(&mut self, hash: u64, from: State, group: &mut Group) {
+        if let Some(queued) = self.oldest(hash, from) {
+            queued.state = State::InFlight;
+            group.writes.push(queued.write.clone());
+            group.hashes.push(hash);
         }
     }
-}
 
-impl InFlight {
-    /// The next few that are not done.
-    pub(super) fn next_group(&self, most: usize) -> (&[Write], Range<usize>) {
-        let start = self.done.load(Ordering::Relaxed);
-        let group = self.writes.in_order.slice_from(start, most);
-        (group, start..start + group.len())
+    fn hold(&mut self, hash: u64, from: State) {
+        let is_expire = self
+            .oldest(hash, from)
+            .is_some_and(|queued| matches!(queued.write, Write::Expire(..)));
+        if self.make_room(State::Held, is_expire) {
+            self.held.push_back(hash);
+            if let Some(queued) = self.oldest(hash, from) {
+                queued.state = State::Held;
+            }
+        } else {
+            self.discard(hash, from);
+        }
     }
 
-    /// From now on the backend knows better.
-    pub(super) fn are_done(&self, places: Range<usize>) {
-        self.done.store(places.end, Ordering::Release);
+    /// Drops the oldest write in this state if there are too many. Returns `false` if the new one is to be dropped
+    /// instead: a missed expiry does the least harm.
+    fn make_room(&mut self, state: State, is_expire: bool) -> bool {
+        let hashes = match state {
+            State::Held => &mut self.held,
+            State::Waiting | State::InFlight => &mut self.waiting,
+        };
+        if hashes.len() < MAX_WRITES {
+            return true;
+        }
+        self.dropped += 1;
+        let oldest = if is_expire { None } else { hashes.pop_front() };
+        if let Some(hash) = oldest {
+            self.discard(hash, state);
+        }
+        !is_expire
     }
 
-    pub(super) fn known(&self, key: &str) -> Option<Known> {
-        let place = self
-            .writes
-            .place_of(self.writes.hasher.hash_one(key), key)?;
-        let is_done = place < self.done.load(Ordering::Acquire);
-        (!is_done).then(|| known(&self.writes.in_order[place]))
-    }
-
-    /// What writes can gather in again without asking for memory.
-    pub(super) fn into_emptied(self, mut claims: Claims) -> Waiting {
-        let mut writes = self.writes;
-        writes.in_order.clear(KEPT / blocks::BLOCK);
-        writes.places.clear();
-        writes.gone = 0;
-        claims.clear(KEPT / blocks::BLOCK);
-        Waiting { writes, claims }
-    }
-}
-
-/// For how many writes room is kept.
-const KEPT: usize = 4000;
-
-/// What a key has as soon as that is written.
-fn known(write: &Write) -> Known {
-    match write {
-        Write::Put(_, record) | Write::PutIfAbsent(_, record) => Known::Record(record.clone()),
-        Write::Remove(_) => Known::Gone,
-        Write::Expire(_, at) => Known::Until(*at),
+    fn discard(&mut self, hash: u64, state: State) {
+        let on_winner = self.remove(hash, state).and_then(|queued| queued.on_winner);
+        self.discarded.extend(on_winner);
     }
 }
 
-/// Whether one write can do what the two do. What a claim finds decides what an expiry after it moves, and an expiry
-/// may be that of what a claim after it finds.
-fn can_merge(there: &Write, newer: &Write) -> bool {
-    match (there, newer) {
-        (Write::PutIfAbsent(..), Write::Expire(..)) => false,
-        (Write::Expire(_, at), Write::PutIfAbsent(_, record)) => is_over(*at, record),
-        _ => true,
+impl Queued {
+    /// Returns `true` if one write can do what this and the newer one do. An expiry after a claim moves the record that
+    /// the claim finds, and an expiry before a claim that of another record.
+    fn can_merge(&self, newer: &Write) -> bool {
+        self.state != State::InFlight
+            && match (&self.write, newer) {
+                (Write::PutIfAbsent(..), Write::Expire(..)) => false,
+                (Write::Expire(_, at), Write::PutIfAbsent(_, record)) => is_over(*at, record),
+                _ => true,
+            }
+    }
+
+    /// Makes this write do what both do. Returns the callback that will not be called, if any.
+    fn merge(&mut self, newer: Write, on_winner: Option<OnWinner>) -> Option<OnWinner> {
+        self.write = match (&mut self.write, newer) {
+            (Write::Put(_, record), Write::Expire(_, at)) => {
+                record.expires_at = at;
+                return on_winner;
+            }
+            (Write::Remove(_), Write::Expire(..)) => return on_winner,
+            // The claim finds nothing.
+            (
+                Write::Put(_, Record { expires_at, .. }) | Write::Expire(_, expires_at),
+                Write::PutIfAbsent(key, record),
+            ) if is_over(*expires_at, &record) => Write::Put(key, record),
+            (Write::Remove(_), Write::PutIfAbsent(key, record)) => Write::Put(key, record),
+            // The first claim wins, and both callbacks are told its winner.
+            (Write::PutIfAbsent(..) | Write::Put(..), Write::PutIfAbsent(..)) => {
+                self.on_winner = both(self.on_winner.take(), on_winner);
+                return None;
+            }
+            (_, newer) => newer,
+        };
+        std::mem::replace(&mut self.on_winner, on_winner)
     }
 }
 
-/// Whether what ends at that moment is over when the other is recorded.
+/// Returns `true` if a record with this expiry is gone when the other one is recorded.
 fn is_over(expires_at: SystemTime, recorded: &Record) -> bool {
     expires_at <= recorded.context.recorded_at()
 }
 
-/// Leaves of two writes on one key what is to be done.
-fn merge(
-    there: &mut Write,
-    claimed: &mut Option<OnWinner>,
-    newer: Write,
-    claim: Option<OnWinner>,
-) -> Unneeded {
-    let replacement = match (&mut *there, newer) {
-        (Write::Put(_, record), Write::Expire(_, at)) => {
-            record.expires_at = at;
-            return (None, claim);
-        }
-        // Nothing is there any more, whatever it was.
-        (
-            Write::Put(_, Record { expires_at, .. }) | Write::Expire(_, expires_at),
-            Write::PutIfAbsent(key, record),
-        ) if is_over(*expires_at, &record) => Write::Put(key, record),
-        (Write::Remove(_), Write::PutIfAbsent(key, record)) => Write::Put(key, record),
-        // First come is first served, here as well; who comes later is told the same.
-        (Write::PutIfAbsent(..) | Write::Put(..), newer @ Write::PutIfAbsent(..)) => {
-            *claimed = match (claimed.take(), claim) {
-                (Some(first), Some(second)) => Some(Box::new(move |winner| {
-                    let mut follow_ups = first(winner.clone());
-                    follow_ups.extend(second(winner));
-                    follow_ups
-                })),
-                (first, second) => first.or(second),
-            };
-            return (Some(newer), None);
-        }
-        (Write::Remove(_), newer @ Write::Expire(..)) => return (Some(newer), claim),
-        (_, newer) => newer,
-    };
-    let write = std::mem::replace(there, replacement);
-    (Some(write), std::mem::replace(claimed, claim))
-}
-
-/// Hashes what is a hash.
-#[derive(Default)]
-struct IsHash(u64);
-
-impl Hasher for IsHash {
-    fn finish(&self) -> u64 {
-        self.0
-    }
-
-    fn write_u64(&mut self, hash: u64) {
-        self.0 = hash;
-    }
-
-    fn write(&mut self, bytes: &[u8]) {
-        let hash = |hash: u64, byte: &u8| hash.rotate_left(8) ^ u64::from(*byte);
-        self.0 = bytes.iter().fold(self.0, hash);
+fn both(first: Option<OnWinner>, second: Option<OnWinner>) -> Option<OnWinner> {
+    match (first, second) {
+        (Some(first), Some(second)) => Some(Box::new(move |winner| {
+            let mut follow_ups = first(winner.clone());
+            follow_ups.extend(second(winner));
+            follow_ups
+        })),
+        (first, second) => first.or(second),
     }
 }
 
@@ -281,7 +318,7 @@ mod tests {
     use super::*;
     use crate::context::WorkflowContext;
 
-    /// Seconds since some moment.
+    /// A moment of the test, in seconds.
     fn time(seconds: u64) -> SystemTime {
         SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000 + seconds)
     }
@@ -296,7 +333,7 @@ mod tests {
         u64::from_be_bytes(record.context.span_id().to_bytes())
     }
 
-    /// What a backend does.
+    /// A backend by its contract.
     #[derive(Clone, Debug, Default)]
     struct Model(BTreeMap<String, Record>);
 
@@ -338,7 +375,7 @@ mod tests {
             0 => Write::Put(key, record(span, now)),
             1 | 2 => Write::PutIfAbsent(key, record(span, now)),
             3 => Write::Remove(key),
-            // An end at once, or a longer life.
+            // Expired at once, or extended.
             4 => Write::Expire(key, time(now)),
             _ => Write::Expire(key, time(now + 200)),
         }
@@ -346,7 +383,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_left_of_many_writes_does_the_same(
+        fn merged_writes_do_what_the_single_ones_do(
             before in prop::collection::vec((0..6_usize, 0..3_usize), 0..4),
             writes in prop::collection::vec((0..6_usize, 0..3_usize), 1..12),
         ) {
@@ -355,23 +392,23 @@ mod tests {
                 one_by_one.write(&write(kind, key, span, 0), 0);
             }
             let mut merged = one_by_one.clone();
-            let mut waiting = Waiting::default();
+            let mut queue = WriteQueue::default();
             let mut now = 1;
             for (span, (kind, key)) in (100..).zip(&writes) {
                 now += 1;
                 let write = write(*kind, *key, span, now);
-                // Only what memory still has is kept longer.
+                // The storage extends only records that it still has.
                 if *kind == 5 && !one_by_one.live(now).contains_key(write.key()) {
                     continue;
                 }
                 one_by_one.write(&write, now);
-                waiting.add(write, None);
+                queue.add(write, None);
             }
             let claimed_before = writes.iter().filter(|(kind, _)| [1, 2].contains(kind)).count() > 1;
             for key in ["a", "b", "c"] {
                 let live = one_by_one.live(now).get(key).copied();
-                match waiting.known(key) {
-                    // As far as anybody can know, a claim is won.
+                match queue.known(key) {
+                    // Exact only where no claim can have found another record.
                     Some(Known::Record(record)) if merged.live(now).is_empty() && !claimed_before => {
                         let known = (record.expires_at > time(now)).then(|| (span_of(&record), record.expires_at));
                         prop_assert_eq!(known, live);
@@ -381,9 +418,8 @@ mod tests {
                     _ => {}
                 }
             }
-            let (in_flight, _) = waiting.take(Waiting::default());
-            for write in in_flight.next_group(100).0 {
-                merged.write(write, now);
+            for write in queue.take_waiting(100).writes {
+                merged.write(&write, now);
             }
             prop_assert_eq!(merged.live(now), one_by_one.live(now));
         }
@@ -391,32 +427,66 @@ mod tests {
 
     #[test]
     fn the_oldest_go_first_and_expiries_before_all() {
-        let mut waiting = Waiting::default();
-        for n in 0..MOST_KEYS {
-            let (_, dropped) = waiting.add(Write::Remove(n.to_string()), None);
-            assert!(!dropped);
+        let mut queue = WriteQueue::default();
+        for n in 0..MAX_WRITES {
+            queue.add(Write::Remove(n.to_string()), None);
+            assert_eq!(queue.dropped(), 0);
         }
-        let (unneeded, dropped) = waiting.add(Write::Expire("late".into(), time(1)), None);
-        assert!(dropped && unneeded.0 == Some(Write::Expire("late".into(), time(1))));
+        queue.add(Write::Expire("late".into(), time(1)), None);
+        assert_eq!((queue.dropped(), queue.known("late")), (1, None));
+        assert_eq!(queue.known("0"), Some(Known::Gone));
         for n in 0..10 {
-            let (unneeded, dropped) = waiting.add(Write::Remove(format!("more {n}")), None);
-            assert!(dropped && unneeded.0 == Some(Write::Remove(n.to_string())));
-            assert_eq!(waiting.known(&n.to_string()), None);
-            assert_eq!(waiting.known(&(n + 1).to_string()), Some(Known::Gone));
-            assert_eq!(waiting.known(&format!("more {n}")), Some(Known::Gone));
+            queue.add(Write::Remove(format!("more {n}")), None);
+            assert_eq!(queue.dropped(), n + 2);
+            assert_eq!(queue.known(&n.to_string()), None);
+            assert_eq!(queue.known(&(n + 1).to_string()), Some(Known::Gone));
+            assert_eq!(queue.known(&format!("more {n}")), Some(Known::Gone));
         }
-        let (_, dropped) = waiting.add(Write::Remove("20".into()), None);
-        assert!(!dropped, "it waits already");
-        let (in_flight, claims) = waiting.take(Waiting::default());
-        let (group, places) = in_flight.next_group(3);
-        assert_eq!(
-            group.iter().map(Write::key).collect::<Vec<_>>(),
-            ["10", "11", "12"]
-        );
-        in_flight.are_done(places);
-        assert_eq!(in_flight.known("12"), None);
-        assert_eq!(in_flight.known("13"), Some(Known::Gone));
-        assert_eq!(in_flight.next_group(1).0[0].key(), "13");
-        assert!(in_flight.into_emptied(claims).is_empty());
+        queue.add(Write::Remove("20".into()), None);
+        assert_eq!(queue.dropped(), 11, "it waits already");
+        let group = queue.take_waiting(3);
+        let keys: Vec<_> = group.writes.iter().map(Write::key).collect();
+        assert_eq!(keys, ["10", "11", "12"]);
+        assert_eq!(queue.known("12"), Some(Known::Gone), "not done yet");
+        queue.settle(&group, vec![WriteOutcome::Done; 3]);
+        assert_eq!(queue.known("12"), None);
+        assert_eq!(queue.known("13"), Some(Known::Gone));
+        assert_eq!(queue.take_waiting(1).writes[0].key(), "13");
+    }
+
+    /// A part of the backend fails again and again; each key's writes stay in their order all the while.
+    #[test]
+    fn held_writes_go_before_later_ones_of_their_key() {
+        let mut queue = WriteQueue::default();
+        let failed = || WriteOutcome::Failed(BackendError::new("away", None).partial());
+        let put = |key: &str, span| Write::Put(key.to_owned(), record(span, 0));
+        let claim = |key: &str, span| Write::PutIfAbsent(key.to_owned(), record(span, 0));
+        queue.add(claim("a", 1), None);
+        queue.add(Write::Expire("a".into(), time(7)), None);
+        queue.add(put("b", 2), None);
+        let group = queue.take_waiting(10);
+        assert_eq!(group.writes.len(), 3);
+        queue.add(put("a", 3), None);
+        assert_eq!(queue.take_waiting(0).writes, []);
+        let settled = queue.settle(&group, vec![failed(), failed(), WriteOutcome::Done]);
+        assert_eq!((settled.errors.len(), queue.held()), (2, 2));
+        // The waiting one is held behind the others.
+        queue.add(put("c", 4), None);
+        assert_eq!(queue.take_waiting(10).writes, [put("c", 4)]);
+        assert_eq!((queue.held(), queue.waiting()), (3, 0));
+        // A newer one is merged into the last that is held.
+        queue.add(put("a", 5), None);
+        assert_eq!((queue.held(), queue.waiting()), (3, 0));
+        assert_eq!(queue.known("a"), Some(Known::Record(record(5, 0))));
+
+        let first = queue.take_held(1);
+        assert_eq!(first.writes, [claim("a", 1)]);
+        queue.settle(&first, vec![failed()]);
+        let all = queue.take_held(3);
+        let expire = Write::Expire("a".into(), time(7));
+        assert_eq!(all.writes, [claim("a", 1), expire, put("a", 5)]);
+        queue.settle(&all, Vec::new());
+        assert_eq!(queue.known("a"), None);
+        assert_eq!((queue.held(), queue.waiting()), (0, 0));
     }
 }

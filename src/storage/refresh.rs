@@ -1,17 +1,17 @@
-//! The lifetimes of records in a backend, and the refresher that extends them for what memory still uses.
+//! The lifetimes of records in a backend, and the refresher that extends those of records still in use.
 
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, SystemTime};
 
 use crate::backend::Write;
-use crate::backend::client::Queuing;
 use crate::backend::keys::{instance_key, run_key};
+use crate::backend::writer::Writer;
 use crate::cache::{Cache, Cursor};
 use crate::clock::{Clock, OnTick, ticks};
 use crate::lock::lock;
 
-/// How long records live in the backend.
+/// The lifetimes of records in the backend.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Lifetimes {
     pub(super) idle: Duration,
@@ -28,35 +28,35 @@ impl Lifetimes {
     }
 }
 
-/// Cut to a century, which every backend's format can express.
+/// Adds a lifetime, capped to a century, which every backend's format can express.
 fn after(moment: SystemTime, lifetime: Duration) -> SystemTime {
     let longest = Duration::from_secs(100 * 365 * 24 * 60 * 60);
     moment.checked_add(lifetime.min(longest)).unwrap_or(moment)
 }
 
-/// Extends records in the backend that memory still uses, since a use alone does not reach the backend.
+/// Extends the expiry of records in the backend whose cached copy is used, since a use does not reach the backend.
 pub(super) struct Refresher {
-    queuing: Weak<Queuing>,
+    writer: Weak<Writer>,
     cache: Weak<Cache>,
     clock: Arc<dyn Clock>,
     idle: Duration,
     next: AtomicU32,
-    /// The pass under way, and the tick since which uses count.
+    /// The pass under way, and the tick since which an instance must have been used to be extended.
     pass: Mutex<Option<(Cursor, u32)>>,
 }
 
 impl Refresher {
-    /// Passes within the idle time.
+    /// The number of passes within the idle time.
     const PASSES: u32 = 4;
 
     pub(super) fn new(
-        queuing: &Arc<Queuing>,
+        writer: &Arc<Writer>,
         cache: &Arc<Cache>,
         clock: Arc<dyn Clock>,
         idle: Duration,
     ) -> Arc<Self> {
         let refresher = Arc::new(Self {
-            queuing: Arc::downgrade(queuing),
+            writer: Arc::downgrade(writer),
             cache: Arc::downgrade(cache),
             clock,
             idle,
@@ -71,9 +71,6 @@ impl Refresher {
 
 impl OnTick for Refresher {
     fn on_tick(&self, now: u32) {
-        if let Some(queuing) = self.queuing.upgrade() {
-            queuing.look_into_inbox();
-        }
         let interval = ticks(self.idle) / Self::PASSES;
         let next = self.next.load(Relaxed);
         let mut pass = lock(&self.pass);
@@ -85,14 +82,13 @@ impl OnTick for Refresher {
         let (Some((cursor, since)), Some(cache)) = (&mut *pass, self.cache.upgrade()) else {
             return;
         };
-        let (Some(page), Some(queuing)) =
-            (cache.used_since(*since, cursor), self.queuing.upgrade())
+        let (Some(page), Some(writer)) = (cache.used_since(*since, cursor), self.writer.upgrade())
         else {
             *pass = None;
             return;
         };
         let expiry = after(self.clock.now(), self.idle);
-        let refresh = |key| queuing.write(Write::Expire(key, expiry), None);
+        let refresh = |key| writer.write(Write::Expire(key, expiry), None);
         for (id, run_ids) in page {
             let run_keys = run_ids.iter().map(|run_id| run_key(&id, run_id));
             run_keys.for_each(refresh);

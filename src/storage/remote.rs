@@ -1,4 +1,4 @@
-//! The backend as the storage uses it: what is fetched into memory, and what is published from it.
+//! The backend behind a cache: fetches records into memory, and publishes recorded contexts.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -42,7 +42,11 @@ pub(super) struct Settings {
 }
 
 impl Remote {
-    /// Starts the threads of the backend; fails if there are none to be had.
+    /// Starts the threads of the backend.
+    ///
+    /// # Errors
+    ///
+    /// If the operating system refuses to start a thread.
     pub(super) fn new(
         backend: Arc<dyn StorageBackend>,
         cache: Arc<Cache>,
@@ -66,9 +70,9 @@ impl Remote {
                 }
             }
         };
-        // Records that the scan could not read are asked for one by one later.
+        // Records that the scan could not read are looked up one by one later.
         let loaded_all = warms_up && client.load(&mut load) && has_room;
-        let refresher = Refresher::new(client.queuing(), &cache, clock.clone(), lifetimes.idle);
+        let refresher = Refresher::new(client.writer(), &cache, clock.clone(), lifetimes.idle);
         Ok(Self {
             client,
             cache,
@@ -93,7 +97,7 @@ impl Remote {
         key.run_id.is_some() || !self.knows_all()
     }
 
-    /// Brings into memory what the backend has for the run, or for the instance, unless it had nothing a moment ago.
+    /// Fetches the record of the run, or else of the instance, into memory, unless there was none a moment ago.
     pub(super) fn fetch(&self, key: Key<'_>) {
         let hash = self.hash(key);
         if !self.misses.is_recent(hash) && !self.fetch_always(key) {
@@ -101,7 +105,7 @@ impl Remote {
         }
     }
 
-    /// Brings into memory what the backend has for the run, or for the instance; `false` if that is nothing.
+    /// Fetches the record of the run, or else of the instance, into memory. Returns `false` if there is none.
     pub(super) fn fetch_always(&self, key: Key<'_>) -> bool {
         let Key { id, run_id, .. } = key;
         if self.knows_all() && (run_id.is_none() || !self.cache.has(id, None)) {
@@ -122,7 +126,7 @@ impl Remote {
         found
     }
 
-    /// Whether an instance that is not in memory is not in the backend either.
+    /// Returns `true` if every instance in the backend is in memory.
     fn knows_all(&self) -> bool {
         self.loaded_all && self.cache.evicted.get() == 0
     }
@@ -260,9 +264,9 @@ impl fmt::Debug for Remote {
     }
 }
 
-/// The keys, by hash, that the backend did not have a moment ago, so that it is not asked again for each span.
+/// The keys, by hash, that were recently missing in the backend, so that not each span looks them up again.
 struct RecentMisses {
-    /// In each slot the upper half of a hash, and milliseconds since `start`.
+    /// Each slot holds the upper half of a hash, and milliseconds since `start`.
     slots: Box<[AtomicU64; Self::SLOTS]>,
     start: Instant,
 }
@@ -270,7 +274,7 @@ struct RecentMisses {
 impl RecentMisses {
     const SLOTS: usize = 256;
 
-    /// How long a span does not ask again.
+    /// The time for which a missing key is not looked up again.
     const RECENT: Duration = Duration::from_millis(50);
 
     const MILLISECONDS: u64 = u32::MAX as u64;

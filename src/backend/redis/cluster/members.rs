@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use redis::{Client, ConnectionAddr, cmd};
 
 use crate::backend::BackendError;
-use crate::backend::client::{BACKOFF, jittered};
+use crate::backend::breaker::{BACKOFF, jittered};
 use crate::backend::redis::connect;
 use crate::backend::redis::node::{Node, Session, Timeouts};
 use crate::backend::redis::topology::{self, SLOTS, SlotRange};

@@ -1,0 +1,434 @@
+//! The writer: a thread that carries out queued writes in groups, retries those that failed, and flushes.
+//!
+//! A span sends its write through a channel and never waits for a lock, whose holder might have been preempted. Each
+//! thread that locks the queue first moves messages from the channel into it: the writer's own, a lookup, and a span
+//! that finds the channel crowded and the queue unlocked.
+
+use std::sync::atomic::{
+    AtomicBool, AtomicUsize,
+    Ordering::{Relaxed, SeqCst},
+};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::thread::{self, Thread};
+use std::time::{Duration, Instant};
+
+use super::breaker::{Backoff, Breaker};
+use super::guard::Guarded;
+use super::write_queue::{Group, Known, MAX_WRITES, OnWinner, WriteQueue};
+use crate::backend::{BackendError, Write};
+use crate::lock::{lock, try_lock};
+use crate::stats::Counter;
+
+/// The largest number of writes that go to the backend as one group.
+const GROUP: usize = 1000;
+
+/// The time for which writes gather before they are taken.
+const GATHERING: Duration = Duration::from_millis(1);
+
+/// The number of times that the thread finds nothing gathered before it sleeps until it is woken.
+const IDLE_ROUNDS: u32 = 64;
+
+/// The number of messages in the channel from which on each write moves some into the queue, where they are merged and
+/// bounded. Large enough for a burst while the backend is busy with a group.
+const CROWDED: usize = 8 * 1024;
+
+/// The number of messages that such a write moves.
+const MOVED_BY_WRITE: usize = 64;
+
+/// The number of messages that a lookup moves before it checks its budget again.
+const MOVED_BY_LOOKUP: usize = 256;
+
+/// The pause between attempts of a lookup to lock the queue.
+const LOCK_RETRY: Duration = Duration::from_micros(50);
+
+/// The longest wait of `flush`.
+const FLUSH_PATIENCE: Duration = Duration::from_secs(30);
+
+/// The side of the writer that spans and lookups use, shared with its thread.
+pub(crate) struct Writer {
+    channel: Sender<Message>,
+    /// Counts messages: incremented before sending, decremented after receiving.
+    in_channel: AtomicUsize,
+    queue: Mutex<Queue>,
+    /// Set while the thread has to be woken for a new write.
+    is_asleep: AtomicBool,
+    /// Set before anything is written.
+    thread: OnceLock<Thread>,
+    pub(super) breaker: Breaker,
+    /// Writes dropped because the channel was full.
+    dropped: Counter,
+}
+
+enum Message {
+    Write(Write, Option<OnWinner>),
+    /// Ends the gathering.
+    Hurry,
+    Flush(Flush),
+    Close,
+}
+
+/// The receiver of a flush's result.
+type Flush = SyncSender<Result<(), BackendError>>;
+
+struct Queue {
+    channel: Receiver<Message>,
+    writes: WriteQueue,
+    is_urgent: bool,
+    /// Answered by the next turn.
+    flushes: Vec<Flush>,
+    is_closing: bool,
+}
+
+/// One turn of the thread: what it carries out before it waits again.
+struct Turn {
+    waiting: usize,
+    held: usize,
+    flushes: Vec<Flush>,
+    is_closing: bool,
+}
+
+/// A lookup could not lock the queue in time.
+pub(super) struct TimedOut;
+
+impl Writer {
+    pub(super) fn new() -> Arc<Self> {
+        let (sender, receiver) = channel();
+        Arc::new(Self {
+            channel: sender,
+            in_channel: AtomicUsize::new(0),
+            queue: Mutex::new(Queue {
+                channel: receiver,
+                writes: WriteQueue::default(),
+                is_urgent: false,
+                flushes: Vec::new(),
+                is_closing: false,
+            }),
+            is_asleep: AtomicBool::new(false),
+            thread: OnceLock::new(),
+            breaker: Breaker::default(),
+            dropped: Counter::default(),
+        })
+    }
+
+    /// Sets the thread to wake when something is written.
+    pub(super) fn set_thread(&self, thread: &Thread) {
+        let _ = self.thread.set(thread.clone());
+    }
+
+    /// Queues a write. Waits for no lock.
+    pub(crate) fn write(&self, write: Write, on_winner: Option<OnWinner>) {
+        let in_channel = self.in_channel.load(Relaxed);
+        if in_channel >= CROWDED {
+            if let Some(queue) = try_lock(&self.queue) {
+                self.with(queue, MOVED_BY_WRITE, |_| ());
+            } else if in_channel >= MAX_WRITES {
+                self.dropped.add();
+                return;
+            }
+        }
+        self.send(Message::Write(write, on_winner));
+        // The thread sets this before it checks the channel for the last time.
+        if self.is_asleep.load(SeqCst) && self.is_asleep.swap(false, SeqCst) {
+            self.wake();
+        }
+    }
+
+    /// Queues a write and waits, for `most` at most, until its callback has run.
+    pub(super) fn write_and_wait(&self, write: Write, on_winner: OnWinner, most: Duration) {
+        let (done, is_done) = sync_channel(1);
+        let on_winner: OnWinner = Box::new(move |winner| {
+            let follow_ups = on_winner(winner);
+            let _ = done.try_send(());
+            follow_ups
+        });
+        self.write(write, Some(on_winner));
+        self.send(Message::Hurry);
+        self.wake();
+        if let Err(RecvTimeoutError::Timeout) = is_done.recv_timeout(most) {
+            self.breaker.failed();
+        }
+    }
+
+    /// Returns the content of a key after all queued writes, or `None` if there is none of this key.
+    pub(super) fn known(&self, key: &str, most: Duration) -> Result<Option<Known>, TimedOut> {
+        let start = Instant::now();
+        let mut to_move = self.in_channel.load(SeqCst);
+        loop {
+            let queue = try_lock(&self.queue);
+            let is_locked = queue.is_some();
+            if let Some(queue) = queue {
+                let known = self.with(queue, MOVED_BY_LOOKUP, |queue| queue.writes.known(key));
+                to_move = to_move.saturating_sub(MOVED_BY_LOOKUP);
+                if to_move == 0 {
+                    return Ok(known);
+                }
+            }
+            let left = most.saturating_sub(start.elapsed());
+            if left.is_zero() {
+                return Err(TimedOut);
+            }
+            if !is_locked {
+                thread::sleep(left.min(LOCK_RETRY));
+            }
+        }
+    }
+
+    /// Waits until everything queued by now is written and flushed, or an attempt has failed.
+    pub(super) fn flush(&self) -> Result<(), BackendError> {
+        let (flush, flushed) = sync_channel(1);
+        self.send(Message::Flush(flush));
+        self.wake();
+        flushed.recv_timeout(FLUSH_PATIENCE).unwrap_or_else(|_| {
+            let message = format!("flush timed out after {} s", FLUSH_PATIENCE.as_secs());
+            Err(BackendError::new(message, None))
+        })
+    }
+
+    /// Ends the thread once everything is written and flushed, or an attempt has failed.
+    pub(super) fn close(&self) {
+        self.send(Message::Close);
+        self.wake();
+    }
+
+    pub(super) fn dropped(&self) -> u64 {
+        self.dropped.get() + self.with_queue(|queue| queue.writes.dropped())
+    }
+
+    #[cfg(test)]
+    pub(super) fn lock_queue(&self) -> impl Drop + '_ {
+        lock(&self.queue)
+    }
+
+    fn send(&self, message: Message) {
+        self.in_channel.fetch_add(1, SeqCst);
+        // It cannot fail: the receiver lives as long as `self`.
+        let _ = self.channel.send(message);
+    }
+
+    fn wake(&self) {
+        if let Some(thread) = self.thread.get() {
+            thread.unpark();
+        }
+    }
+
+    fn with_queue<R>(&self, run: impl FnOnce(&mut Queue) -> R) -> R {
+        self.with(lock(&self.queue), usize::MAX, run)
+    }
+
+    /// Moves messages from the channel into the queue, `most` at most, and calls `run`.
+    fn with<R>(
+        &self,
+        mut queue: MutexGuard<'_, Queue>,
+        most: usize,
+        run: impl FnOnce(&mut Queue) -> R,
+    ) -> R {
+        for _ in 0..self.in_channel.load(SeqCst).min(most) {
+            // The sender may have incremented the counter and not sent yet.
+            let Ok(message) = queue.channel.try_recv() else {
+                break;
+            };
+            self.in_channel.fetch_sub(1, Relaxed);
+            match message {
+                Message::Write(write, on_winner) => queue.writes.add(write, on_winner),
+                Message::Hurry => queue.is_urgent = true,
+                Message::Flush(flush) => queue.flushes.push(flush),
+                Message::Close => queue.is_closing = true,
+            }
+        }
+        let result = run(&mut queue);
+        let discarded = queue.writes.take_discarded();
+        drop(queue);
+        drop(discarded);
+        result
+    }
+
+    /// Carries out writes on the calling thread, until the writer is closed.
+    pub(super) fn run(&self, backend: &Guarded) {
+        let mut state = ThreadState {
+            writer: self,
+            backend,
+            in_flight: Group::default(),
+            held_until: None,
+            held_backoff: Backoff::new(),
+            is_dirty: false,
+        };
+        let mut backoff = Backoff::new();
+        loop {
+            let turn = state.next_turn();
+            let mut partial = None;
+            let result = state.carry_out(&turn, &mut partial);
+            if let Some(error) = &partial {
+                backend.report(error);
+            }
+            state.schedule_held(&turn);
+            let error = result.as_ref().err().or(partial.as_ref());
+            for flush in &turn.flushes {
+                let _ = flush.try_send(error.map_or(Ok(()), |error| {
+                    let cause = Box::new(error.clone());
+                    let message = "the backend did not accept the writes";
+                    Err(BackendError::new(message, Some(cause)))
+                }));
+            }
+            let is_done = result.is_err() || self.with_queue(|queue| queue.writes.waiting() == 0);
+            if turn.is_closing && is_done {
+                return;
+            }
+            match result {
+                Ok(()) => {
+                    self.breaker.succeeded();
+                    backoff = Backoff::new();
+                }
+                Err(_) => {
+                    self.breaker.failed();
+                    self.pause_until(backoff.next_attempt());
+                }
+            }
+        }
+    }
+
+    /// Pauses, but not while a flush or the close waits for another attempt.
+    fn pause_until(&self, moment: Instant) {
+        while !self.with_queue(|queue| queue.is_waited_for()) {
+            let left = moment.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return;
+            }
+            thread::park_timeout(left);
+        }
+    }
+}
+
+impl Queue {
+    fn is_waited_for(&self) -> bool {
+        self.is_closing || !self.flushes.is_empty()
+    }
+
+    fn begin_turn(&mut self, with_held: bool) -> Turn {
+        self.is_urgent = false;
+        Turn {
+            waiting: self.writes.waiting(),
+            held: if with_held { self.writes.held() } else { 0 },
+            flushes: std::mem::take(&mut self.flushes),
+            is_closing: self.is_closing,
+        }
+    }
+}
+
+/// The part of the writer that its thread alone uses.
+struct ThreadState<'a> {
+    writer: &'a Writer,
+    backend: &'a Guarded,
+    /// Left from a turn in which the backend failed as a whole, and tried again before anything else.
+    in_flight: Group,
+    /// Time of the next attempt at held writes, if there are any.
+    held_until: Option<Instant>,
+    held_backoff: Backoff,
+    /// Set if the backend has carried out a group since its last flush.
+    is_dirty: bool,
+}
+
+impl ThreadState<'_> {
+    /// Waits until there is something to do.
+    fn next_turn(&self) -> Turn {
+        let is_retry = !self.in_flight.writes.is_empty();
+        let mut idle = 0;
+        loop {
+            let is_held_due = self.held_until.is_some_and(|due| Instant::now() >= due);
+            let turn = self.writer.with_queue(|queue| {
+                let is_gathered = queue.writes.waiting() > 0 && (idle > 0 || queue.is_urgent);
+                let with_held = is_held_due || queue.is_waited_for();
+                (is_retry || is_gathered || with_held).then(|| queue.begin_turn(with_held))
+            });
+            if let Some(turn) = turn {
+                return turn;
+            }
+            if idle < IDLE_ROUNDS {
+                thread::park_timeout(GATHERING);
+                idle += 1;
+            } else {
+                self.sleep();
+                idle = 0;
+            }
+        }
+    }
+
+    /// Sleeps until something is written or held writes are due.
+    fn sleep(&self) {
+        let Writer { is_asleep, .. } = self.writer;
+        is_asleep.store(true, SeqCst);
+        // A span that wakes nobody has incremented the counter before this. By now, a lookup may have moved its write
+        // into the queue.
+        let waiting = self.writer.with_queue(|queue| queue.writes.waiting());
+        if waiting == 0 && self.writer.in_channel.load(SeqCst) == 0 {
+            match self.held_until {
+                Some(due) => thread::park_timeout(due.saturating_duration_since(Instant::now())),
+                None => thread::park(),
+            }
+        }
+        is_asleep.store(false, SeqCst);
+    }
+
+    /// Carries out the writes of a turn, and flushes if the turn is to. Leaves the last failure of a single write in
+    /// `partial`.
+    fn carry_out(
+        &mut self,
+        turn: &Turn,
+        partial: &mut Option<BackendError>,
+    ) -> Result<(), BackendError> {
+        let (mut held, mut waiting) = (turn.held, turn.waiting);
+        loop {
+            if self.in_flight.writes.is_empty() {
+                // Held writes are older than waiting ones of the same key.
+                let is_held = held > 0;
+                let left = if is_held { &mut held } else { &mut waiting };
+                let count = GROUP.min(*left);
+                if count == 0 {
+                    break;
+                }
+                *left -= count;
+                self.in_flight = self.writer.with_queue(|queue| match is_held {
+                    true => queue.writes.take_held(count),
+                    false => queue.writes.take_waiting(count),
+                });
+            }
+            if !self.in_flight.writes.is_empty() {
+                self.write_group(partial)?;
+            }
+        }
+        let is_any_held = self.writer.with_queue(|queue| queue.writes.held() > 0);
+        let is_wanted = turn.is_closing || !turn.flushes.is_empty();
+        if is_wanted && self.is_dirty && !is_any_held {
+            self.backend.call(|backend| backend.flush())?;
+            self.is_dirty = false;
+        }
+        Ok(())
+    }
+
+    fn write_group(&mut self, partial: &mut Option<BackendError>) -> Result<(), BackendError> {
+        let Group { writes, .. } = &self.in_flight;
+        let outcomes = self.backend.call(|backend| backend.write(writes))?;
+        self.is_dirty = true;
+        let group = std::mem::take(&mut self.in_flight);
+        let mut settled = self
+            .writer
+            .with_queue(|queue| queue.writes.settle(&group, outcomes));
+        if let Some(error) = settled.errors.pop() {
+            *partial = Some(error);
+        }
+        for (on_winner, winner) in settled.winners {
+            let follow_ups = on_winner(winner).into_iter();
+            follow_ups.for_each(|write| self.writer.write(write, None));
+        }
+        Ok(())
+    }
+
+    fn schedule_held(&mut self, turn: &Turn) {
+        if self.writer.with_queue(|queue| queue.writes.held() == 0) {
+            self.held_until = None;
+            self.held_backoff = Backoff::new();
+        } else if turn.held > 0 || self.held_until.is_none() {
+            self.held_until = Some(self.held_backoff.next_attempt());
+        }
+    }
+}
