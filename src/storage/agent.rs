@@ -1,11 +1,12 @@
 //! The span of a resumed agent, which `create_resumed` opens and ends, and the tracer that it goes through.
 
-use std::sync::{Arc, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, Weak};
 
 use opentelemetry::trace::{Span as _, SpanBuilder, SpanContext, Tracer};
 use opentelemetry::{Context, KeyValue, global};
 
 use crate::fields;
+use crate::lock::lock;
 
 /// The instrumentation scope of spans that this crate opens itself.
 const SCOPE: &str = env!("CARGO_PKG_NAME");
@@ -15,7 +16,7 @@ const DEFAULT_AGENT: &str = "DurableAgent";
 
 /// The tracer that was last given to `layer` or `tracer`, not kept alive.
 #[derive(Default)]
-pub(super) struct AgentTracer(RwLock<Option<Weak<dyn EndAtOnce>>>);
+pub(super) struct AgentTracer(Mutex<Option<Weak<dyn EndAtOnce>>>);
 
 impl AgentTracer {
     pub(super) fn set<T>(&self, tracer: T) -> Arc<T>
@@ -25,7 +26,7 @@ impl AgentTracer {
     {
         let tracer = Arc::new(tracer);
         let weak: Weak<dyn EndAtOnce> = Arc::downgrade(&(tracer.clone() as Arc<dyn EndAtOnce>));
-        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Some(weak);
+        *lock(&self.0) = Some(weak);
         tracer
     }
 
@@ -46,11 +47,7 @@ impl AgentTracer {
                 KeyValue::new(fields::RESUMED, true),
                 KeyValue::new(fields::AGENT_NAME, agent.to_owned()),
             ]);
-        let ours = self
-            .0
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
+        let ours = lock(&self.0).clone();
         match ours.and_then(|tracer| tracer.upgrade()) {
             Some(tracer) => tracer.end_at_once(span, parent),
             None => global::tracer(SCOPE).end_at_once(span, parent),
