@@ -1,12 +1,14 @@
-//! Where the time comes from: exact where a context is recorded, coarse where one is only used.
+//! The clocks: exact time for the recording of a context, coarse ticks for its use.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-/// The length of a tick of [`Ticks`]: durations are honoured within two of them.
+use crate::lock::lock;
+
+/// The length of a tick. Durations measured in ticks are accurate to two of them.
 pub(crate) const TICK: Duration = Duration::from_millis(25);
 
 /// The wall clock of a storage.
@@ -14,7 +16,7 @@ pub(crate) const TICK: Duration = Duration::from_millis(25);
 /// The default asks the operating system. Tests hand in their own with
 /// [`WorkflowContextStorageBuilder::clock`](crate::WorkflowContextStorageBuilder::clock).
 pub trait Clock: fmt::Debug + Send + Sync + 'static {
-    /// The time now. It may go backwards, as wall clocks do; ages are then taken for zero.
+    /// Returns the current time. It may go backwards, as wall clocks do; ages then count as zero.
     fn now(&self) -> SystemTime;
 }
 
@@ -28,47 +30,48 @@ impl Clock for SystemClock {
     }
 }
 
-/// A clock that is cheap enough to be read on every lookup.
+/// A coarse clock that is cheap enough to be read on every lookup.
 #[derive(Clone, Debug)]
 pub(crate) enum Ticks {
-    /// The tick that one thread of this process counts for all storages.
+    /// The ticks that one thread of this process counts for all storages.
     Shared,
-    /// Ticks of a clock since the storage was made.
-    Of {
+    /// The ticks of a clock of the caller's own since the storage was built.
+    Clock {
         clock: Arc<dyn Clock>,
         start: SystemTime,
     },
 }
 
 impl Ticks {
-    pub(crate) fn of(clock: Arc<dyn Clock>) -> Self {
+    /// Counts the ticks of that clock from now on.
+    pub(crate) fn from_clock(clock: Arc<dyn Clock>) -> Self {
         let start = clock.now();
-        Self::Of { clock, start }
+        Self::Clock { clock, start }
     }
 
-    /// Ticks since some moment in the past.
+    /// Returns the number of ticks since a fixed moment in the past.
     #[inline]
     pub(crate) fn now(&self) -> u32 {
         match self {
             Self::Shared => NOW.load(Relaxed),
-            Self::Of { clock, start } => {
+            Self::Clock { clock, start } => {
                 ticks(clock.now().duration_since(*start).unwrap_or_default())
             }
         }
     }
 }
 
-/// Whole ticks, at least one for what is not zero. There are no more than 2^31, so that twice a tick is a `u32` too:
-/// after 20 months of one process or a clock that leaps, time stands still and nothing grows old.
+/// Returns a duration in ticks, rounded up. The maximum is 2^31 - 1, so that twice a tick fits a `u32` as well: after 20
+/// months of one process, or if a clock leaps as far, ticks no longer advance and nothing expires.
 pub(crate) fn ticks(duration: Duration) -> u32 {
-    const MOST: u32 = u32::MAX >> 1;
+    const MAX: u32 = u32::MAX >> 1;
     let ticks = duration.as_nanos().div_ceil(TICK.as_nanos());
-    u32::try_from(ticks).map_or(MOST, |ticks| ticks.min(MOST))
+    u32::try_from(ticks).map_or(MAX, |ticks| ticks.min(MAX))
 }
 
-/// What wants to be called once a tick.
+/// A subscriber that is called once a tick.
 pub(crate) trait OnTick: Send + Sync {
-    /// Must take no longer than a fraction of a tick.
+    /// Is called with the current tick. It must return within a fraction of a tick.
     fn on_tick(&self, now: u32);
 }
 
@@ -76,17 +79,18 @@ static NOW: AtomicU32 = AtomicU32::new(0);
 static TICKER: Mutex<Ticker> = Mutex::new(Ticker {
     start: None,
     running: false,
-    callees: Vec::new(),
+    subscribers: Vec::new(),
 });
 
 struct Ticker {
     start: Option<Instant>,
     running: bool,
-    callees: Vec<Weak<dyn OnTick>>,
+    subscribers: Vec<Weak<dyn OnTick>>,
 }
 
-/// Calls it from the process's one ticking thread until it is dropped; `false` where no thread can be had.
-pub(crate) fn subscribe(callee: Weak<dyn OnTick>) -> bool {
+/// Calls a subscriber from the process's ticking thread until it is dropped. Returns `false` if that thread could not be
+/// started.
+pub(crate) fn subscribe(subscriber: Weak<dyn OnTick>) -> bool {
     let mut ticker = ticker();
     ticker.tick();
     if !ticker.running {
@@ -94,31 +98,40 @@ pub(crate) fn subscribe(callee: Weak<dyn OnTick>) -> bool {
         ticker.running = thread.spawn(run).is_ok();
     }
     if ticker.running {
-        ticker.callees.push(callee);
+        ticker.subscribers.push(subscriber);
     }
     ticker.running
 }
 
-/// Ends when nobody is left to be called.
+/// Runs the ticking thread until no subscriber is left.
 fn run() {
     loop {
         thread::sleep(TICK);
-        let callees: Vec<_> = {
+        let subscribers: Vec<_> = {
             let mut ticker = ticker();
             ticker.tick();
-            ticker.callees.retain(|callee| callee.strong_count() > 0);
-            ticker.running = !ticker.callees.is_empty();
+            ticker
+                .subscribers
+                .retain(|subscriber| subscriber.strong_count() > 0);
+            ticker.running = !ticker.subscribers.is_empty();
             if !ticker.running {
                 return;
             }
-            ticker.callees.iter().filter_map(Weak::upgrade).collect()
+            ticker
+                .subscribers
+                .iter()
+                .filter_map(Weak::upgrade)
+                .collect()
         };
         let now = NOW.load(Relaxed);
-        callees.iter().for_each(|callee| callee.on_tick(now));
+        for subscriber in subscribers {
+            subscriber.on_tick(now);
+        }
     }
 }
 
 impl Ticker {
+    /// Updates the current tick.
     fn tick(&mut self) {
         let start = *self.start.get_or_insert_with(Instant::now);
         NOW.store(ticks(start.elapsed()), Relaxed);
@@ -126,5 +139,5 @@ impl Ticker {
 }
 
 fn ticker() -> MutexGuard<'static, Ticker> {
-    TICKER.lock().unwrap_or_else(PoisonError::into_inner)
+    lock(&TICKER)
 }

@@ -1,4 +1,4 @@
-//! The stored value: where an instance's trace goes on.
+//! The stored value: the context in which an instance continues its trace.
 
 use std::fmt;
 use std::hash::{Hash, Hasher};
@@ -12,17 +12,16 @@ use tracing_opentelemetry::OpenTelemetrySpanExt;
 
 use crate::traceparent::{self, ParseContextError, TRACEPARENT, TRACESTATE, Traceparent};
 
-/// A place in a trace at which a workflow instance goes on: the ids of a span, its flags and its tracestate.
+/// The point of a trace at which a workflow instance continues: the ids of a span, its flags and its tracestate.
 ///
-/// It always names a span: neither id is ever zero. It is small, and cheap to clone; a tracestate is shared between the
-/// clones.
+/// Neither id is ever zero. Clones are cheap; they share the tracestate.
 ///
-/// Read and written by the rules of [W3C Trace Context level 2][w3c], to the letter: ids have their full length and
-/// lower-case digits, and neither is zero. Of the flags the sampled and the random bit are kept, and all others cleared.
-/// Text is written as version 00, and also read as any later version. A tracestate that breaks a rule (33 list members,
-/// an empty value, a key twice, more than 32 KiB altogether, ...) is dropped as a whole, and never costs the trace.
-/// Dropped with it are the keys that level 2 allows and OpenTelemetry's [`TraceState`] does not hold: those with two
-/// `@`, or with more than 13 characters after one.
+/// It is read and written by the rules of [W3C Trace Context level 2][w3c]: ids have their full length in lower-case
+/// digits, and neither is zero. The sampled and the random flag are kept, and all others cleared. It is written as
+/// version 00, and read in that and any later version. A tracestate that breaks a rule (33 list members, an empty value,
+/// a duplicate key, more than 32 KiB in total, ...) is dropped as a whole, and the trace is kept. It is also dropped if a
+/// key is allowed by level 2 but not by OpenTelemetry's [`TraceState`]: with two `@`, or with more than 13 characters
+/// after one.
 ///
 /// # Examples
 ///
@@ -40,22 +39,22 @@ use crate::traceparent::{self, ParseContextError, TRACEPARENT, TRACESTATE, Trace
 /// [w3c]: https://www.w3.org/TR/trace-context-2/
 #[derive(Clone)]
 pub struct WorkflowContext {
-    // Bytes, since a `TraceId` is aligned to 16 and would pad whatever this is a part of.
+    // Bytes, since a `TraceId` is aligned to 16 and would add padding.
     trace_id: [u8; 16],
     span_id: [u8; 8],
-    /// Nanoseconds since the Unix epoch: enough until the year 2554.
+    /// Nanoseconds since the Unix epoch, which last until the year 2554.
     recorded_at: u64,
     trace_state: Option<Arc<TraceState>>,
     flags: u8,
     resumed: bool,
-    /// Came from outside of this process.
+    /// It came from outside this process.
     remote: bool,
 }
 
-// A store holds one for every live instance, so growth here is paid a million times.
+// One is moved and cloned for each tagged span.
 const _: () = assert!(size_of::<WorkflowContext>() <= 48);
 
-/// The part of a context that a store keeps for every instance; the flags and the tracestate are kept elsewhere.
+/// The part of a context that the cache keeps for every instance; it keeps the flags and the tracestate elsewhere.
 #[derive(Clone, Copy)]
 pub(crate) struct Packed {
     trace_id: [u8; 16],
@@ -69,18 +68,18 @@ impl Packed {
     }
 }
 
-/// In one byte with the flags of a traceparent.
+/// Marks in the byte of the traceparent's flags.
 const RESUMED: u8 = 0x10;
 const REMOTE: u8 = 0x20;
 
 impl WorkflowContext {
-    /// The context of the current span: of the current `tracing` span, or else of the current OpenTelemetry context.
+    /// Returns the context of the current `tracing` span, or else of the current OpenTelemetry context.
     ///
-    /// Answers in a span which the sampler dropped too, as unsampled. A `tracing` span which the OpenTelemetry layer
-    /// does not see, because a filter hides it or because there is no such layer, is passed over for the OpenTelemetry
-    /// context. `None` if there is no valid span in either.
+    /// A span that the sampler dropped is returned too, as unsampled. If the OpenTelemetry layer does not see the
+    /// `tracing` span, because a filter hides it or there is no such layer, the OpenTelemetry context is used. `None` if
+    /// neither has a valid span.
     ///
-    /// A span which has not started yet is started by this, and cannot be given another parent after it.
+    /// This starts a span that has not started yet. It cannot be given another parent afterwards.
     ///
     /// # Examples
     ///
@@ -96,14 +95,14 @@ impl WorkflowContext {
     /// # Ok::<(), tracing_workflow_context::ParseContextError>(())
     /// ```
     pub fn current() -> Option<Self> {
-        let of = |cx: &Context| Self::try_from(cx.span().span_context()).ok();
-        of(&tracing::Span::current().context()).or_else(|| Context::map_current(of))
+        let read = |cx: &Context| Self::try_from(cx.span().span_context()).ok();
+        read(&tracing::Span::current().context()).or_else(|| Context::map_current(read))
     }
 
-    /// Reads the values of a `traceparent` and a `tracestate` header; an empty `tracestate` means there was none.
+    /// Reads the values of a `traceparent` and a `tracestate` header; an empty `tracestate` means that there was none.
     ///
-    /// Spaces and tabs around the `traceparent` are ignored. Of a version later than 00, what follows the flags is
-    /// ignored. A bad `tracestate` is dropped. [`recorded_at`](Self::recorded_at) is the time of the call.
+    /// Spaces and tabs around the `traceparent` are ignored. In a version later than 00, everything after the flags is
+    /// ignored. An invalid `tracestate` is dropped. [`recorded_at`](Self::recorded_at) is the time of the call.
     ///
     /// # Errors
     ///
@@ -160,9 +159,9 @@ impl WorkflowContext {
         }
     }
 
-    /// Writes the `traceparent` header to a carrier, and the `tracestate` header if there is anything in it.
+    /// Writes the `traceparent` header to a carrier, and the `tracestate` header unless it is empty.
     ///
-    /// No carrier can be told to forget a header: one that already has a `tracestate` of another trace keeps it.
+    /// A carrier cannot remove a header: one that already has a `tracestate` of another trace keeps it.
     ///
     /// # Examples
     ///
@@ -183,7 +182,7 @@ impl WorkflowContext {
         }
     }
 
-    /// The value of a `traceparent` header: 55 characters, of version 00.
+    /// Returns the value of a `traceparent` header: 55 characters, of version 00.
     pub fn traceparent(&self) -> String {
         let value = Traceparent {
             trace_id: self.trace_id(),
@@ -193,7 +192,7 @@ impl WorkflowContext {
         String::from_utf8(value.write().to_vec()).unwrap_or_default()
     }
 
-    /// The value of a `tracestate` header, or the empty string if there is nothing to send.
+    /// Returns the value of a `tracestate` header; empty if there is nothing to send.
     pub fn tracestate(&self) -> String {
         self.trace_state
             .as_ref()
@@ -201,34 +200,35 @@ impl WorkflowContext {
             .unwrap_or_default()
     }
 
-    /// The trace, never zero.
+    /// Returns the trace id, which is never zero.
     pub fn trace_id(&self) -> TraceId {
         TraceId::from_bytes(self.trace_id)
     }
 
-    /// The span at which the instance goes on, never zero.
+    /// Returns the id of the span at which the instance continues, which is never zero.
     pub fn span_id(&self) -> SpanId {
         SpanId::from_bytes(self.span_id)
     }
 
-    /// Whether the trace is recorded, as far as the span knew.
+    /// Returns `true` if the sampled flag is set.
     pub fn is_sampled(&self) -> bool {
         self.flags().is_sampled()
     }
 
-    /// Whether this is the context of a resumed instance, as `create_resumed` of a storage stores it.
+    /// Returns `true` if this is the context of a resumed instance, as `create_resumed` of a storage stores it.
     pub fn is_resumed(&self) -> bool {
         self.resumed
     }
 
-    /// When the context was recorded for its instance; before it is, the time when it was read or taken from a span.
+    /// Returns the time when the context was recorded for its instance; before that, the time when it was read or taken
+    /// from a span.
     ///
-    /// Kept in nanoseconds, and within 1970 and 2554: times outside are moved to the nearer end.
+    /// It is kept in nanoseconds between 1970 and 2554; times outside are clamped.
     pub fn recorded_at(&self) -> SystemTime {
         from_epoch(self.recorded_at)
     }
 
-    /// An OpenTelemetry context with this as its remote span and with nothing else, to attach or to make a parent.
+    /// Returns an OpenTelemetry context that contains only this, as its remote span, to attach or to use as a parent.
     ///
     /// # Examples
     ///
@@ -245,7 +245,7 @@ impl WorkflowContext {
         Context::new().with_remote_span_context(self.to_span_context())
     }
 
-    /// The same as a span context, marked remote.
+    /// Returns this as a span context, marked remote.
     pub(crate) fn to_span_context(&self) -> SpanContext {
         let trace_state = self.trace_state.as_deref().cloned();
         SpanContext::new(
@@ -257,15 +257,15 @@ impl WorkflowContext {
         )
     }
 
-    /// The context of a span, recorded at that time; `None` if it is invalid.
-    pub(crate) fn of_span(span: &SpanContext, recorded_at: SystemTime) -> Option<Self> {
-        Self::try_of_span(span, recorded_at).ok()
+    /// Takes the context of a span, recorded at that time; `None` if it is invalid.
+    pub(crate) fn from_span(span: &SpanContext, recorded_at: SystemTime) -> Option<Self> {
+        Self::try_from_span(span, recorded_at).ok()
     }
 
-    /// Puts together again what a store has kept; `None` if an id is zero.
+    /// Creates a context from its stored parts; `None` if an id is zero.
     ///
-    /// Flags without a meaning are cleared, and a bad tracestate is dropped.
-    #[allow(dead_code, reason = "for backends that keep bytes")]
+    /// Unknown flags are cleared, and an invalid tracestate is dropped.
+    #[cfg(any(test, feature = "redb", feature = "redis", feature = "testing"))]
     pub(crate) fn from_parts(
         trace_id: TraceId,
         span_id: SpanId,
@@ -279,8 +279,8 @@ impl WorkflowContext {
         Some(Self { resumed, ..cx })
     }
 
-    /// The same, recorded at another time.
-    #[allow(dead_code, reason = "for backends that keep bytes")]
+    /// Returns this, recorded at another time.
+    #[cfg(any(test, feature = "redis"))]
     pub(crate) fn with_recorded_at(self, recorded_at: SystemTime) -> Self {
         Self {
             recorded_at: since_epoch(recorded_at),
@@ -288,7 +288,7 @@ impl WorkflowContext {
         }
     }
 
-    /// The same, marked as the context of a resumed instance.
+    /// Returns this, marked as the context of a resumed instance.
     pub(crate) fn into_resumed(self) -> Self {
         Self {
             resumed: true,
@@ -296,7 +296,8 @@ impl WorkflowContext {
         }
     }
 
-    /// Takes it apart: its flags in one byte, and the tracestate, which is rare, by itself.
+    /// Splits this into the part that every entry of the cache has, the flags in one byte, and the tracestate, which is
+    /// rare.
     #[inline]
     pub(crate) fn pack(self) -> (Packed, u8, Option<Arc<TraceState>>) {
         let packed = Packed {
@@ -309,7 +310,7 @@ impl WorkflowContext {
         (packed, self.flags | resumed | remote, self.trace_state)
     }
 
-    /// Puts together again what [`pack`](Self::pack) took apart.
+    /// Joins the parts that [`pack`](Self::pack) returned.
     #[inline]
     pub(crate) fn unpack(packed: Packed, flags: u8, trace_state: Option<Arc<TraceState>>) -> Self {
         Self {
@@ -323,30 +324,27 @@ impl WorkflowContext {
         }
     }
 
-    /// Whether it came from outside of this process: as text, from a store, or as a span context marked remote.
+    /// Returns `true` if this came from outside this process: as text, from a backend, or as a span context marked remote.
     pub(crate) fn is_remote(&self) -> bool {
         self.remote
     }
 
-    /// The sampled and the random flag.
+    /// Returns the sampled and the random flag.
     pub(crate) fn flags(&self) -> TraceFlags {
         TraceFlags::new(self.flags)
     }
 
-    /// The tracestate, if there is anything in it.
-    #[allow(dead_code, reason = "for backends that keep bytes")]
-    pub(crate) fn trace_state(&self) -> Option<&Arc<TraceState>> {
-        self.trace_state.as_ref()
-    }
-
     fn from_headers(traceparent: &str, tracestates: &[&str]) -> Result<Self, ParseContextError> {
-        // In this order: a tracestate means nothing without a traceparent ("Tracestate Header").
+        // In this order: a tracestate has no meaning without a traceparent ("Tracestate Header").
         let ids = Traceparent::parse(traceparent)?;
         let trace_state = traceparent::parse_tracestate(tracestates).map(Arc::new);
         Ok(Self::new(ids, trace_state, SystemTime::now(), true))
     }
 
-    fn try_of_span(span: &SpanContext, recorded_at: SystemTime) -> Result<Self, ParseContextError> {
+    fn try_from_span(
+        span: &SpanContext,
+        recorded_at: SystemTime,
+    ) -> Result<Self, ParseContextError> {
         let ids = Traceparent::new(span.trace_id(), span.span_id(), span.trace_flags())?;
         let trace_state = shared(span.trace_state());
         Ok(Self::new(ids, trace_state, recorded_at, span.is_remote()))
@@ -370,7 +368,7 @@ impl WorkflowContext {
     }
 }
 
-/// Takes a span's context; [`recorded_at`](WorkflowContext::recorded_at) is the time of the call.
+/// Takes the context of a span; [`recorded_at`](WorkflowContext::recorded_at) is the time of the call.
 ///
 /// A tracestate that breaks a rule is dropped, as [`parse`](WorkflowContext::parse) does.
 ///
@@ -391,14 +389,15 @@ impl TryFrom<&SpanContext> for WorkflowContext {
     /// [`ZeroTraceId`](ParseContextError::ZeroTraceId) or [`ZeroSpanId`](ParseContextError::ZeroSpanId) if the span
     /// context is invalid.
     fn try_from(span: &SpanContext) -> Result<Self, ParseContextError> {
-        Self::try_of_span(span, SystemTime::now())
+        Self::try_from_span(span, SystemTime::now())
     }
 }
 
-/// Equal in all that can be asked: two readings of one header differ in [`recorded_at`](WorkflowContext::recorded_at).
+/// Compares everything that the methods return. Two readings of one header differ in
+/// [`recorded_at`](WorkflowContext::recorded_at).
 impl PartialEq for WorkflowContext {
     fn eq(&self, other: &Self) -> bool {
-        // All but `remote`: a context that was written to a store and read again is still the same.
+        // All but `remote`: a context that was written to a backend and read again is still equal.
         let parts = |cx: &Self| {
             (
                 cx.trace_id,
@@ -416,12 +415,12 @@ impl Eq for WorkflowContext {}
 
 impl Hash for WorkflowContext {
     fn hash<H: Hasher>(&self, state: &mut H) {
-        // Tells most contexts apart; the rest need not be hashed.
+        // These distinguish most contexts; the rest need not be hashed.
         (self.trace_id, self.span_id, self.recorded_at).hash(state);
     }
 }
 
-/// With the ids in hex, as everybody else prints them.
+/// Prints the ids in hex, as a `traceparent`.
 impl fmt::Debug for WorkflowContext {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("WorkflowContext")
@@ -433,14 +432,13 @@ impl fmt::Debug for WorkflowContext {
     }
 }
 
-/// A copy of a tracestate, unless there is nothing in it or it breaks a rule.
+/// Copies a tracestate, unless it is empty or invalid.
 fn shared(state: &TraceState) -> Option<Arc<TraceState>> {
-    let worth_keeping =
-        state.into_iter().next().is_some() && traceparent::is_valid_tracestate(state);
-    worth_keeping.then(|| Arc::new(state.clone()))
+    let is_kept = state.into_iter().next().is_some() && traceparent::is_valid_tracestate(state);
+    is_kept.then(|| Arc::new(state.clone()))
 }
 
-/// Nanoseconds since 1970, held within what 64 bits can say.
+/// Returns the nanoseconds since 1970, clamped to 64 bits.
 pub(crate) fn since_epoch(time: SystemTime) -> u64 {
     match time.duration_since(SystemTime::UNIX_EPOCH) {
         Ok(age) => u64::try_from(age.as_nanos()).unwrap_or(u64::MAX),
@@ -469,7 +467,7 @@ mod tests {
     }
 
     #[test]
-    fn its_parts_make_the_same_context_again() {
+    fn a_context_made_of_its_parts_is_equal() {
         let cx = WorkflowContext::parse(
             "00-0000000000000000000000000000000a-000000000000000b-03",
             "a=1",
@@ -489,7 +487,7 @@ mod tests {
     }
 
     #[test]
-    fn times_outside_of_what_is_kept_are_moved_to_its_ends() {
+    fn times_out_of_range_are_clamped() {
         let recorded = |at| kept(10, 11, at).expect("valid ids").recorded_at();
         let [first, last] =
             [0, u64::MAX].map(|ns| SystemTime::UNIX_EPOCH + Duration::from_nanos(ns));
@@ -499,7 +497,7 @@ mod tests {
     }
 
     #[test]
-    fn a_span_says_itself_whether_it_is_remote() {
+    fn a_span_context_tells_whether_it_is_remote() {
         let cx = kept(10, 11, SystemTime::now()).expect("valid ids");
         let remote = cx.to_span_context();
         let local = SpanContext::new(
@@ -510,7 +508,7 @@ mod tests {
             TraceState::NONE,
         );
         for span in [remote, local] {
-            let cx = WorkflowContext::of_span(&span, SystemTime::now()).expect("valid ids");
+            let cx = WorkflowContext::from_span(&span, SystemTime::now()).expect("valid ids");
             assert_eq!(cx.is_remote(), span.is_remote());
         }
     }

@@ -486,7 +486,7 @@ mod tests {
                 idle_ttl: 1_000,
                 completed_grace: 1_000,
             };
-            let cache = Cache::swept(limits, Some(Arc::new(SystemClock)), 0);
+            let cache = Cache::new(limits, Some(Arc::new(SystemClock)), 0);
             let recorded_at = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
             if let Some(stored) = self.stored {
                 let key = cache.key("id", self.stored_run);

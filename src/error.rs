@@ -2,13 +2,13 @@
 
 use crate::backend::BackendError;
 
-/// The longest instance id that is stored, in bytes: 1 KiB.
+/// The maximum length of an instance id: 1024 bytes.
 ///
-/// Engines stay well below it (Temporal's default limit is 1,000 bytes, Dapr and Restate use UUIDs or
-/// user keys); past it a value is taken for a payload that was tagged by mistake.
+/// Engines stay below it (Temporal's default limit is 1,000 bytes, Dapr and Restate use UUIDs or user keys). A longer
+/// value is assumed to be a payload that was tagged by mistake.
 pub const MAX_INSTANCE_ID_BYTES: usize = 1024;
 
-/// Why an instance id was refused.
+/// The error of an invalid instance id.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum InvalidInstanceId {
@@ -26,6 +26,7 @@ pub enum InvalidInstanceId {
 }
 
 impl InvalidInstanceId {
+    /// Returns an error if the id is empty or too long.
     pub(crate) fn check(id: &str) -> Result<(), Self> {
         match id.len() {
             0 => Err(Self::Empty),
@@ -35,26 +36,26 @@ impl InvalidInstanceId {
     }
 }
 
-/// Why an explicit call on the storage failed. Nothing that was stored is lost by it.
+/// The error of an explicit call on the storage. Nothing that was stored is lost.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StorageError {
-    /// The instance id cannot be a key.
+    /// The instance id is empty or too long.
     #[error(transparent)]
     InvalidInstanceId(#[from] InvalidInstanceId),
-    /// The backend refused or could not be reached.
+    /// The backend failed or could not be reached.
     #[error("the storage backend failed")]
     Backend(#[from] BackendError),
 }
 
-/// Why no resumed context was created. Nothing was stored.
+/// The error of `create_resumed`. Nothing was stored.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CreateResumedError {
-    /// The instance id cannot be a key, or the backend failed.
+    /// The instance id is empty or too long, or the backend failed.
     #[error(transparent)]
     Storage(#[from] StorageError),
-    /// No span that records could be opened: no tracer was given to
+    /// No recording span could be opened: no tracer was given to
     /// [`layer`](crate::WorkflowContextStorage::layer) or [`tracer`](crate::WorkflowContextStorage::tracer)
     /// and no global tracer provider is set, the provider is shut down, or the sampler dropped the span.
     #[error(
@@ -70,42 +71,42 @@ impl From<InvalidInstanceId> for CreateResumedError {
     }
 }
 
-/// Why [`WorkflowContextStorageBuilder::build`](crate::WorkflowContextStorageBuilder::build) refused its settings.
+/// The error of [`WorkflowContextStorageBuilder::build`](crate::WorkflowContextStorageBuilder::build).
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum BuildError {
-    /// A field or span name that the builder was given is empty.
+    /// A field name or span name is empty.
     #[error("{setting}: a name must not be empty")]
     EmptyName {
-        /// The builder's method.
+        /// The method of the builder.
         setting: &'static str,
     },
-    /// `instance_id_fields` was given no name at all: no span could ever be tagged.
+    /// `instance_id_fields` was called without a name, so no span could ever be tagged.
     #[error("instance_id_fields: at least one field name is needed")]
     NoInstanceIdField,
-    /// A number or a duration of the builder is zero.
+    /// A number or a duration is zero.
     #[error("{setting}: must be more than zero")]
     Zero {
-        /// The builder's method.
+        /// The method of the builder.
         setting: &'static str,
     },
-    /// A relation cannot be continued in that way.
+    /// The relation does not allow that continuation.
     #[error("relation: {relation:?} cannot be continued with {continuation:?}: {why}")]
     ImpossibleRelation {
         /// The relation.
         relation: crate::Relation,
-        /// The continuation that it cannot have.
+        /// The continuation that it does not allow.
         continuation: crate::Continuation,
-        /// The reason, as a sentence.
+        /// The reason.
         why: &'static str,
     },
-    /// The operating system gave no thread for the backend.
-    #[error("backend: no thread can be had: {error}")]
+    /// A thread for the backend could not be started.
+    #[error("backend: could not start a thread: {error}")]
     NoThread {
-        /// What the operating system said.
+        /// The error of the operating system.
         error: String,
     },
-    /// `resample_on` was given a relation in which nothing begins anew.
+    /// `resample_on` was called with a relation that begins no new trace.
     #[error(
         "resample_on: {relation:?} begins no new trace; \
          a fresh sampling decision can be taken on Resumed, NewRun and Expired"

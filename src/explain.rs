@@ -1,4 +1,4 @@
-//! `explain`: what is recorded for an instance, and why its last spans went where they did, as text.
+//! The explanation of an instance: its record, and the decisions on its last spans, as text.
 
 pub(crate) mod author;
 pub(crate) mod trail;
@@ -15,9 +15,9 @@ use crate::clock::TICK;
 use crate::context::WorkflowContext;
 use crate::error::{InvalidInstanceId, MAX_INSTANCE_ID_BYTES};
 
-/// What is recorded for an instance, by whom, and why its last spans went where they did.
+/// An explanation of an instance: the recorded context and its author, and the decisions on the last spans.
 ///
-/// Made by [`WorkflowContextStorage::explain`](crate::WorkflowContextStorage::explain). `Display` is meant for a
+/// Returned by [`WorkflowContextStorage::explain`](crate::WorkflowContextStorage::explain). `Display` is meant for a
 /// terminal or a log; control characters of the id are escaped.
 #[derive(Clone, Debug)]
 pub struct Explanation {
@@ -31,6 +31,7 @@ pub struct Explanation {
     trace_is_shared: bool,
 }
 
+/// The record of an instance.
 #[derive(Clone, Debug)]
 pub(crate) struct Summary {
     pub(crate) context: WorkflowContext,
@@ -39,6 +40,7 @@ pub(crate) struct Summary {
     pub(crate) run_id: Option<String>,
     pub(crate) completed: bool,
     pub(crate) older_runs: usize,
+    /// The time of the explanation.
     pub(crate) now: SystemTime,
 }
 
@@ -50,7 +52,7 @@ impl Explanation {
         tick: u32,
         trail_is_off: bool,
     ) -> Self {
-        // An invalid id is cut to what an id can be: the text goes to a log.
+        // An id that is too long is cut to the maximum, since the text goes to a log.
         let shown = id
             .char_indices()
             .take_while(|(at, _)| *at < MAX_INSTANCE_ID_BYTES);
@@ -84,13 +86,13 @@ impl Explanation {
         }
     }
 
-    /// Whether a context is recorded for the instance.
+    /// Returns `true` if a context is recorded for the instance.
     #[must_use]
     pub fn is_recorded(&self) -> bool {
         self.recorded.is_some()
     }
 
-    /// Where nothing is recorded: the reason, as far as it is known.
+    /// Returns the reason why nothing is recorded, as far as it is known; `None` if a context is recorded.
     #[must_use]
     pub fn reason(&self) -> Option<Absence> {
         if self.recorded.is_some() {
@@ -99,14 +101,14 @@ impl Explanation {
         if self.invalid.is_some() {
             return Some(Absence::InvalidId);
         }
-        let gone = self.steps.iter().rev().find_map(|step| match step.event {
+        let removed = self.steps.iter().rev().find_map(|step| match step.event {
             Event::Expired => Some(Absence::Expired),
             Event::GraceOver => Some(Absence::Completed),
             Event::Evicted => Some(Absence::Evicted),
             Event::CleanedUp => Some(Absence::CleanedUp),
             _ => None,
         });
-        Some(match gone {
+        Some(match removed {
             Some(reason) => reason,
             None if self.backend_is_down => Absence::BackendDown,
             None if !self.steps.is_empty() => Absence::NotRecorded,
@@ -115,15 +117,15 @@ impl Explanation {
     }
 }
 
-/// Why nothing is recorded for an instance.
+/// A reason why nothing is recorded for an instance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Absence {
-    /// No span and no call has named it, in as far as the trail reaches back: the spans may be filtered out.
+    /// No span and no call has named it as far back as the trail reaches. Its spans may be filtered out.
     NeverSeen,
     /// It was idle for longer than `idle_ttl`.
     Expired,
-    /// Cache held more than `max_instances`.
+    /// The cache held more than `max_instances`.
     Evicted,
     /// Its grace after a terminal `workflow.status` is over.
     Completed,
@@ -131,9 +133,9 @@ pub enum Absence {
     CleanedUp,
     /// Its spans were replays, or had no valid span context: the provider is shut down, or the tracer does nothing.
     NotRecorded,
-    /// The backend, which may know it, does not answer.
+    /// The backend, which may hold it, does not respond.
     BackendDown,
-    /// The id is empty or too long to be one.
+    /// The id is empty, or longer than [`MAX_INSTANCE_ID_BYTES`].
     InvalidId,
 }
 
@@ -230,7 +232,7 @@ impl fmt::Display for Summary {
     }
 }
 
-/// The machine's name, as far as it can be read without a system call of its own.
+/// Returns the host name, as far as it can be read without `unsafe` code.
 fn host() -> &'static str {
     static HOST: OnceLock<String> = OnceLock::new();
     HOST.get_or_init(|| {

@@ -1,12 +1,13 @@
-//! Locks that survive poisoning: what they guard is consistent after each statement.
+//! Locks that ignore poisoning: the data that they guard is consistent after each statement, so a panic leaves it usable.
 
 use std::sync::{Mutex, MutexGuard, PoisonError, TryLockError};
 
+/// Locks a mutex.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// `None` where another thread has it.
+/// Locks a mutex without waiting; `None` while another thread holds it.
 #[inline]
 pub(crate) fn try_lock<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
     match mutex.try_lock() {

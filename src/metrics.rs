@@ -1,4 +1,4 @@
-//! `register_metrics`: the counters of a storage as OpenTelemetry metrics.
+//! The counters of a storage as OpenTelemetry metrics.
 
 use std::sync::Arc;
 
@@ -30,9 +30,9 @@ impl WorkflowContextStorage {
     /// | `workflow.context.backend.call.failed` | counter | `{call}` | | `backend_errors` |
     /// | `workflow.context.backend.lookup.timed_out` | counter | `{lookup}` | | `lookup_timeouts` |
     ///
-    /// The meter given last is the one that is reported to, so calling this again doubles nothing. The storage is
-    /// not kept alive: once its last handle is dropped, nothing is reported. Two storages need meters of different
-    /// scopes, since no attribute tells them apart.
+    /// Calling this again replaces the meter, so nothing is reported twice. The storage is not kept alive: once its last
+    /// handle is dropped, nothing is reported. Two storages need meters of different scopes, since no attribute tells
+    /// them apart.
     ///
     /// ```
     /// use opentelemetry::global;
@@ -112,14 +112,16 @@ struct Point {
 }
 
 impl Point {
-    const fn all(value: fn(&Stats) -> u64) -> Self {
+    /// Creates the only time series of an instrument.
+    const fn new(value: fn(&Stats) -> u64) -> Self {
         Self {
             attribute: None,
             value,
         }
     }
 
-    const fn of(key: &'static str, is: &'static str, value: fn(&Stats) -> u64) -> Self {
+    /// Creates a time series with an attribute.
+    const fn with_attribute(key: &'static str, is: &'static str, value: fn(&Stats) -> u64) -> Self {
         Self {
             attribute: Some((key, is)),
             value,
@@ -138,24 +140,24 @@ impl Point {
 const REASON: &str = "workflow.context.reason";
 const RESULT: &str = "workflow.context.result";
 
-/// One instrument with an attribute where the values add up to something, one for each where they do not: a span
-/// can be late and deferred.
+/// The instruments. Counters whose sum means something share one, told apart by an attribute; the others have one each,
+/// since a span can be both late and deferred.
 static INSTRUMENTS: [Instrument; 14] = [
     Instrument {
         name: "workflow.context.instance.count",
         unit: "{instance}",
         description: "Workflow instances whose trace context is in memory.",
         kind: Kind::UpDownCounter,
-        points: &[Point::all(|stats| stats.stored_instances)],
+        points: &[Point::new(|stats| stats.stored_instances)],
     },
     Instrument {
         name: "workflow.context.instance.dropped",
         unit: "{instance}",
-        description: "Workflow instances that memory dropped: expired, or evicted because there were too many.",
+        description: "Workflow instances that were removed from memory: expired, or evicted because there were too many.",
         kind: Kind::Counter,
         points: &[
-            Point::of(REASON, "expired", |stats| stats.expired),
-            Point::of(REASON, "evicted", |stats| stats.evicted),
+            Point::with_attribute(REASON, "expired", |stats| stats.expired),
+            Point::with_attribute(REASON, "evicted", |stats| stats.evicted),
         ],
     },
     Instrument {
@@ -164,8 +166,8 @@ static INSTRUMENTS: [Instrument; 14] = [
         description: "Lookups of the trace context of a workflow instance.",
         kind: Kind::Counter,
         points: &[
-            Point::of(RESULT, "hit", |stats| stats.hits),
-            Point::of(RESULT, "miss", |stats| stats.misses),
+            Point::with_attribute(RESULT, "hit", |stats| stats.hits),
+            Point::with_attribute(RESULT, "miss", |stats| stats.misses),
         ],
     },
     Instrument {
@@ -173,76 +175,76 @@ static INSTRUMENTS: [Instrument; 14] = [
         unit: "{id}",
         description: "Workflow instance ids that were refused because they are too long.",
         kind: Kind::Counter,
-        points: &[Point::all(|stats| stats.oversized)],
+        points: &[Point::new(|stats| stats.oversized)],
     },
     Instrument {
         name: "workflow.context.span.late",
         unit: "{span}",
         description: "Spans that named their workflow instance after they had started.",
         kind: Kind::Counter,
-        points: &[Point::all(|stats| stats.late)],
+        points: &[Point::new(|stats| stats.late)],
     },
     Instrument {
         name: "workflow.context.span.conflicting",
         unit: "{span}",
-        description: "Spans that lost the race for being the recorded one of their workflow instance.",
+        description: "Spans that were to be recorded for their workflow instance, but another span was recorded first.",
         kind: Kind::Counter,
-        points: &[Point::all(|stats| stats.conflicts)],
+        points: &[Point::new(|stats| stats.conflicts)],
     },
     Instrument {
         name: "workflow.context.span.replayed",
         unit: "{span}",
         description: "Spans that were not exported because they are replays.",
         kind: Kind::Counter,
-        points: &[Point::all(|stats| stats.replayed)],
+        points: &[Point::new(|stats| stats.replayed)],
     },
     Instrument {
         name: "workflow.context.span.deferred",
         unit: "{span}",
         description: "Spans whose start was held back until their workflow instance was known.",
         kind: Kind::Counter,
-        points: &[Point::all(|stats| stats.deferred)],
+        points: &[Point::new(|stats| stats.deferred)],
     },
     Instrument {
         name: "workflow.context.span.adopted",
         unit: "{span}",
         description: "Spans without an id that joined the workflow instance of their first child.",
         kind: Kind::Counter,
-        points: &[Point::all(|stats| stats.adopted)],
+        points: &[Point::new(|stats| stats.adopted)],
     },
     Instrument {
         name: "workflow.context.event.replayed",
         unit: "{event}",
         description: "Events that were dropped with a replayed span.",
         kind: Kind::Counter,
-        points: &[Point::all(|stats| stats.replayed_events)],
+        points: &[Point::new(|stats| stats.replayed_events)],
     },
     Instrument {
         name: "workflow.context.backend.record.malformed",
         unit: "{record}",
         description: "Records of the backend that could not be decoded.",
         kind: Kind::Counter,
-        points: &[Point::all(|stats| stats.malformed)],
+        points: &[Point::new(|stats| stats.malformed)],
     },
     Instrument {
         name: "workflow.context.backend.write.dropped",
         unit: "{write}",
-        description: "Writes that were dropped because too many waited for the backend.",
+        description: "Writes that were dropped because too many were waiting for the backend.",
         kind: Kind::Counter,
-        points: &[Point::all(|stats| stats.dropped_writes)],
+        points: &[Point::new(|stats| stats.dropped_writes)],
     },
     Instrument {
         name: "workflow.context.backend.call.failed",
         unit: "{call}",
-        description: "Calls of the backend that failed.",
+        description: "Calls to the backend that failed.",
         kind: Kind::Counter,
-        points: &[Point::all(|stats| stats.backend_errors)],
+        points: &[Point::new(|stats| stats.backend_errors)],
     },
     Instrument {
         name: "workflow.context.backend.lookup.timed_out",
         unit: "{lookup}",
-        description: "Lookups that the backend did not answer within the budget.",
+        description: "Backend lookups that exceeded the lookup budget.",
         kind: Kind::Counter,
-        points: &[Point::all(|stats| stats.lookup_timeouts)],
+        points: &[Point::new(|stats| stats.lookup_timeouts)],
     },
 ];

@@ -1,11 +1,11 @@
-//! A thread-local that has another value for the time of a call.
+//! Thread-locals with another value for the duration of a call.
 
 use std::cell::Cell;
 use std::thread::LocalKey;
 
-/// Runs with the cell set to `value`, and puts back what was there, after a panic too.
+/// Calls `run` with the cell set to `value`, and restores the previous value afterwards, after a panic too.
 ///
-/// A thread that is past its thread-locals runs without.
+/// On a thread whose thread-locals are destroyed already, only calls `run`.
 pub(crate) fn with<T: Copy + 'static, R>(
     key: &'static LocalKey<Cell<T>>,
     value: T,

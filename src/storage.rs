@@ -162,7 +162,7 @@ impl WorkflowContextStorage {
         let parent = stored.map_or_else(Context::new, |stored| stored.to_otel());
         let span = (self.shared.agent_tracer).end_at_once(instance_id, agent_name, &parent);
         let context = span
-            .and_then(|span| WorkflowContext::of_span(&span, self.shared.clock.now()))
+            .and_then(|span| WorkflowContext::from_span(&span, self.shared.clock.now()))
             .ok_or(CreateResumedError::NoRecordingSpan)?
             .into_resumed();
         self.store(instance_id, context.clone())?;

@@ -1,47 +1,46 @@
 //! The W3C Trace Context level 2 codec: header text in, ids out, and back.
 //!
-//! Sections named below are those of <https://www.w3.org/TR/trace-context-2/>. The codec is stricter than
-//! `opentelemetry_sdk`'s propagator, which reads ids of any length and with a plus sign, and it keeps the random flag,
-//! which that one drops.
+//! The sections named below are those of <https://www.w3.org/TR/trace-context-2/>. `opentelemetry_sdk`'s propagator is
+//! less strict, since it accepts ids of any length and with a plus sign, and drops the random flag.
 
 use std::array;
 
 use opentelemetry::trace::{SpanId, TraceFlags, TraceId, TraceState};
 
-/// Name of the header with the ids ("Traceparent Header", "Header Name": lower case is recommended).
+/// The name of the header with the ids ("Traceparent Header", "Header Name": lower case is recommended).
 pub(crate) const TRACEPARENT: &str = "traceparent";
 
-/// Name of the header with the vendors' own entries ("Tracestate Header", "Header Name").
+/// The name of the header with vendor-specific entries ("Tracestate Header", "Header Name").
 pub(crate) const TRACESTATE: &str = "tracestate";
 
-/// Bytes of a version 00 value, and the fewest of any later version ("Versioning of traceparent").
+/// The length of a version 00 value, and the minimum of any later version, in bytes ("Versioning of traceparent").
 pub(crate) const TRACEPARENT_LEN: usize = 55;
 
-/// The flags level 2 gives a meaning, sampled (01) and random trace id (02); "Other Flags": all others are set to zero.
+/// The flags that level 2 defines: sampled (01) and random trace id (02). All others are cleared ("Other Flags").
 const KNOWN_FLAGS: u8 = 0x03;
 
-/// Where the digits of the ids begin, eight by eight: 32 of the trace id and, behind a dash, 16 of the span id.
+/// The offsets of the ids' digits, in groups of eight: 32 of the trace id and, after a dash, 16 of the span id.
 const DIGITS_AT: [usize; 6] = [3, 11, 19, 27, 36, 44];
 
-/// The one version no value may have ("version").
+/// The version that is invalid ("version").
 const FORBIDDEN_VERSION: u8 = 0xff;
 
-/// Most list members in a tracestate ("tracestate Header Field Values").
+/// The maximum number of list members in a tracestate ("tracestate Header Field Values").
 const MAX_MEMBERS: usize = 32;
 
-/// Longest key of a list member ("Key").
+/// The maximum length of a list member's key ("Key").
 const MAX_KEY_LEN: usize = 256;
 
-/// Longest value of a list member ("Value").
+/// The maximum length of a list member's value ("Value").
 const MAX_VALUE_LEN: usize = 256;
 
-/// Longest tracestate that is looked at, all its headers together.
+/// The maximum length of a tracestate that is parsed, all its headers together.
 ///
-/// The specification has no such bound. 32 of the longest members and their commas make 16,447 bytes; this leaves as
-/// much again for blanks and empty members, and keeps the work on a hostile header small whatever its length.
+/// The specification has no such bound. 32 members of maximum length and their commas make 16,447 bytes; this leaves as
+/// much again for blanks and empty members, and bounds the work on a hostile header.
 const MAX_TRACESTATE_LEN: usize = 32 * 1024;
 
-/// What a traceparent says.
+/// The fields of a traceparent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Traceparent {
     pub(crate) trace_id: TraceId,
@@ -50,7 +49,7 @@ pub(crate) struct Traceparent {
 }
 
 impl Traceparent {
-    /// The value, if both ids are valid; flags without a meaning are dropped.
+    /// Creates a traceparent if both ids are valid. Unknown flags are cleared.
     #[inline]
     pub(crate) fn new(
         trace_id: TraceId,
@@ -70,10 +69,10 @@ impl Traceparent {
         })
     }
 
-    /// Reads a header value, of this or of a later version.
+    /// Parses a header value of version 00 or a later one.
     #[inline]
     pub(crate) fn parse(value: &str) -> Result<Self, ParseContextError> {
-        // Bytes, not chars: a multi-byte char must not be cut in two, and none is a hex digit.
+        // Bytes, since slicing a `str` panics within a character; none of several bytes is a hex digit.
         let Some((head, extra)) = trim(value.as_bytes()).split_first_chunk::<TRACEPARENT_LEN>()
         else {
             return Err(ParseContextError::Length);
@@ -87,7 +86,7 @@ impl Traceparent {
             *word = u64::from_le_bytes(array::from_fn(|i| head[at + i]));
         }
         let (ids, bad_ids) = decode(words);
-        // Version and flags have two digits each: the rest of their word is filled up.
+        // The version and the flags have two digits each; the rest of their word is padding.
         let ends = [head[0], head[1], head[53], head[54], b'0', b'0', b'0', b'0'];
         let ([ends], bad_ends) = decode([u64::from_le_bytes(ends)]);
         if bad_ids || bad_ends {
@@ -124,18 +123,18 @@ impl Traceparent {
         for (at, digits) in DIGITS_AT.into_iter().zip(digits) {
             out[at..at + 8].copy_from_slice(&digits.to_le_bytes());
         }
-        // The flags with a meaning make one digit, and a decimal one.
+        // The known flags make one decimal digit.
         out[54] |= self.flags.to_u8() & KNOWN_FLAGS;
         out
     }
 }
 
-/// Reads the values of all tracestate headers, in order, as one list ("tracestate Header Field Values").
+/// Parses the values of all tracestate headers, in order, as one list ("tracestate Header Field Values").
 ///
-/// `None` if the list is empty, or bad in any place: what is left of it would be a list nobody has sent.
+/// `None` if the list is empty or any part of it is invalid: a part of a list was sent by nobody.
 #[inline]
 pub(crate) fn parse_tracestate(values: &[&str]) -> Option<TraceState> {
-    // Nearly always.
+    // The common case.
     if values.iter().all(|value| value.is_empty()) {
         return None;
     }
@@ -159,11 +158,11 @@ fn parse_members(values: &[&str]) -> Option<TraceState> {
     if members.is_empty() {
         return None;
     }
-    // Refuses some keys that level 2 allows: with two `@`, or with more than 13 characters after one.
+    // This refuses some keys that level 2 allows: with two `@`, or with more than 13 characters after one.
     TraceState::from_key_value(members).ok()
 }
 
-/// Whether a list that came from elsewhere is one that [`parse_tracestate`] would have let through.
+/// Returns `true` if [`parse_tracestate`] would accept this list.
 pub(crate) fn is_valid_tracestate(state: &TraceState) -> bool {
     let mut members = Vec::new();
     state
@@ -171,7 +170,7 @@ pub(crate) fn is_valid_tracestate(state: &TraceState) -> bool {
         .all(|member| push_member(&mut members, member).is_some())
 }
 
-/// Adds a list member, unless it is one too many, malformed, or its key is there already.
+/// Adds a list member; `None` if it is one too many, malformed, or its key is a duplicate.
 fn push_member<'a>(
     members: &mut Vec<(&'a str, &'a str)>,
     (key, value): (&'a str, &'a str),
@@ -197,7 +196,7 @@ fn is_valid_value(value: &str) -> bool {
     ends && value.len() <= MAX_VALUE_LEN && value.bytes().all(is_value_byte)
 }
 
-/// Without the optional whitespace of HTTP around it, that is spaces and tabs.
+/// Strips the optional whitespace of HTTP, that is spaces and tabs.
 fn trim(mut value: &[u8]) -> &[u8] {
     while let [b' ' | b'\t', rest @ ..] | [rest @ .., b' ' | b'\t'] = value {
         value = rest;
@@ -205,29 +204,30 @@ fn trim(mut value: &[u8]) -> &[u8] {
     value
 }
 
-// The hex codec takes eight digits at once. They lie in a u64 as in eight lanes of a byte each, the first digit in the
-// lowest lane, and no addition or subtraction carries from one good lane into the next. Whole ids go through each step
+// The hex codec handles eight digits at once, in the eight bytes (lanes) of a u64, with the first digit in the lowest
+// lane. No addition or subtraction carries from a valid lane into the next. All words of an id go through each step
 // together, so that the compiler can put two words into one vector register.
 
-/// The same byte in every lane.
+/// Returns a word with that byte in every lane.
 const fn lanes(byte: u8) -> u64 {
     u64::from_ne_bytes([byte; 8])
 }
 
-/// How much higher `a` is than it would be if the letters came right after the digits in ASCII.
+/// The gap between the digits and the letters in ASCII.
 const GAP: u8 = b'a' - (b'9' + 1);
 
-/// The bytes that words of eight lower-case hex digits stand for, and whether there is anything else among the digits.
+/// Decodes words of eight lower-case hex digits to four bytes each. Returns `true` with them if a lane holds anything
+/// else.
 fn decode<const N: usize>(words: [u64; N]) -> ([u32; N], bool) {
     let mut values = [0; N];
     let (mut wide, mut misplaced) = (0, 0);
     for (value, digits) in values.iter_mut().zip(words) {
-        // Letters have bit 6, digits do not. The gap is made of bits of 0x3f, which is 0x40 - 0x01.
+        // Letters have bit 6 set, digits do not. The gap consists of bits of 0x3f, which is 0x40 - 0x01.
         let letters = digits & lanes(0x40);
         let gaps = (letters - (letters >> 6)) & lanes(GAP);
         let nibbles = digits.wrapping_sub(lanes(b'0')).wrapping_sub(gaps);
-        // A nibble has four bits, and is ten or more (has bit 4 when six is added) just where the letters are. A lane
-        // that has to borrow is not below sixteen afterwards, so what it does to the next one cannot hide it.
+        // A nibble has four bits, and is ten or more (has bit 4 set when six is added) exactly in the lanes with letters.
+        // A lane that borrows is sixteen or more afterwards, so its effect on the next lane cannot hide it.
         wide |= nibbles;
         misplaced |= nibbles.wrapping_add(lanes(6)) ^ (letters >> 2);
         // Close the gaps between the nibbles, in the order of memory: .a.b.c.d -> ab..cd.. -> abcd.
@@ -239,11 +239,11 @@ fn decode<const N: usize>(words: [u64; N]) -> ([u32; N], bool) {
     (values, faults != 0)
 }
 
-/// Words of four bytes each, as eight lower-case hex digits each.
+/// Encodes words of four bytes as eight lower-case hex digits each.
 fn encode<const N: usize>(words: [u32; N]) -> [u64; N] {
     let mut written = [0; N];
     for (digits, value) in written.iter_mut().zip(words) {
-        // The steps of `decode`, backwards.
+        // The steps of `decode` in reverse.
         let value = u64::from(value);
         let quads = (value | value << 16) & 0x0000_ffff_0000_ffff;
         let pairs = (quads | quads << 8) & 0x00ff_00ff_00ff_00ff;
@@ -255,26 +255,26 @@ fn encode<const N: usize>(words: [u32; N]) -> [u64; N] {
     written
 }
 
-/// Why a context could not be read. None of it repeats the input, which may be long and somebody else's.
+/// The error of parsing a context. No message repeats the input, which may be long and untrusted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ParseContextError {
     /// The carrier has no `traceparent`.
     #[error("no traceparent in the carrier")]
     Missing,
-    /// The carrier has two `traceparent`s or more, even if all are alike.
+    /// The carrier has more than one `traceparent`, even if they are equal.
     #[error("more than one traceparent in the carrier")]
     Duplicate,
     /// The `traceparent` is shorter than 55 bytes, or longer though its version is 00.
     #[error("traceparent is not 55 bytes long")]
     Length,
-    /// A dash is not where it must be: at byte 2, 35 and 52, and at byte 55 of a later version that is longer.
-    #[error("traceparent has no dash where one must be")]
+    /// A dash is missing at byte 2, 35 or 52, or at byte 55 of a longer value of a later version.
+    #[error("traceparent lacks a dash between two fields")]
     Delimiter,
-    /// Something other than a lower-case hex digit stands in the version, an id, or the flags.
-    #[error("traceparent has a character that is no lower-case hex digit")]
+    /// The version, an id, or the flags contain a character other than a lower-case hex digit.
+    #[error("traceparent has a character other than a lower-case hex digit")]
     Digit,
-    /// The version is `ff`, which no `traceparent` may have.
+    /// The version is `ff`, which is invalid.
     #[error("traceparent has the forbidden version ff")]
     Version,
     /// The trace id is all zeros.
@@ -290,7 +290,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_byte_in_every_place_is_a_digit_or_a_fault() {
+    fn every_byte_at_every_offset_is_a_digit_or_a_fault() {
         for at in 0..8 {
             for byte in 0..=u8::MAX {
                 let mut digits = *b"09afb7c3";
@@ -318,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tracestate_from_elsewhere_is_held_to_the_same_rules() {
+    fn a_tracestate_of_a_span_context_is_held_to_the_same_rules() {
         let state = |members: &[(&str, &str)]| {
             TraceState::from_key_value(members.iter().copied()).expect("lax enough")
         };

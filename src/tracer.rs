@@ -431,7 +431,7 @@ where
         watch: &mut Watch,
         recording: Recording<'_>,
     ) -> Option<Outcome> {
-        let context = WorkflowContext::of_span(span.span_context(), self.shared.clock.now())?;
+        let context = WorkflowContext::from_span(span.span_context(), self.shared.clock.now())?;
         match recording.finish(context) {
             Ok(late_winner) => {
                 watch.expect_late_winner(late_winner);

@@ -1,25 +1,27 @@
-//! Warnings that help: once for each cause, then at most once a minute with the number of times meanwhile.
+//! Rate-limited warnings: one for each cause, then at most one a minute with the number of occurrences since.
 //!
-//! A span starts while OpenTelemetry holds locks, and an event that is dispatched there could want them. So what
-//! is to be said is noted, and said on the thread that counts the ticks, which is inside of no span.
+//! A span starts while OpenTelemetry holds locks, and the subscriber of an event that is dispatched there could wait for
+//! them. A warning is therefore only noted there, and logged by the ticking thread, which is inside no span.
 
 use std::error::Error as _;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use opentelemetry::{SpanId, TraceId};
 
 use crate::backend::BackendError;
 use crate::clock::{self, OnTick, ticks};
-use crate::error::{InvalidInstanceId, MAX_INSTANCE_ID_BYTES};
+use crate::error::MAX_INSTANCE_ID_BYTES;
+use crate::lock::lock;
 
 /// The target of every log line of this crate.
 pub(crate) const LOG_TARGET: &str = env!("CARGO_PKG_NAME");
 
+/// The time between two warnings of one cause.
 const PAUSE: Duration = Duration::from_secs(60);
 
-/// How much of a refused id is shown, and of an error.
+/// The number of characters shown of a refused id, and of an error.
 const SHOWN_CHARS: usize = 64;
 const SHOWN_CHARS_OF_ERROR: usize = 300;
 
@@ -27,38 +29,41 @@ const SHOWN_CHARS_OF_ERROR: usize = 300;
 pub(crate) struct Warnings {
     oversized: Cause,
     unreachable: Cause,
-    refused: Cause,
+    backend_failed: Cause,
     shared_trace: Cause,
 }
 
 #[derive(Debug, Default)]
 struct Cause {
+    /// Occurrences since the last warning.
     times: AtomicU64,
+    /// The tick before which no warning is logged.
     not_before: AtomicU32,
-    last: Mutex<String>,
+    /// The details of the first occurrence since the last warning.
+    details: Mutex<String>,
 }
 
 impl Warnings {
-    /// With a clock of the caller's own nobody ticks, and nothing is said.
-    pub(crate) fn new(spoken: bool) -> Arc<Self> {
+    /// Creates the warnings of a storage. They are logged only if they are enabled, that is with the system clock: a clock
+    /// of the caller's own does not tick.
+    pub(crate) fn new(enabled: bool) -> Arc<Self> {
         let warnings = Arc::new(Self::default());
-        if spoken {
+        if enabled {
             let weak = Arc::downgrade(&warnings);
             clock::subscribe(weak);
         }
         warnings
     }
 
-    /// A span's instance id was refused.
+    /// Notes a span whose instance id is too long.
     pub(crate) fn oversized(&self, id: &str) {
         self.oversized.note(|| {
-            let refused = InvalidInstanceId::TooLong { length: id.len() };
             let shown: String = id.chars().take(SHOWN_CHARS).collect();
-            format!("{refused}, and begins with {shown:?}")
+            format!("{} bytes, beginning with {shown:?}", id.len())
         });
     }
 
-    /// A span could not be started when it was entered, because the layer does not know its own subscriber.
+    /// Notes a span that could not be started when it was entered, because the layer does not know its subscriber.
     pub(crate) fn unreachable(&self, span_name: &str) {
         self.unreachable.note(|| format!("span {span_name:?}"));
     }
@@ -69,9 +74,9 @@ impl Warnings {
             .note(|| format!("trace {trace}, span {span}"));
     }
 
-    /// The backend failed.
+    /// Notes a failure of the backend.
     pub(crate) fn backend_refused(&self, error: &BackendError) {
-        self.refused.note(|| {
+        self.backend_failed.note(|| {
             let cause = error.source().map(|cause| format!(": {cause}"));
             let text = format!("{error}{}", cause.unwrap_or_default());
             text.chars()
@@ -83,51 +88,56 @@ impl Warnings {
 }
 
 impl Cause {
-    fn note(&self, what: impl FnOnce() -> String) {
-        // Only what will be said is worth its text.
+    fn note(&self, details: impl FnOnce() -> String) {
+        // The details are formatted only if they will be logged.
         if self.times.fetch_add(1, Relaxed) == 0 {
-            *self.last.lock().unwrap_or_else(PoisonError::into_inner) = what();
+            *lock(&self.details) = details();
         }
     }
 
-    /// How many times it was noted since it was said last, and what, if it may be said now.
+    /// Returns the occurrences since the last warning and the details of the first one, if a warning is due.
     fn take(&self, now: u32) -> Option<(u64, String)> {
         if self.times.load(Relaxed) == 0 || now < self.not_before.load(Relaxed) {
             return None;
         }
         self.not_before
             .store(now.saturating_add(ticks(PAUSE)), Relaxed);
-        let what = std::mem::take(&mut *self.last.lock().unwrap_or_else(PoisonError::into_inner));
-        Some((self.times.swap(0, Relaxed), what))
+        let details = std::mem::take(&mut *lock(&self.details));
+        Some((self.times.swap(0, Relaxed), details))
     }
 }
 
 impl OnTick for Warnings {
     fn on_tick(&self, now: u32) {
-        if let Some((times, what)) = self.oversized.take(now) {
+        if let Some((times, details)) = self.oversized.take(now) {
             tracing::warn!(
+                target: LOG_TARGET,
                 times,
-                "a span was left alone, its instance id is no id of at most {MAX_INSTANCE_ID_BYTES} bytes: {what}"
+                "instance id exceeds {MAX_INSTANCE_ID_BYTES} bytes; span ignored: {details}"
             );
         }
-        if let Some((times, what)) = self.refused.take(now) {
+        if let Some((times, details)) = self.backend_failed.take(now) {
             tracing::warn!(
+                target: LOG_TARGET,
                 times,
-                "the storage backend failed, traces may fall apart: {what}"
+                "storage backend failed; an instance may be split into several traces: {details}"
             );
         }
-        if let Some((times, what)) = self.shared_trace.take(now) {
+        if let Some((times, details)) = self.shared_trace.take(now) {
             tracing::warn!(
+                target: LOG_TARGET,
                 times,
                 "more than 16 workflow instances share one trace: name the span in which the worker waits for work in \
-                 poller_spans ({what})"
+                 poller_spans: {details}"
             );
         }
-        if let Some((times, what)) = self.unreachable.take(now) {
+        if let Some((times, details)) = self.unreachable.take(now) {
             tracing::warn!(
+                target: LOG_TARGET,
                 times,
                 "without context activation a tagged span is recorded only when it closes, because the layer cannot \
-                 reach the subscriber it is in (is it in an Option that is not the thread's default?): {what}"
+                 find its subscriber; pass the layer without Option or reload around it, or make the subscriber the \
+                 thread's default: {details}"
             );
         }
     }

@@ -1,4 +1,4 @@
-//! What is kept of an instance: its runs, and how long it has been idle.
+//! The entry of an instance: its runs, and the time of its last use and of its completion.
 
 use std::cell::Cell;
 use std::num::NonZeroU16;
@@ -13,59 +13,58 @@ use crate::context::{Packed, WorkflowContext};
 use crate::explain::Summary;
 use crate::explain::trail::Event;
 
-/// How many runs of one instance are kept beside the latest, for their late spans.
+/// The number of runs that are kept besides the latest, for their late spans.
 const OLDER_RUNS: usize = 8;
 
-/// How many earlier generations of one run are remembered, for spans that are still open in them.
+/// The number of earlier generations of a run that are remembered, for spans that are still open in them.
 const OLDER_TRACES: usize = 8;
 
-/// The runs of one instance id. Whoever looks at them has locked the shard: what a look changes is in cells.
+/// The runs of one instance. It is only read under the lock of its shard; what a read changes is in cells.
 pub(crate) struct Entry {
-    pub(super) id: InlineStr,
     pub(super) latest: Run,
-    /// Twice the tick of the last use, and one more if it was used since it was stored.
+    /// Twice the tick of the last use, plus one if it was used since it was stored.
     pub(super) used: Cell<u32>,
-    /// The tick of the terminal status; zero while there is none.
+    /// The tick of the terminal status; zero before it.
     pub(super) completed: Cell<u32>,
 }
 
 // One is kept for every live instance, so growth here is paid a million times.
-const _: () = assert!(size_of::<Entry>() <= 104);
+const _: () = assert!(size_of::<Entry>() <= 64);
 
-/// One run: what is recorded for it, and how its trace has grown since.
+/// One run: its recorded context, and how its trace has grown since.
 pub(crate) struct Run {
     context: Packed,
     pub(super) rare: Option<Box<Rare>>,
-    /// The spans of this generation that were recorded or placed by this process.
+    /// The number of spans of this generation that this process recorded or placed.
     spans: Cell<u64>,
-    /// Counts the traces of this run from 1; `max_age` and `max_spans` start the next one.
+    /// The number of this trace among those of the run, from 1; `max_age` and `max_spans` begin the next one.
     generation: u32,
-    /// `None` where a call stored it.
+    /// `None` if a call stored it.
     pub(super) author: Option<NonZeroU16>,
-    /// What [`Packed`] leaves no room for.
+    /// The flags of the context, which [`Packed`] does not hold.
     flags: u8,
     marks: Cell<u8>,
 }
 
-/// A thread is opening the root of the next generation.
+/// Set while a thread opens the root of the next generation.
 const ROLLING: u8 = 1;
-/// A span of this process was already told that its context came from another one.
+/// Set once a span of this process has told by its attributes that its context came from another one.
 const ANNOUNCED: u8 = 2;
 
-/// What most runs do not have.
+/// The parts that most runs do not have.
 #[derive(Default)]
 pub(super) struct Rare {
     trace_state: Option<Arc<TraceState>>,
-    /// Set later where the context was stored without a run id and a span of a run then joined it.
+    /// Set later if the context was stored without a run id, by the first span with one.
     run_id: Option<InlineStr>,
-    /// Oldest first, at most [`OLDER_RUNS`]; of the latest run only.
+    /// Oldest first, at most [`OLDER_RUNS`]. Empty except in the latest run.
     older: Vec<Run>,
     /// The traces of earlier generations of this run, oldest first, at most [`OLDER_TRACES`].
     older_traces: Vec<TraceId>,
 }
 
 impl Rare {
-    /// The ids of the run and of the older ones.
+    /// Returns the ids of the run and of the older ones.
     pub(super) fn run_ids(&self) -> Vec<Box<str>> {
         let older = self.older.iter().filter_map(Run::run_id);
         let ids = self.run_id.iter().chain(older);
@@ -73,7 +72,7 @@ impl Rare {
     }
 }
 
-/// The bounds of memory; durations in ticks.
+/// The bounds of the cache; durations are in ticks.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
     pub(crate) max_instances: usize,
@@ -81,7 +80,7 @@ pub(crate) struct Limits {
     pub(crate) completed_grace: u32,
 }
 
-/// Which instance goes first when there are too many: completed, then expired, then least recently used.
+/// The order of eviction: completed instances first, then expired ones, then the least recently used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Rank {
     Completed,
@@ -91,16 +90,15 @@ pub(super) enum Rank {
 
 impl Entry {
     #[inline]
-    pub(super) fn new(id: &str, latest: Run, now: u32) -> Self {
+    pub(super) fn new(latest: Run, now: u32) -> Self {
         Self {
-            id: id.into(),
             latest,
             used: Cell::new(now << 1),
             completed: Cell::new(0),
         }
     }
 
-    /// Notes that it is used, unless its time is over: then it is as if it were not there.
+    /// Notes a use. Returns `false`, and notes nothing, if the entry has expired.
     #[inline]
     pub(super) fn touch(&self, now: u32, limits: &Limits) -> bool {
         let used = now << 1 | 1;
@@ -114,10 +112,12 @@ impl Entry {
         live
     }
 
+    /// Returns the entry's rank in the order of eviction.
     pub(super) fn rank(&self, now: u32, limits: &Limits) -> Rank {
         let (used, completed) = (self.used.get(), self.completed.get());
-        let over = completed != 0 && now.saturating_sub(completed) >= limits.completed_grace;
-        if over || now.saturating_sub(used >> 1) > limits.idle_ttl {
+        let grace_is_over =
+            completed != 0 && now.saturating_sub(completed) >= limits.completed_grace;
+        if grace_is_over || now.saturating_sub(used >> 1) > limits.idle_ttl {
             Rank::Expired
         } else if completed != 0 {
             Rank::Completed
@@ -126,15 +126,15 @@ impl Entry {
         }
     }
 
-    /// What its time being over is called.
-    pub(super) fn end(&self) -> Event {
+    /// Returns the event that the expiry of this entry is.
+    pub(super) fn expiry_event(&self) -> Event {
         match self.completed.get() {
             0 => Event::Expired,
             _ => Event::GraceOver,
         }
     }
 
-    /// Sets the tick of the terminal status; `true` where the run is the latest and this is the first time.
+    /// Sets the tick of the terminal status. Returns `true` if the run is the latest and had none.
     pub(super) fn complete(&self, run_id: Option<&str>, now: u32) -> bool {
         let is_first = self.is_latest(run_id) && self.completed.get() == 0;
         if is_first {
@@ -143,8 +143,8 @@ impl Entry {
         is_first
     }
 
-    /// All but who recorded it.
-    pub(super) fn explain(&self, now: SystemTime) -> Summary {
+    /// Returns a summary of the latest run, without its author.
+    pub(super) fn summary(&self, now: SystemTime) -> Summary {
         Summary {
             context: self.latest.context(),
             author: None,
@@ -156,12 +156,13 @@ impl Entry {
         }
     }
 
+    /// Returns the ids of all runs.
     pub(super) fn run_ids(&self) -> Vec<Box<str>> {
         let rare = self.latest.rare.as_ref();
         rare.map_or_else(Vec::new, |rare| rare.run_ids())
     }
 
-    /// Whether a span that names that run speaks for the latest.
+    /// Returns `true` if a span that names that run belongs to the latest.
     #[inline]
     pub(super) fn is_latest(&self, run_id: Option<&str>) -> bool {
         run_id.is_none_or(|id| self.latest.is(id))
@@ -191,7 +192,7 @@ impl Entry {
         self.latest.rare.as_ref().map_or(&[], |rare| &rare.older)
     }
 
-    /// The run of that id; any span without a run id belongs to the latest.
+    /// Returns the run with that id; without an id, the latest.
     #[inline]
     pub(crate) fn run(&self, run_id: Option<&str>) -> Option<&Run> {
         if self.is_latest(run_id) {
@@ -201,7 +202,7 @@ impl Entry {
         self.older().iter().find(|run| run.is(id))
     }
 
-    /// A run that was recorded without an id takes the first id that asks for it.
+    /// Gives the latest run that id, if it was recorded without one.
     #[inline]
     pub(super) fn name_latest(&mut self, id: &str) {
         if self.latest.run_id().is_none() {
@@ -209,6 +210,7 @@ impl Entry {
         }
     }
 
+    /// Returns the run with that id as [`run`](Self::run) does, after giving the latest that id if it has none.
     pub(super) fn run_mut(&mut self, run_id: Option<&str>) -> Option<&mut Run> {
         let Some(id) = run_id else {
             return Some(&mut self.latest);
@@ -224,7 +226,7 @@ impl Entry {
             .find(|run| run.is(id))
     }
 
-    /// Each run, to change it.
+    /// Changes each run.
     pub(super) fn for_each_run(&mut self, mut change: impl FnMut(&mut Run)) {
         change(&mut self.latest);
         if let Some(rare) = &mut self.latest.rare {
@@ -232,7 +234,7 @@ impl Entry {
         }
     }
 
-    /// A new run is the latest from now on.
+    /// Makes a new run the latest, and the instance no longer completed.
     pub(super) fn begin(&mut self, run: Run) {
         let mut older = self.latest.take_older();
         if older.len() == OLDER_RUNS {
@@ -300,12 +302,12 @@ impl Run {
             traces.remove(0);
         }
         traces.push(trace);
-        self.give_way_to(next);
+        self.replace(next);
         self.rare_mut().older_traces = traces;
     }
 
-    /// Another trace of the same run takes its place.
-    pub(super) fn give_way_to(&mut self, next: Run) {
+    /// Replaces the trace of this run by another one. The older runs stay.
+    pub(super) fn replace(&mut self, next: Run) {
         let older = self.take_older();
         *self = next;
         if !older.is_empty() {
@@ -325,7 +327,7 @@ impl Run {
         self.generation
     }
 
-    /// The spans of this trace that this process recorded or placed.
+    /// Returns the number of spans of this trace that this process recorded or placed.
     pub(crate) fn spans(&self) -> u64 {
         self.spans.get()
     }
@@ -335,7 +337,7 @@ impl Run {
         self.spans.set(self.spans.get().saturating_add(1));
     }
 
-    /// Whether a thread is opening the root of the next trace.
+    /// Returns `true` while a thread opens the root of the next trace.
     pub(crate) fn is_rolling(&self) -> bool {
         self.marks.get() & ROLLING != 0
     }
@@ -344,7 +346,7 @@ impl Run {
         self.mark(ROLLING, is_rolling);
     }
 
-    /// Whether a span of this process was told that its context came from another one.
+    /// Returns `true` once a span of this process has told that its context came from another one.
     #[inline]
     pub(crate) fn is_announced(&self) -> bool {
         self.marks.get() & ANNOUNCED != 0

@@ -1,9 +1,11 @@
-//! An id where it is used.
+//! A string that is stored in place up to the length of an id.
+//!
+//! `compact_str` and `smol_str` hold at most 24 bytes in place, and a UUID has 36.
 
-/// The longest text that needs no memory of its own: a UUID has 36 bytes.
+/// The longest string that is stored in place.
 const INLINE: usize = 38;
 
-/// A text of its own, in place unless it is long: to compare it no pointer is followed.
+/// An owned string. A comparison with one that is stored in place follows no pointer.
 pub(super) enum InlineStr {
     Inline { len: u8, bytes: [u8; INLINE] },
     Boxed(Box<str>),
@@ -20,7 +22,7 @@ impl InlineStr {
         }
     }
 
-    /// Checks the bytes each time: to compare texts, compare their bytes.
+    /// Returns the string. This checks the encoding each time; a comparison of bytes does not.
     pub(super) fn as_str(&self) -> &str {
         std::str::from_utf8(self.as_bytes()).unwrap_or_default()
     }
@@ -55,7 +57,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_text_of_any_length_is_what_it_was_made_of() {
+    fn a_string_of_any_length_is_kept() {
         let digits = "0123456789".repeat(10);
         for len in 0..=digits.len() {
             let text = &digits[..len];
@@ -70,7 +72,7 @@ mod tests {
     }
 
     #[test]
-    fn a_text_is_told_from_one_that_goes_on_with_zeros() {
+    fn a_string_differs_from_one_with_trailing_zeros() {
         for (one, other) in [("a\0", "a"), ("a", "a\0"), ("", "\0")] {
             let kept = InlineStr::from(one);
             assert!(kept == *one && kept != *other);
@@ -78,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_char_is_not_cut() {
+    fn a_character_of_several_bytes_is_not_cut() {
         let text = "ü".repeat(INLINE / 2);
         assert_eq!(InlineStr::from(&*text).as_str(), text);
         let text = format!("a{text}");

@@ -1,4 +1,4 @@
-//! The spans that recorded contexts, interned.
+//! The authors of records: the spans that recorded contexts, interned.
 
 use std::borrow::Cow;
 use std::num::NonZeroU16;
@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU16, Ordering::Relaxed};
 use dashmap::DashMap;
 use opentelemetry::trace::SpanBuilder;
 
-/// Name and target of the span that recorded a context.
+/// The name and target of a span that recorded a context.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct Author {
     pub(crate) span_name: Cow<'static, str>,
@@ -16,6 +16,7 @@ pub(crate) struct Author {
 }
 
 impl Author {
+    /// Reads the author from a span that is about to start.
     pub(crate) fn from_span(span: &SpanBuilder) -> Self {
         let attributes = span.attributes.as_deref().unwrap_or_default();
         // tracing-opentelemetry 0.34 sets the attribute `target` (src/layer.rs, `on_new_span`).
@@ -32,7 +33,7 @@ impl Author {
     }
 }
 
-/// Each author once, however many instances it records: cache entries hold its number only.
+/// The authors of a storage, each kept once: the entries of the cache hold its number.
 #[derive(Debug, Default)]
 pub(crate) struct Authors {
     numbers: DashMap<Author, NonZeroU16, foldhash::fast::RandomState>,
@@ -40,20 +41,22 @@ pub(crate) struct Authors {
 }
 
 impl Authors {
-    /// Span names made at run time are unbounded in number: past this many, no more are kept.
-    const MOST: u16 = 1024;
+    /// The maximum number of authors, since span names made at run time have no bound. Further ones are not kept.
+    const MAX: u16 = 1024;
 
+    /// Returns the number of an author; `None` if it is one too many.
     pub(crate) fn number(&self, author: Author) -> Option<NonZeroU16> {
         if let Some(known) = self.numbers.get(&author) {
             return Some(*known);
         }
-        let next = |last| (last < Self::MOST).then_some(last + 1);
+        let next = |last| (last < Self::MAX).then_some(last + 1);
         let last = self.last.fetch_update(Relaxed, Relaxed, next).ok()?;
         let new = NonZeroU16::MIN.saturating_add(last);
-        // If another thread was faster, this number stays unused.
+        // If another thread inserted the same author meanwhile, this number stays unused.
         Some(*self.numbers.entry(author).or_insert(new))
     }
 
+    /// Returns the author with that number.
     pub(crate) fn get(&self, number: NonZeroU16) -> Option<Author> {
         let found = self.numbers.iter().find(|known| *known.value() == number);
         found.map(|known| known.key().clone())

@@ -1,4 +1,4 @@
-//! The recent decisions of a storage: a bounded, sharded ring of steps.
+//! The trail of a storage: its recent decisions, in ring buffers.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -10,14 +10,14 @@ use opentelemetry::{SpanId, TraceId};
 use crate::decision::relation::{Continuation, Relation};
 use crate::lock::{lock, try_lock};
 
-/// What happened to the instances, the last steps of all. Those of one instance are in one of several rings, but for a
-/// few, so that threads seldom want the same lock.
+/// The most recent steps of all instances, in several ring buffers, so that threads rarely contend for a lock. The steps
+/// of one instance are in one of them, except those that were added while it was locked.
 #[derive(Debug)]
 pub(crate) struct Trail {
     rings: Box<[Ring]>,
 }
 
-/// With cache lines of its own.
+/// A ring buffer with cache lines of its own.
 #[derive(Debug)]
 #[repr(align(128))]
 struct Ring(Mutex<Steps>);
@@ -25,14 +25,15 @@ struct Ring(Mutex<Steps>);
 #[derive(Debug)]
 struct Steps {
     steps: Vec<Step>,
-    /// Grows to that many, and then begins anew at its oldest.
-    most: usize,
+    /// The maximum length. Once it is reached, each new step overwrites the oldest.
+    capacity: usize,
     oldest: usize,
 }
 
+/// One event of an instance.
 #[derive(Clone, Debug)]
 pub(crate) struct Step {
-    /// The hash of the id stands for it: the ring holds no strings of the caller's.
+    /// The hash of the instance's id. The trail holds no string of the caller's.
     pub(crate) instance: u64,
     pub(crate) tick: u32,
     pub(crate) event: Event,
@@ -44,19 +45,19 @@ pub(crate) enum Event {
     Stored,
     Completed,
     CleanedUp,
-    /// Idle for too long.
+    /// It was idle for longer than `idle_ttl`.
     Expired,
-    /// Completed for long enough.
+    /// Its grace after completion ended.
     GraceOver,
     Evicted,
 }
 
-/// What was decided for one span of an instance.
+/// The decision on one span of an instance.
 #[derive(Clone, Debug)]
 pub(crate) struct SpanNote {
     pub(crate) span_name: Cow<'static, str>,
     pub(crate) span: SpanIds,
-    /// Zeros where there is none.
+    /// The natural parent; zeros if there is none.
     pub(crate) natural: SpanIds,
     pub(crate) outcome: Outcome,
     /// The instance had ended before.
@@ -65,15 +66,15 @@ pub(crate) struct SpanNote {
 
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Outcome {
-    /// The first of its instance.
+    /// It was recorded as the first of its instance or run.
     Recorded,
-    /// It would have been the first, but another span was recorded meanwhile.
+    /// Another span was recorded between the decision and its start.
     LostRace,
     Related(Relation, Continuation),
     Replayed,
 }
 
-/// A span, where its flags and its state do not matter.
+/// The ids of a span and its trace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct SpanIds {
     trace: [u8; 16],
@@ -107,15 +108,16 @@ impl fmt::Display for SpanIds {
 }
 
 impl Trail {
-    /// How many steps are in one ring at least, where there is more than one ring.
+    /// The minimum capacity of a ring, if there is more than one.
     const PER_RING: usize = 128;
 
+    /// Creates a trail of that many steps; zero switches it off.
     pub(crate) fn new(steps: usize) -> Self {
         let rings = (steps / Self::PER_RING).clamp(1, 64).min(steps);
         let ring = |n| {
             Ring(Mutex::new(Steps {
                 steps: Vec::new(),
-                most: (steps + n) / rings,
+                capacity: (steps + n) / rings,
                 oldest: 0,
             }))
         };
@@ -140,16 +142,16 @@ impl Trail {
         }
     }
 
-    /// Whoever has locked the ring may have lost its shared: no span waits for that while another one is free.
+    /// Adds to any ring that is free: the lock holder may have been preempted, and a span should not wait for it.
     #[cold]
     fn add_to_another(&self, own: usize, step: Step) {
         let free = self.rings.iter().find_map(|ring| try_lock(&ring.0));
         free.unwrap_or_else(|| lock(&self.rings[own].0)).add(step);
     }
 
-    /// The steps of one instance, oldest first.
-    pub(crate) fn of(&self, instance: u64) -> Vec<Step> {
-        let of_instance = |ring: &Ring| lock(&ring.0).of(instance);
+    /// Returns the steps of one instance, oldest first.
+    pub(crate) fn steps_of(&self, instance: u64) -> Vec<Step> {
+        let of_instance = |ring: &Ring| lock(&ring.0).steps_of(instance);
         let mut steps: Vec<_> = self.rings.iter().flat_map(of_instance).collect();
         steps.sort_by_key(|step| step.tick);
         steps
@@ -159,23 +161,23 @@ impl Trail {
 impl Steps {
     #[inline]
     fn add(&mut self, step: Step) {
-        if self.steps.len() < self.most {
+        if self.steps.len() < self.capacity {
             self.steps.push(step);
             return;
         }
         let oldest = self.oldest;
-        self.oldest = if oldest + 1 == self.most {
+        self.oldest = if oldest + 1 == self.capacity {
             0
         } else {
             oldest + 1
         };
-        // What is replaced has at most a string of ours to drop.
+        // Dropping the replaced step frees at most a span name.
         if let Some(place) = self.steps.get_mut(oldest) {
             *place = step;
         }
     }
 
-    fn of(&self, instance: u64) -> Vec<Step> {
+    fn steps_of(&self, instance: u64) -> Vec<Step> {
         let (newer, older) = self.steps.split_at(self.oldest);
         let steps = older.iter().chain(newer);
         let of_instance = steps.filter(|step| step.instance == instance);

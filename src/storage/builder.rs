@@ -322,7 +322,7 @@ impl WorkflowContextStorageBuilder {
             .into_iter()
             .for_each(|name| fields.add_replaying(name));
         let warnings = Warnings::new(self.clock.is_none());
-        let cache = Cache::swept(self.limits, self.clock.clone(), self.recent_decisions);
+        let cache = Cache::new(self.limits, self.clock.clone(), self.recent_decisions);
         let clock = self.clock.unwrap_or_else(|| Arc::new(SystemClock));
         let settings = Settings {
             lifetimes: self.lifetimes,

@@ -1,4 +1,4 @@
-//! The process-wide default, and the free functions over it.
+//! The process-wide default storage, and the free functions that use it.
 
 use std::sync::OnceLock;
 
@@ -8,8 +8,8 @@ use crate::stats::Stats;
 use crate::storage::WorkflowContextStorage;
 
 impl WorkflowContextStorage {
-    /// The storage that this process shares by default, in memory. It is made on the first use and lives as
-    /// long as the process.
+    /// Returns the process-wide default storage, in memory. It is created on the first use and lives as long as the
+    /// process.
     ///
     /// ```
     /// use tracing_workflow_context::{WorkflowContextStorage, get_workflow_context};
@@ -24,11 +24,11 @@ impl WorkflowContextStorage {
     }
 }
 
-/// [`store`](WorkflowContextStorage::store) in the [process-wide default](WorkflowContextStorage::global).
+/// Calls [`store`](WorkflowContextStorage::store) on the [process-wide default](WorkflowContextStorage::global).
 ///
 /// # Errors
 ///
-/// Where the id is empty or too long.
+/// [`StorageError::InvalidInstanceId`] if the id is empty or too long.
 pub fn store_workflow_context(
     instance_id: &str,
     context: WorkflowContext,
@@ -36,25 +36,25 @@ pub fn store_workflow_context(
     WorkflowContextStorage::global().store(instance_id, context)
 }
 
-/// [`get`](WorkflowContextStorage::get) from the [process-wide default](WorkflowContextStorage::global).
+/// Calls [`get`](WorkflowContextStorage::get) on the [process-wide default](WorkflowContextStorage::global).
 ///
 /// # Errors
 ///
-/// Where the id is empty or too long.
+/// [`StorageError::InvalidInstanceId`] if the id is empty or too long.
 pub fn get_workflow_context(instance_id: &str) -> Result<Option<WorkflowContext>, StorageError> {
     WorkflowContextStorage::global().get(instance_id)
 }
 
-/// [`cleanup`](WorkflowContextStorage::cleanup) in the [process-wide default](WorkflowContextStorage::global).
+/// Calls [`cleanup`](WorkflowContextStorage::cleanup) on the [process-wide default](WorkflowContextStorage::global).
 ///
 /// # Errors
 ///
-/// Where the id is empty or too long.
+/// [`StorageError::InvalidInstanceId`] if the id is empty or too long.
 pub fn cleanup_workflow_context(instance_id: &str) -> Result<bool, StorageError> {
     WorkflowContextStorage::global().cleanup(instance_id)
 }
 
-/// [`stats`](WorkflowContextStorage::stats) of the [process-wide default](WorkflowContextStorage::global).
+/// Calls [`stats`](WorkflowContextStorage::stats) on the [process-wide default](WorkflowContextStorage::global).
 #[must_use]
 pub fn get_context_storage_stats() -> Stats {
     WorkflowContextStorage::global().stats()

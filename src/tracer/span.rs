@@ -359,7 +359,7 @@ impl Watch {
         let decide = |entry: Option<&_>| decide(&arrival, entry, &shared.policy, None);
         let mut decision = shared.tier.look_up(key, decide);
         let (name, mut late_winner) = (author.span_name.clone(), None);
-        let context = WorkflowContext::of_span(own, shared.clock.now());
+        let context = WorkflowContext::from_span(own, shared.clock.now());
         if let (Record::First, Some(context)) = (decision.record, context) {
             match shared.record(key, None, context, author) {
                 Ok(may_come) => late_winner = may_come,

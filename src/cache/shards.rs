@@ -1,0 +1,166 @@
+//! The sharded map: which shard holds an instance, its lock, and its removal.
+
+use std::hash::{BuildHasher as _, Hasher as _};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Mutex, MutexGuard};
+
+use super::entry::{Entry, Limits};
+use super::inline_str::InlineStr;
+use super::table::Table;
+use crate::explain::trail::Event;
+use crate::lock::lock;
+
+/// The approximate maximum of instances in a shard. A shard that grows moves all of its entries, and other threads wait
+/// for its lock meanwhile.
+const PER_SHARD: usize = 4096;
+
+/// All entries, spread over shards by the hash of their ids. Each method locks one shard at a time.
+pub(super) struct Shards {
+    hasher: foldhash::fast::RandomState,
+    /// Their number is a power of two.
+    shards: Box<[Shard]>,
+    len: AtomicUsize,
+    pub(super) limits: Limits,
+}
+
+/// A part of the entries, with cache lines of its own: threads that work on different shards do not slow each other
+/// down.
+///
+/// Readers exclude each other too: a lookup is so short that a reader-writer lock costs more than it gains, and hits and
+/// misses are counted under the lock instead of by atomics.
+#[derive(Default)]
+#[repr(align(128))]
+struct Shard(Mutex<Contents>);
+
+/// The contents of a shard. The counts, which each lookup writes, come first: they are in the cache line of the lock.
+#[derive(Default)]
+#[repr(C)]
+pub(super) struct Contents {
+    pub(super) counts: Counts,
+    pub(super) table: Table,
+}
+
+#[derive(Default)]
+pub(super) struct Counts {
+    pub(super) hits: u64,
+    pub(super) misses: u64,
+}
+
+impl Shards {
+    pub(super) fn new(limits: Limits) -> Self {
+        let shards = (0..count(limits.max_instances)).map(|_| Shard::default());
+        Self {
+            hasher: foldhash::fast::RandomState::default(),
+            shards: shards.collect(),
+            len: AtomicUsize::new(0),
+            limits,
+        }
+    }
+
+    /// Returns the number of instances, including those that have expired and were not removed yet.
+    pub(super) fn len(&self) -> usize {
+        self.len.load(Relaxed)
+    }
+
+    /// Returns the number of shards.
+    pub(super) fn count(&self) -> usize {
+        self.shards.len()
+    }
+
+    /// Notes an insertion, and returns the number of instances before it.
+    #[inline]
+    pub(super) fn count_inserted(&self) -> usize {
+        self.len.fetch_add(1, Relaxed)
+    }
+
+    /// Returns the hits and misses of all shards.
+    pub(super) fn hits_and_misses(&self) -> (u64, u64) {
+        self.shards.iter().fold((0, 0), |(hits, misses), shard| {
+            let counts = &lock(&shard.0).counts;
+            (hits + counts.hits, misses + counts.misses)
+        })
+    }
+
+    #[inline]
+    pub(super) fn hash(&self, id: &str) -> u64 {
+        self.hash_bytes(id.as_bytes())
+    }
+
+    #[inline]
+    pub(super) fn hash_of(&self, id: &InlineStr) -> u64 {
+        self.hash_bytes(id.as_bytes())
+    }
+
+    #[inline]
+    fn hash_bytes(&self, id: &[u8]) -> u64 {
+        // Not by `Hash`, which also hashes the end of a string: nothing follows it here.
+        let mut hasher = self.hasher.build_hasher();
+        hasher.write(id);
+        hasher.finish()
+    }
+
+    /// Returns the number of the shard that holds the instances with that hash.
+    #[inline]
+    pub(super) fn shard_of(&self, hash: u64) -> usize {
+        // The table of a shard uses the upper seven bits and the lowest ones.
+        (hash << 7 >> 32) as usize & (self.shards.len() - 1)
+    }
+
+    /// Locks the shard that holds the instances with that hash.
+    #[inline]
+    pub(super) fn lock_for(&self, hash: u64) -> MutexGuard<'_, Contents> {
+        lock(&self.shards[self.shard_of(hash)].0)
+    }
+
+    /// Locks the shard with that number; `None` past the last one.
+    pub(super) fn lock_nth(&self, shard: usize) -> Option<MutexGuard<'_, Contents>> {
+        self.shards.get(shard).map(|shard| lock(&shard.0))
+    }
+
+    /// Removes an instance if its entry fulfils the condition.
+    #[inline]
+    pub(super) fn remove_if(
+        &self,
+        hash: u64,
+        id: &str,
+        condition: impl FnOnce(&Entry) -> bool,
+    ) -> Option<Entry> {
+        let mut shard = self.lock_for(hash);
+        let index = shard.table.find(hash, |known| *known == *id)?;
+        let (_, entry) = shard.table.get(index)?;
+        if !condition(entry) {
+            return None;
+        }
+        let removed = shard.table.remove(index);
+        drop(shard);
+        self.len.fetch_sub(1, Relaxed);
+        removed.map(|(_, entry)| entry)
+    }
+
+    /// Removes the entry that has that index now, if it fulfils the condition. Returns its hash, and the event that its
+    /// expiry is.
+    pub(super) fn remove_at(
+        &self,
+        shard: usize,
+        index: usize,
+        condition: impl FnOnce(&InlineStr, &Entry) -> bool,
+    ) -> Option<(u64, Event)> {
+        let mut shard = self.lock_nth(shard)?;
+        let (id, entry) = shard.table.get(index)?;
+        if !condition(id, entry) {
+            return None;
+        }
+        let removed = (self.hash_of(id), entry.expiry_event());
+        shard.table.remove(index);
+        drop(shard);
+        self.len.fetch_sub(1, Relaxed);
+        Some(removed)
+    }
+}
+
+/// Returns a number of shards that is enough for the processors of this machine, and for that many instances.
+fn count(max_instances: usize) -> usize {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let shards = (4 * processors).max(max_instances / PER_SHARD);
+    shards.min(1024).next_power_of_two()
+}
