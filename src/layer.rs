@@ -127,6 +127,9 @@ where
 
     #[inline]
     fn on_event(&self, event: &Event<'_>, ctx: Context<'_, S>) {
+        if !self.pending_spans.is_idle() {
+            self.count_event(event, &ctx);
+        }
         self.inner.on_event(event, ctx);
     }
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 use opentelemetry::Context as OtelContext;
 use opentelemetry::trace::{TraceContextExt as _, Tracer};
 use tracing::dispatcher::{self, WeakDispatch};
-use tracing::{Dispatch, Metadata, Subscriber, span};
+use tracing::{Dispatch, Event, Metadata, Subscriber, span};
 use tracing_subscriber::Layer as _;
 use tracing_subscriber::layer::Context;
 use tracing_subscriber::registry::LookupSpan;
@@ -155,6 +155,32 @@ where
                 .fields
                 .identify(|visitor| values.record(visitor));
             self.release(Some(id), identity, &ctx);
+        }
+    }
+
+    /// Counts an event of a held span, which starts undecided before it has more than it may: the inner layer buffers
+    /// them without a bound.
+    #[inline(never)]
+    pub(super) fn count_event(&self, event: &Event<'_>, ctx: &Context<'_, S>) {
+        // The span that is current on this thread is held only if it is on this thread's stack. While a span starts it
+        // is not, and its extensions are locked.
+        let id = match event.parent() {
+            Some(parent) => Some(parent.clone()),
+            None if event.is_contextual() && handoff::is_any_held() => (ctx.lookup_current())
+                .map(|span| span.id())
+                .filter(|id| self.pending_spans.holds(id)),
+            None => None,
+        };
+        let Some(id) = id.filter(|id| self.pending_spans.may_be_pending(id)) else {
+            return;
+        };
+        if self.pending(&id, ctx, Pending::has_too_many_events) != Some(true) {
+            return;
+        }
+        if self.pending_spans.holds(&id) {
+            self.release(Some(&id), None, ctx);
+        } else if self.set_free(&id, ctx) {
+            handoff::starting(|| self.start_by_force(&id, Duration::ZERO, ctx));
         }
     }
 

@@ -18,9 +18,15 @@ pub(super) struct Pending {
     /// A run id is awaited only if the callsite declares one.
     awaits_id: AtomicBool,
     awaits_run: AtomicBool,
+    /// The number of events that the inner layer may have buffered for the span.
+    events: AtomicU32,
     held: Mutex<HeldTime>,
     counted: AtomicBool,
 }
+
+/// The number of events that a held span may have. opentelemetry_sdk 0.33 keeps no more of a span by default
+/// (`SpanLimits::max_events_per_span`), so that none is lost by waiting; the inner layer, which buffers them, has no limit.
+const MAX_EVENTS: u32 = 128;
 
 /// The reason to hold a span.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +62,7 @@ impl Pending {
             is_free: AtomicBool::new(awaits == Awaits::Nothing),
             awaits_id: AtomicBool::new(true),
             awaits_run: AtomicBool::new(awaits_run),
+            events: AtomicU32::new(0),
             held: Mutex::default(),
             counted: AtomicBool::new(false),
         }
@@ -64,6 +71,13 @@ impl Pending {
     /// Returns `true` once, for the counter of deferred spans.
     pub(super) fn count_once(&self) -> bool {
         !self.counted.swap(true, Relaxed)
+    }
+
+    /// Counts an event. Returns `true` if the span is held, and has had as many as it may.
+    pub(super) fn has_too_many_events(&self) -> bool {
+        !self.is_free.load(Relaxed)
+            && self.events.fetch_add(1, Relaxed) >= MAX_EVENTS
+            && self.counted.load(Relaxed)
     }
 
     /// Notes which ids were recorded. Returns `true` if the span has all that it awaited.
