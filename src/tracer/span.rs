@@ -8,7 +8,7 @@ use std::time::SystemTime;
 use opentelemetry::KeyValue;
 use opentelemetry::trace::{Span, SpanContext, Status};
 
-use super::handoff;
+use super::handoff::{self, HeldTimes};
 use super::replay::{self, StandIn};
 use crate::context::WorkflowContext;
 use crate::decision::relation::Relation;
@@ -156,9 +156,8 @@ impl<S: Span> Span for WorkflowSpan<S> {
                 span.end_with_timestamp(timestamp);
             }
             State::Live { span, watch } => {
-                if let Some(watch) = watch {
-                    watch.end(span);
-                }
+                let last_exit = watch.as_mut().and_then(|watch| watch.end(span));
+                let timestamp = last_exit.unwrap_or(timestamp);
                 // An exporter may open spans beneath this one while OpenTelemetry has it locked.
                 handoff::without_asking(|| span.end_with_timestamp(timestamp));
             }
@@ -196,8 +195,8 @@ pub(super) struct Memo {
     unnamed: Option<Box<Unnamed>>,
     /// Set if it was recorded, and a backend may still know of a faster process.
     late_winner: Option<LateWinner>,
-    /// Nanoseconds that the span was entered while its start was deferred.
-    held: i64,
+    /// Set when it ends, if its start was deferred.
+    times: Option<HeldTimes>,
 }
 
 /// A span that has not named its instance, and may be recorded late.
@@ -258,18 +257,17 @@ impl Watch {
     fn wants(&self, attribute: &KeyValue) -> bool {
         let name = attribute.key.as_str();
         let may_mean = self.shared.fields.may_mean(name);
-        may_mean || handoff::may_be_held_time(name) || self.memo.is_some()
+        may_mean || handoff::may_be_held_times(name) || self.memo.is_some()
     }
 
     /// Reads an attribute; `false` if it is not for the span itself.
     fn observe<S: Span>(&mut self, span: &mut S, attribute: &mut KeyValue) -> bool {
-        if let Some(held) = handoff::held_time(attribute) {
-            let memo = self.memo();
-            memo.held = memo.held.saturating_add(held);
+        if let Some(times) = handoff::held_times(attribute) {
+            self.memo().times = Some(times);
             return false;
         }
-        if let Some(memo) = &self.memo {
-            handoff::correct_timing(attribute, memo.held);
+        if let Some(times) = self.memo.as_ref().and_then(|memo| memo.times.as_ref()) {
+            handoff::correct_times(attribute, times);
         }
         if self.shared.fields.may_mean(attribute.key.as_str()) {
             self.read(span, attribute);
@@ -351,13 +349,15 @@ impl Watch {
         self.expect_late_winner(late_winner);
     }
 
-    fn end<S: Span>(&mut self, span: &mut S) {
+    /// Leaves the last links. Returns the time of the end, if that is not the one the inner layer knows.
+    fn end<S: Span>(&mut self, span: &mut S) -> Option<SystemTime> {
         self.observes = false;
         let memo = self.memo.as_ref();
         let late_winner = memo.and_then(|memo| memo.late_winner.as_ref());
         if let Some(winner) = late_winner.and_then(|winner| winner.get()) {
             link_unless_in_trace(span, winner);
         }
+        memo.and_then(|memo| memo.times?.end)
     }
 }
 
