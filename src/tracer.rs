@@ -245,6 +245,7 @@ where
             Box::new(Unnamed {
                 run_id: tag.run_id.as_deref().map(Box::from),
                 author: Author::from_span(&builder),
+                is_terminal,
             })
         });
         match own.or(adopted.as_ref().map(Identity::names)) {

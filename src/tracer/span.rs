@@ -204,6 +204,8 @@ pub(super) struct Memo {
 pub(super) struct Unnamed {
     pub(super) run_id: Option<Box<str>>,
     pub(super) author: Author,
+    /// A terminal status was told, which counts for the instance that it names later.
+    pub(super) is_terminal: bool,
 }
 
 impl Memo {
@@ -283,12 +285,17 @@ impl Watch {
         let memo = self.memo.as_mut().filter(|memo| memo.unnamed.is_some());
         match (memo, tag.names(), &tag.run_id) {
             (Some(memo), Some(names), _) => {
-                let Unnamed { run_id, author } = *memo.unnamed.take().unwrap_or_default();
+                let Unnamed {
+                    run_id,
+                    author,
+                    is_terminal,
+                } = *memo.unnamed.take().unwrap_or_default();
                 let hash = shared.key(names.instance_id, None).hash;
                 if self.instance != Some(hash) {
                     let run_id = run_id.as_deref();
                     self.join_late(span, Names { run_id, ..names }, author);
                 }
+                self.complete_if(is_terminal);
             }
             (Some(memo), None, Some(run_id)) => {
                 if let Some(unnamed) = &mut memo.unnamed {
@@ -300,11 +307,15 @@ impl Watch {
         self.complete_if(tag.terminal);
     }
 
-    fn observe_event(&self, attributes: &[KeyValue]) {
+    fn observe_event(&mut self, attributes: &[KeyValue]) {
         self.complete_if(self.shared.fields.tag_of(attributes).terminal);
     }
 
-    pub(super) fn complete_if(&self, terminal: bool) {
+    pub(super) fn complete_if(&mut self, terminal: bool) {
+        let memo = self.memo.as_mut().filter(|_| terminal);
+        if let Some(unnamed) = memo.and_then(|memo| memo.unnamed.as_mut()) {
+            unnamed.is_terminal = true;
+        }
         let identity = self.memo.as_ref().and_then(|memo| memo.identity.as_ref());
         match (terminal, identity, self.instance) {
             (false, ..) | (_, _, None) => {}

@@ -400,3 +400,70 @@ fn a_span_that_never_gets_an_id_is_exported_unchanged() {
         assert_eq!(worker.storage.stats().deferred, 1);
     });
 }
+
+#[test]
+fn a_terminal_status_told_before_a_late_id_completes_the_instance() {
+    type Tell = fn(&Span);
+    let ways: [(&str, Tell); 6] = [
+        ("recorded before the child, before the id", |span| {
+            span.record("workflow.status", "completed");
+            step("child");
+            span.record(ID, "order");
+        }),
+        ("told by an event before the child", |span| {
+            info!(workflow.status = "completed");
+            step("child");
+            span.record(ID, "order");
+        }),
+        ("recorded after the child, before the id", |span| {
+            step("child");
+            span.record("workflow.status", "failed");
+            span.record(ID, "order");
+        }),
+        ("told by an event after the child", |span| {
+            step("child");
+            info!(workflow.status = "completed");
+            span.record(ID, "order");
+        }),
+        ("recorded together with the id after the child", |span| {
+            step("child");
+            tracing::record_all!(
+                span,
+                workflow.status = "completed",
+                workflow.instance_id = "order"
+            );
+        }),
+        ("recorded together with the id in time", |span| {
+            tracing::record_all!(
+                span,
+                workflow.status = "completed",
+                workflow.instance_id = "order"
+            );
+        }),
+    ];
+    let forgets_at_once = || {
+        let builder = WorkflowContextStorage::builder().completed_grace(Duration::ZERO);
+        builder.build().expect("valid settings")
+    };
+    for (way, tell) in ways {
+        for is_stored in [false, true] {
+            in_both_modes_of(forgets_at_once, |worker| {
+                let _drawing = DrawnOnPanic(worker, format!("{way}, stored: {is_stored}"));
+                if is_stored {
+                    stored_first(worker, "order");
+                }
+                let span = info_span!(
+                    "span",
+                    workflow.status = Empty,
+                    workflow.instance_id = Empty
+                );
+                span.in_scope(|| tell(&span));
+                drop(span);
+
+                assert_eq!(worker.storage.get("order").unwrap(), None, "{way}");
+                tagged_step("again", "order");
+                assert_root(&worker.span("again"));
+            });
+        }
+    }
+}
