@@ -127,6 +127,9 @@ where
 
     #[inline]
     fn on_event(&self, event: &Event<'_>, ctx: Context<'_, S>) {
+        if !self.pending_spans.is_idle() {
+            self.count_event(event, &ctx);
+        }
         self.inner.on_event(event, ctx);
     }
 
@@ -150,10 +153,11 @@ where
 
     #[inline]
     fn on_close(&self, id: span::Id, ctx: Context<'_, S>) {
-        if !self.pending_spans.is_idle() && self.pending_spans.may_be_pending(&id) {
-            self.close(&id, &ctx);
+        if self.pending_spans.is_idle() || !self.pending_spans.may_be_pending(&id) {
+            self.inner.on_close(id, ctx);
+        } else {
+            self.close(id, ctx);
         }
-        self.inner.on_close(id, ctx);
     }
 
     #[inline]

@@ -85,7 +85,8 @@
 //!   [`poller_spans`](WorkflowContextStorageBuilder::poller_spans). A poller's trace never becomes an instance's. One that
 //!   is not named is found out: [`shared_traces`](Stats::shared_traces), a warning, and `explain`.
 //! - **The id is recorded late**: a span that declares the field as `Empty`, or as the text `""`, is held until the id is
-//!   recorded, its first child opens, or it is exited. After that its parent can no longer change, and it is linked instead.
+//!   recorded, over exits and awaits, or until its first child opens, its 129th event, or its close. After that its parent
+//!   can no longer change, and it is linked instead.
 //! - **The engine opens a span around user code without an id**: a span named in an [`Engine`] preset or by
 //!   [`adopt_spans`](WorkflowContextStorageBuilder::adopt_spans) is held until its first child, and joins the child's
 //!   instance.

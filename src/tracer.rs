@@ -20,7 +20,7 @@ use opentelemetry::{Context, KeyValue};
 
 pub use self::span::WorkflowSpan;
 
-use self::handoff::StorageId;
+use self::handoff::{Start, StorageId};
 use self::replay::{Replay, StandIn};
 use self::span::{Memo, State, Unnamed, Watch, link_unless_in_trace, relation_attribute};
 use crate::cache::Key;
@@ -182,7 +182,10 @@ where
         tests::MARKED.set(tests::MARKED.get() + 1);
         let shared = &self.shared;
         let adopted = match self.origin {
-            Origin::Layer => handoff::take_adoption(StorageId::new(shared)),
+            Origin::Layer => {
+                Start::note(parent);
+                handoff::take_adoption(StorageId::new(shared))
+            }
             Origin::Api => None,
         };
         let is_special = adopted.is_some()
@@ -244,6 +247,7 @@ where
             Box::new(Unnamed {
                 run_id: tag.run_id.as_deref().map(Box::from),
                 author: Author::from_span(&builder),
+                is_terminal,
             })
         });
         match own.or(adopted.as_ref().map(Identity::names)) {

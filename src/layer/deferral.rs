@@ -3,15 +3,15 @@
 //! A span starts when it is first entered, and once it has started its parent cannot change. Two kinds of span are
 //! entered before anybody knows their instance: those that declare an instance id without a value, and engine spans that
 //! never have one. The inner layer is not told that such a span was entered until it is released, outermost first: by
-//! its id, by its first child, or by its last exit or close.
+//! its id, by its first child, or by its 129th event. Exits do not release it, since a handler may await before it
+//! records its id: what is still held when it closes starts then. `Span::context()` starts it too, behind our back.
 
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::Duration;
 
 use opentelemetry::Context as OtelContext;
 use opentelemetry::trace::{TraceContextExt as _, Tracer};
 use tracing::dispatcher::{self, WeakDispatch};
-use tracing::{Dispatch, Metadata, Subscriber, span};
+use tracing::{Dispatch, Event, Metadata, Subscriber, span};
 use tracing_subscriber::Layer as _;
 use tracing_subscriber::layer::Context;
 use tracing_subscriber::registry::LookupSpan;
@@ -20,15 +20,7 @@ use super::WorkflowContextLayer;
 use super::pending::{Awaits, Pending};
 use crate::fields::callsite::{Callsite, Role};
 use crate::fields::identity::Identity;
-use crate::tracer::handoff::{self, HeldSpan, StorageId};
-
-/// The cause by which a held span starts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Started {
-    Released,
-    Left,
-    Closed,
-}
+use crate::tracer::handoff::{self, HeldSpan, Start, StorageId};
 
 impl<S, T> WorkflowContextLayer<S, T>
 where
@@ -44,10 +36,28 @@ where
         id: &span::Id,
         ctx: Context<'_, S>,
     ) {
-        let create = || self.inner.on_new_span(attrs, id, ctx.clone());
         let Callsite { role, declares } = self.callsite(attrs.metadata());
+        let awaits = match declares.id {
+            true => self.shared.fields.awaits(declares, attrs),
+            false => declares,
+        };
+        let start = Start::default();
+        let is_root = attrs.is_root();
+        // Where entering starts nothing, what starts a span otherwise does not show either.
+        let notes_start = (awaits.id || role == Role::Engine)
+            && match is_root {
+                true => self.activation.is_on(),
+                false => attrs.is_contextual() && !self.activation.is_off(),
+            };
+        let create = || self.inner.on_new_span(attrs, id, ctx.clone());
         let create = || match role {
             Role::Ordinary => create(),
+            Role::Tagged | Role::Engine if notes_start => {
+                // With context activation, the parent of a contextual span is in the current context.
+                let attrs = span::Attributes::new(attrs.metadata(), attrs.values());
+                let create = || self.inner.on_new_span(&attrs, id, ctx.clone());
+                start.noting(is_root, || handoff::marking(create));
+            }
             Role::Tagged | Role::Poller | Role::Engine => handoff::marking(create),
         };
         let identity = || self.shared.fields.identify(|visitor| attrs.record(visitor));
@@ -72,20 +82,16 @@ where
             }
             None => create(),
         }
-        let awaits = match declares.id {
-            true => self.shared.fields.awaits(declares, attrs),
-            false => declares,
-        };
         let awaits_what = match role {
             Role::Ordinary | Role::Poller => return,
-            Role::Tagged | Role::Engine if awaits.id => Awaits::Id,
-            Role::Engine if identity().is_none() => Awaits::Child,
+            Role::Tagged | Role::Engine if awaits.id => Awaits::Identity,
+            Role::Engine if identity().is_none() => Awaits::Identity,
             Role::Tagged | Role::Engine if self.activation.is_on() => return,
             Role::Tagged | Role::Engine => Awaits::Nothing,
         };
         if let Some(span) = ctx.span(id) {
             span.extensions_mut()
-                .replace(Pending::new(awaits_what, awaits.run));
+                .replace(Pending::new(awaits_what, awaits.run, start));
             self.pending_spans.add(id);
         }
     }
@@ -98,17 +104,11 @@ where
         }
         // If entering starts nothing, the inner layer may be told, for the timings.
         let heard = self.activation.is_off();
-        let hold = self.pending(id, &ctx, |pending| {
-            let hold = !pending.is_free.load(Relaxed);
-            if hold && pending.count_once() {
-                self.shared.counters.deferred.add();
-            }
-            if hold && !heard {
-                pending.enter();
-            }
-            hold
-        });
-        if hold == Some(true) && self.pending_spans.hold(id, heard) {
+        let entered = self.pending(id, &ctx, Pending::enter);
+        if let Some((true, true)) = entered {
+            self.shared.counters.deferred.add();
+        }
+        if matches!(entered, Some((true, _))) && self.pending_spans.hold(id, heard) {
             if heard {
                 self.inner.on_enter(id, ctx);
             }
@@ -116,10 +116,10 @@ where
         }
         // Contexts are a stack: held spans beneath must be attached first.
         self.release(None, None, &ctx);
-        if hold.is_some() {
+        if entered.is_some() {
             self.activation
                 .observe(|| self.inner.on_enter(id, ctx.clone()));
-            self.start_by_force(id, Duration::ZERO, &ctx);
+            self.start_if_entering_does_not(id, &ctx);
         } else {
             self.inner.on_enter(id, ctx);
         }
@@ -127,20 +127,11 @@ where
 
     #[inline(never)]
     pub(super) fn exit(&self, id: &span::Id, ctx: Context<'_, S>) {
-        let Some(held) = self.pending_spans.take(id).filter(|held| !held.is_heard) else {
+        let held = self.pending_spans.take(id);
+        if held.is_none_or(|held| held.is_heard) {
             self.inner.on_exit(id, ctx.clone());
-            self.pending(id, &ctx, Pending::resume);
-            return;
-        };
-        let stays_held = self.pending(id, &ctx, |pending| {
-            pending.leave();
-            pending.awaits == Awaits::Child && !pending.is_free.load(Relaxed)
-        });
-        if stays_held != Some(true) {
-            self.start(&held, Started::Left, None, &ctx);
-            self.inner.on_exit(id, ctx.clone());
-            self.pending(id, &ctx, Pending::resume);
         }
+        self.pending(id, &ctx, Pending::leave);
     }
 
     #[inline(never)]
@@ -158,83 +149,94 @@ where
         }
     }
 
+    /// Counts an event of a held span, which starts undecided before it has more than it may: the inner layer buffers
+    /// them without a bound.
     #[inline(never)]
-    pub(super) fn close(&self, id: &span::Id, ctx: &Context<'_, S>) {
-        let unstarted = self.pending(id, ctx, |pending| {
-            pending.was_held() && !pending.is_free.load(Relaxed)
+    pub(super) fn count_event(&self, event: &Event<'_>, ctx: &Context<'_, S>) {
+        // The span that is current on this thread is held only if it is on this thread's stack. While a span starts it
+        // is not, and its extensions are locked.
+        let id = match event.parent() {
+            Some(parent) => Some(parent.clone()),
+            None if event.is_contextual() && handoff::is_any_held() => (ctx.lookup_current())
+                .map(|span| span.id())
+                .filter(|id| self.pending_spans.holds(id)),
+            None => None,
+        };
+        let Some(id) = id.filter(|id| self.pending_spans.may_be_pending(id)) else {
+            return;
+        };
+        if self.pending(&id, ctx, Pending::has_too_many_events) != Some(true) {
+            return;
+        }
+        if self.pending_spans.holds(&id) {
+            self.release(Some(&id), None, ctx);
+        } else if self.set_free(&id, ctx) {
+            handoff::starting(|| self.with_started(&id, ctx, |_| ()));
+        }
+    }
+
+    #[inline(never)]
+    pub(super) fn close(&self, id: span::Id, ctx: Context<'_, S>) {
+        let times = self.pending(&id, &ctx, |pending| {
+            pending.is_free.store(true, Relaxed);
+            pending.held_times()
         });
-        if unstarted == Some(true) && self.pending_spans.hold(id, self.activation.is_off()) {
-            // Entered and exited once in the inner layer, for the timings and the end time.
-            if let Some(held) = self.pending_spans.take(id) {
-                self.start(&held, Started::Closed, None, ctx);
-                if !held.is_heard {
-                    self.inner.on_exit(id, ctx.clone());
-                }
+        let Some(times) = times else {
+            self.inner.on_close(id, ctx);
+            return;
+        };
+        self.pending_spans.remove(&id);
+        handoff::starting(|| {
+            // The inner layer was not told of each entry and exit: its times are replaced by those it would have.
+            if let Some(times) = times {
+                self.with_started(&id, &ctx, |cx| handoff::tell_times(&cx.span(), &times));
             }
-        }
-        if unstarted.is_some() {
-            self.pending_spans.remove(id);
-        }
+            self.inner.on_close(id, ctx);
+        });
     }
 
     /// Tells the inner layer of the held spans, outermost first, up to a span or all of them.
     fn release(&self, up_to: Option<&span::Id>, identity: Option<Identity>, ctx: &Context<'_, S>) {
         while let Some(held) = self.pending_spans.take_outermost() {
-            self.start(&held, Started::Released, identity.clone(), ctx);
+            self.start(&held, identity.clone(), ctx);
             if up_to.is_some_and(|last| *last == held.id && !self.pending_spans.holds(last)) {
                 break;
             }
         }
     }
 
-    fn start(
-        &self,
-        held: &HeldSpan,
-        by: Started,
-        identity: Option<Identity>,
-        ctx: &Context<'_, S>,
-    ) {
+    fn start(&self, held: &HeldSpan, identity: Option<Identity>, ctx: &Context<'_, S>) {
         let id = &held.id;
-        let time = self.pending(id, ctx, |pending| {
-            pending.is_free.store(true, Relaxed);
-            if by == Started::Released {
-                pending.leave();
-            }
-            pending.take_held()
-        });
-        let time = time.unwrap_or_default();
+        self.pending(id, ctx, |pending| pending.is_free.store(true, Relaxed));
         let start = || {
             let enter = || self.inner.on_enter(id, ctx.clone());
-            if !held.is_heard && self.activation.observe(enter) {
-                OtelContext::map_current(|cx| handoff::tell_held_time(&cx.span(), time));
-            } else if by == Started::Left {
-                // Entering starts nothing, as was just observed: the id may still come in time.
-                self.pending(id, ctx, |pending| {
-                    pending.give_back(time);
-                    pending.is_free.store(false, Relaxed);
-                });
-            } else {
-                self.start_by_force(id, time, ctx);
+            if held.is_heard || !self.activation.observe(enter) {
+                self.start_if_entering_does_not(id, ctx);
             }
         };
         handoff::starting(|| handoff::adopting(StorageId::new(&self.shared), identity, start));
     }
 
-    /// Starts a span whose entering did not start it.
-    fn start_by_force(&self, id: &span::Id, held: Duration, ctx: &Context<'_, S>) {
-        if !self.activation.is_off() {
-            return;
+    fn start_if_entering_does_not(&self, id: &span::Id, ctx: &Context<'_, S>) {
+        if self.activation.is_off() {
+            self.with_started(id, ctx, |_| ());
         }
-        match self.dispatch() {
-            Some(dispatch) => {
-                if let Some(cx) = tracing_opentelemetry::get_otel_context(id, &dispatch) {
-                    handoff::tell_held_time(&cx.span(), held);
-                }
+    }
+
+    /// Starts a span by force, unless it has started, and looks at its context.
+    fn with_started(&self, id: &span::Id, ctx: &Context<'_, S>, look: impl FnOnce(&OtelContext)) {
+        if let Some(dispatch) = self.dispatch() {
+            if let Some(cx) = tracing_opentelemetry::get_otel_context(id, &dispatch) {
+                look(&cx);
             }
-            None => self
-                .shared
+        } else if self.activation.is_on() {
+            self.inner.on_enter(id, ctx.clone());
+            OtelContext::map_current(look);
+            self.inner.on_exit(id, ctx.clone());
+        } else {
+            self.shared
                 .warnings
-                .unreachable(ctx.metadata(id).map_or("", Metadata::name)),
+                .unreachable(ctx.metadata(id).map_or("", Metadata::name));
         }
     }
 

@@ -1,69 +1,128 @@
-//! The state of spans that may be held: what each waits for, how long it was held, and a filter of their ids.
+//! The state of spans that may be held: what each waits for, its times, and a filter of their ids.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use tracing::span;
 
 use crate::lock::lock;
-use crate::tracer::handoff::{self, HeldSpan};
+use crate::tracer::handoff::{self, HeldSpan, HeldTimes, Start};
 
 /// The state of a span that may be held, or may have to be started by force. Kept in the span's extensions.
 #[derive(Debug)]
 pub(super) struct Pending {
-    pub(super) awaits: Awaits,
     /// The span is not held when it is entered: it has what it awaited, or was started.
     pub(super) is_free: AtomicBool,
+    was_held: AtomicBool,
+    start: Start,
     /// A run id is awaited only if the callsite declares one.
     awaits_id: AtomicBool,
     awaits_run: AtomicBool,
-    held: Mutex<HeldTime>,
-    counted: AtomicBool,
+    /// The number of events that the inner layer may have buffered for the span.
+    events: AtomicU32,
+    times: Mutex<Times>,
 }
+
+/// The number of events that a held span may have. opentelemetry_sdk 0.33 keeps no more of a span by default
+/// (`SpanLimits::max_events_per_span`), so that none is lost by waiting; the inner layer, which buffers them, has no limit.
+const MAX_EVENTS: u32 = 128;
 
 /// The reason to hold a span.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Awaits {
     /// The span had its id from the start. It is watched only while it is unknown whether entering starts it.
     Nothing,
-    /// The span declares an id without a value: held until its first exit at the latest.
-    Id,
-    /// An engine's span around user code: held until it closes at the latest.
-    Child,
+    /// The span declares an id without a value, or is an engine's around user code.
+    Identity,
 }
 
-/// The time for which a span was entered, on one thread or several, while the inner layer was not told.
-#[derive(Debug, Default)]
-struct HeldTime {
+/// The times of a span, counted as the inner layer counts them, which is not told of each entry and exit of a held span.
+#[derive(Debug)]
+struct Times {
     entered: u32,
-    since: Option<Instant>,
-    total: Duration,
+    last: Instant,
+    busy: Duration,
+    idle: Duration,
+    left: Option<SystemTime>,
 }
 
-impl HeldTime {
-    fn stop(&mut self) {
-        if let Some(since) = self.since.take() {
-            self.total += since.elapsed();
-        }
+impl Times {
+    fn lap(&mut self) -> Duration {
+        let now = Instant::now();
+        now - std::mem::replace(&mut self.last, now)
     }
 }
 
 impl Pending {
-    pub(super) fn new(awaits: Awaits, awaits_run: bool) -> Self {
+    pub(super) fn new(awaits: Awaits, awaits_run: bool, start: Start) -> Self {
         Self {
-            awaits,
             is_free: AtomicBool::new(awaits == Awaits::Nothing),
+            was_held: AtomicBool::new(false),
+            start,
             awaits_id: AtomicBool::new(true),
             awaits_run: AtomicBool::new(awaits_run),
-            held: Mutex::default(),
-            counted: AtomicBool::new(false),
+            events: AtomicU32::new(0),
+            times: Mutex::new(Times {
+                entered: 0,
+                last: Instant::now(),
+                busy: Duration::ZERO,
+                idle: Duration::ZERO,
+                left: None,
+            }),
         }
     }
 
-    /// Returns `true` once, for the counter of deferred spans.
-    pub(super) fn count_once(&self) -> bool {
-        !self.counted.swap(true, Relaxed)
+    /// Notes that the span is entered. Returns whether it is to be held, and whether that is so for the first time.
+    pub(super) fn enter(&self) -> (bool, bool) {
+        if self.start.has_happened() {
+            self.is_free.store(true, Relaxed);
+        }
+        let holds = !self.is_free.load(Relaxed);
+        let is_first = holds && !self.was_held.swap(true, Relaxed);
+        if self.was_held.load(Relaxed) {
+            let mut times = self.times();
+            if times.entered == 0 {
+                let lap = times.lap();
+                times.idle += lap;
+            }
+            times.entered += 1;
+        }
+        (holds, is_first)
+    }
+
+    /// Notes that the span is exited.
+    pub(super) fn leave(&self) {
+        if !self.was_held.load(Relaxed) {
+            return;
+        }
+        let mut times = self.times();
+        times.left = Some(SystemTime::now());
+        times.entered = times.entered.saturating_sub(1);
+        if times.entered == 0 {
+            let lap = times.lap();
+            times.busy += lap;
+        }
+    }
+
+    /// Returns the times of a span that was held, for its end.
+    pub(super) fn held_times(&self) -> Option<HeldTimes> {
+        let was_held = self.was_held.load(Relaxed);
+        was_held.then(|| {
+            let times = self.times();
+            HeldTimes {
+                busy: times.busy,
+                idle: times.idle,
+                end: times.left,
+            }
+        })
+    }
+
+    /// Counts an event. Returns `true` if the span is held, and has had as many as it may.
+    pub(super) fn has_too_many_events(&self) -> bool {
+        !self.is_free.load(Relaxed)
+            && self.events.fetch_add(1, Relaxed) >= MAX_EVENTS
+            && self.was_held.load(Relaxed)
     }
 
     /// Notes which ids were recorded. Returns `true` if the span has all that it awaited.
@@ -73,48 +132,8 @@ impl Pending {
         !awaits_id && !awaits_run
     }
 
-    pub(super) fn enter(&self) {
-        let mut held = self.held();
-        if held.entered == 0 {
-            held.since = Some(Instant::now());
-        }
-        held.entered += 1;
-    }
-
-    pub(super) fn leave(&self) {
-        let mut held = self.held();
-        held.entered = held.entered.saturating_sub(1);
-        if held.entered == 0 {
-            held.stop();
-        }
-    }
-
-    /// Goes on counting after the inner layer was told of an exit: other entries may still be unknown to it.
-    pub(super) fn resume(&self) {
-        let mut held = self.held();
-        if held.entered > 0 && held.since.is_none() {
-            held.since = Some(Instant::now());
-        }
-    }
-
-    /// Takes the time counted so far: from now on the inner layer counts.
-    pub(super) fn take_held(&self) -> Duration {
-        let mut held = self.held();
-        held.stop();
-        std::mem::take(&mut held.total)
-    }
-
-    /// Gives time back, if the span did not start after all.
-    pub(super) fn give_back(&self, time: Duration) {
-        self.held().total += time;
-    }
-
-    pub(super) fn was_held(&self) -> bool {
-        !self.held().total.is_zero()
-    }
-
-    fn held(&self) -> MutexGuard<'_, HeldTime> {
-        lock(&self.held)
+    fn times(&self) -> MutexGuard<'_, Times> {
+        lock(&self.times)
     }
 }
 

@@ -17,11 +17,11 @@
 
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::{Duration, SystemTime};
 
 use opentelemetry::trace::SpanRef;
-use opentelemetry::{KeyValue, Value};
+use opentelemetry::{Array, Context, KeyValue, Value};
 use tracing::span;
 
 use crate::fields::identity::Identity;
@@ -180,6 +180,38 @@ fn edit_held<R>(edit: impl FnOnce(&mut Vec<HeldSpan>) -> R) -> Option<R> {
     .ok()
 }
 
+// Starts that the layer is not told of: `Span::context()` starts a held span too. The context in which a span is created
+// stays with it until it starts, so a value in it comes back to us then.
+
+/// Whether a span has started. A value of the context in which the span was created, if that was the current one, and so
+/// also of the contexts beneath it.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Start(Arc<AtomicBool>);
+
+impl Start {
+    /// Creates a span in the current context, or in none, so that its start is noted.
+    pub(crate) fn noting<R>(&self, is_root: bool, create: impl FnOnce() -> R) -> R {
+        let cx = match is_root {
+            true => Context::new(),
+            false => Context::current(),
+        };
+        let _attached = cx.with_value(self.clone()).attach();
+        create()
+    }
+
+    /// Notes the start of a span with this parent.
+    #[inline]
+    pub(super) fn note(parent: &Context) {
+        if let Some(Self(has_started)) = parent.get() {
+            has_started.store(true, Relaxed);
+        }
+    }
+
+    pub(crate) fn has_happened(&self) -> bool {
+        self.0.load(Relaxed)
+    }
+}
+
 // Asking: OpenTelemetry hides the type of the span in a context, and a stand-in has the ids of a real span. But its
 // `is_recording` is our code, and calling it changes nothing on anybody else's span.
 
@@ -219,41 +251,67 @@ pub(super) fn without_asking<R>(run: impl FnOnce() -> R) -> R {
     scoped::with(&MUST_NOT_ASK, true, run)
 }
 
-// Held time: for how long a started span was entered while it was held, which the tracer moves from `idle_ns` to
-// `busy_ns`. It travels as an attribute, since the layer reaches a started span in no other way.
+// Held times: the times of a span that was held, as the inner layer would have counted them had it been told of each entry
+// and exit. They travel as an attribute, since the layer reaches a started span in no other way.
 
-/// The attribute, in nanoseconds. It is never exported.
-const HELD_NS: &str = "tracing-workflow-context.held_ns";
-
-/// Tells a started span how long it was held.
-pub(crate) fn tell_held_time(span: &SpanRef<'_>, held: Duration) {
-    if !held.is_zero() {
-        let nanos = i64::try_from(held.as_nanos()).unwrap_or(i64::MAX);
-        span.set_attribute(KeyValue::new(HELD_NS, nanos));
-    }
+/// The times of a span until its last exit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct HeldTimes {
+    pub(crate) busy: Duration,
+    pub(crate) idle: Duration,
+    /// Its last exit; `None` if it is still entered.
+    pub(crate) end: Option<SystemTime>,
 }
 
-/// Returns `false` if the attribute certainly is not the held time.
-#[inline]
-pub(super) fn may_be_held_time(name: &str) -> bool {
-    name.len() == HELD_NS.len()
+/// The attribute: nanoseconds busy, idle, and, if known, from the epoch to the end. It is never exported.
+const HELD_TIMES: &str = "tracing-workflow-context.held_times";
+
+/// Tells a started span its times.
+pub(crate) fn tell_times(span: &SpanRef<'_>, times: &HeldTimes) {
+    let end = (times.end).and_then(|end| end.duration_since(SystemTime::UNIX_EPOCH).ok());
+    let nanos: Vec<i64> = [Some(times.busy), Some(times.idle), end]
+        .into_iter()
+        .flatten()
+        .map(nanos)
+        .collect();
+    span.set_attribute(KeyValue::new(HELD_TIMES, Value::Array(nanos.into())));
 }
 
-/// Returns the held time, if the attribute is that.
+fn nanos(time: Duration) -> i64 {
+    i64::try_from(time.as_nanos()).unwrap_or(i64::MAX)
+}
+
+/// Returns `false` if the attribute certainly is not the held times.
 #[inline]
-pub(super) fn held_time(attribute: &KeyValue) -> Option<i64> {
-    match attribute.value {
-        Value::I64(held) if attribute.key.as_str() == HELD_NS => Some(held),
+pub(super) fn may_be_held_times(name: &str) -> bool {
+    name.len() == HELD_TIMES.len()
+}
+
+/// Returns the held times, if the attribute is those.
+#[inline]
+pub(super) fn held_times(attribute: &KeyValue) -> Option<HeldTimes> {
+    match &attribute.value {
+        Value::Array(Array::I64(nanos)) if attribute.key.as_str() == HELD_TIMES => {
+            let at = |n: usize| {
+                let nanos = nanos.get(n).copied()?;
+                Some(Duration::from_nanos(u64::try_from(nanos).ok()?))
+            };
+            Some(HeldTimes {
+                busy: at(0)?,
+                idle: at(1)?,
+                end: at(2).and_then(|end| SystemTime::UNIX_EPOCH.checked_add(end)),
+            })
+        }
         _ => None,
     }
 }
 
-/// Moves the held time from `idle_ns` to `busy_ns`: tracing-opentelemetry counts as idle when it was not told of.
-pub(super) fn correct_timing(attribute: &mut KeyValue, held: i64) {
-    if let Value::I64(nanos) = &mut attribute.value {
+/// Replaces `busy_ns` and `idle_ns`, which tracing-opentelemetry sets when the span closes.
+pub(super) fn correct_times(attribute: &mut KeyValue, times: &HeldTimes) {
+    if let Value::I64(value) = &mut attribute.value {
         match attribute.key.as_str() {
-            "busy_ns" => *nanos = nanos.saturating_add(held),
-            "idle_ns" => *nanos = nanos.saturating_sub(held).max(0),
+            "busy_ns" => *value = nanos(times.busy),
+            "idle_ns" => *value = nanos(times.idle),
             _ => {}
         }
     }

@@ -8,7 +8,7 @@ use std::time::SystemTime;
 use opentelemetry::trace::{Span, SpanContext, Status};
 use opentelemetry::{KeyValue, TraceId};
 
-use super::handoff;
+use super::handoff::{self, HeldTimes};
 use super::replay::{self, StandIn};
 use crate::context::WorkflowContext;
 use crate::decision::relation::Relation;
@@ -160,9 +160,8 @@ impl<S: Span> Span for WorkflowSpan<S> {
                 span.end_with_timestamp(timestamp);
             }
             State::Live { span, watch } => {
-                if let Some(watch) = watch {
-                    watch.end(span);
-                }
+                let last_exit = watch.as_mut().and_then(|watch| watch.end(span));
+                let timestamp = last_exit.unwrap_or(timestamp);
                 // An exporter may open spans beneath this one while OpenTelemetry has it locked.
                 handoff::without_asking(|| span.end_with_timestamp(timestamp));
             }
@@ -202,8 +201,8 @@ pub(super) struct Memo {
     late_winner: Option<LateWinner>,
     /// Set if it is a poller, as long as it lives.
     poller: Option<PollerTrace>,
-    /// Nanoseconds that the span was entered while its start was deferred.
-    held: i64,
+    /// Set when it ends, if its start was deferred.
+    times: Option<HeldTimes>,
 }
 
 /// The trace of a live poller.
@@ -223,6 +222,8 @@ impl Drop for PollerTrace {
 pub(super) struct Unnamed {
     pub(super) run_id: Option<Box<str>>,
     pub(super) author: Author,
+    /// A terminal status was told, which counts for the instance that it names later.
+    pub(super) is_terminal: bool,
 }
 
 impl Memo {
@@ -283,18 +284,17 @@ impl Watch {
     fn wants(&self, attribute: &KeyValue) -> bool {
         let name = attribute.key.as_str();
         let may_mean = self.shared.fields.may_mean(name);
-        may_mean || handoff::may_be_held_time(name) || self.memo.is_some()
+        may_mean || handoff::may_be_held_times(name) || self.memo.is_some()
     }
 
     /// Reads an attribute; `false` if it is not for the span itself.
     fn observe<S: Span>(&mut self, span: &mut S, attribute: &mut KeyValue) -> bool {
-        if let Some(held) = handoff::held_time(attribute) {
-            let memo = self.memo();
-            memo.held = memo.held.saturating_add(held);
+        if let Some(times) = handoff::held_times(attribute) {
+            self.memo().times = Some(times);
             return false;
         }
-        if let Some(memo) = &self.memo {
-            handoff::correct_timing(attribute, memo.held);
+        if let Some(times) = self.memo.as_ref().and_then(|memo| memo.times.as_ref()) {
+            handoff::correct_times(attribute, times);
         }
         if self.shared.fields.may_mean(attribute.key.as_str()) {
             self.read(span, attribute);
@@ -310,12 +310,17 @@ impl Watch {
         let memo = self.memo.as_mut().filter(|memo| memo.unnamed.is_some());
         match (memo, tag.names(), &tag.run_id) {
             (Some(memo), Some(names), _) => {
-                let Unnamed { run_id, author } = *memo.unnamed.take().unwrap_or_default();
+                let Unnamed {
+                    run_id,
+                    author,
+                    is_terminal,
+                } = *memo.unnamed.take().unwrap_or_default();
                 let hash = shared.key(names.instance_id, None).hash;
                 if self.instance != Some(hash) {
                     let run_id = run_id.as_deref();
                     self.join_late(span, Names { run_id, ..names }, author);
                 }
+                self.complete_if(is_terminal);
             }
             (Some(memo), None, Some(run_id)) => {
                 if let Some(unnamed) = &mut memo.unnamed {
@@ -327,11 +332,15 @@ impl Watch {
         self.complete_if(tag.terminal);
     }
 
-    fn observe_event(&self, attributes: &[KeyValue]) {
+    fn observe_event(&mut self, attributes: &[KeyValue]) {
         self.complete_if(self.shared.fields.tag_of(attributes).terminal);
     }
 
-    pub(super) fn complete_if(&self, terminal: bool) {
+    pub(super) fn complete_if(&mut self, terminal: bool) {
+        let memo = self.memo.as_mut().filter(|_| terminal);
+        if let Some(unnamed) = memo.and_then(|memo| memo.unnamed.as_mut()) {
+            unnamed.is_terminal = true;
+        }
         let identity = self.memo.as_ref().and_then(|memo| memo.identity.as_ref());
         match (terminal, identity, self.instance) {
             (false, ..) | (_, _, None) => {}
@@ -378,7 +387,8 @@ impl Watch {
         self.expect_late_winner(late_winner);
     }
 
-    fn end<S: Span>(&mut self, span: &mut S) {
+    /// Leaves the last links. Returns the time of the end, if that is not the one the inner layer knows.
+    fn end<S: Span>(&mut self, span: &mut S) -> Option<SystemTime> {
         self.observes = false;
         if let Some(memo) = &mut self.memo {
             memo.poller = None;
@@ -388,6 +398,7 @@ impl Watch {
         if let Some(winner) = late_winner.and_then(|winner| winner.get()) {
             link_unless_in_trace(span, winner);
         }
+        memo.and_then(|memo| memo.times?.end)
     }
 }
 

@@ -66,6 +66,17 @@ fn in_both_modes_of(make: impl Fn() -> WorkflowContextStorage, scenario: impl Fn
     }
 }
 
+/// Returns a worker, and the names of its spans in the order in which they start.
+fn noting_starts(activation: bool) -> (Worker, Arc<Mutex<Vec<String>>>) {
+    let starts = Arc::new(Mutex::new(Vec::new()));
+    let noted = starts.clone();
+    let sampler = Hooked(move |name: &str| noted.lock().unwrap().push(name.to_owned()));
+    (
+        Worker::with_sampler(adopting(), activation, sampler),
+        starts,
+    )
+}
+
 /// Runs a scenario with context activation, which is the default.
 fn with_activation(scenario: impl Fn(&Worker)) {
     let worker = Worker::with_storage(adopting());

@@ -184,6 +184,8 @@ fn open(number: Number, kind: Kind, parent: Option<Option<tracing::Id>>) -> Span
 /// The expected state of one layer in one activation mode.
 struct Model {
     activation: bool,
+    /// The layer has seen whether entering a span starts it.
+    knows_activation: bool,
     spans: Vec<Modelled>,
     /// The enterings of each thread, outermost first.
     entered: [Vec<Entering>; THREADS],
@@ -202,6 +204,8 @@ struct Modelled {
     keeps_open: Option<Number>,
     /// Entering it does not start it, yet.
     held_back: bool,
+    /// The layer learns that it was started by asking for its context.
+    notes_start: bool,
     deferred: bool,
     /// The id that was given to it or recorded on it.
     id: Option<&'static str>,
@@ -240,6 +244,7 @@ impl Model {
     fn new(activation: bool) -> Self {
         Self {
             activation,
+            knows_activation: false,
             spans: Vec::new(),
             entered: Default::default(),
             stored: BTreeMap::new(),
@@ -316,6 +321,11 @@ impl Model {
             natural,
             keeps_open,
             held_back: matches!(kind, Kind::Awaiting | Kind::Engine),
+            notes_start: match parent {
+                ParentOf::Contextual => true,
+                ParentOf::None => self.knows_activation,
+                ParentOf::Explicit(_) => false,
+            },
             deferred: false,
             id,
             adopted_by: None,
@@ -329,11 +339,16 @@ impl Model {
     }
 
     fn enter(&mut self, thread: usize, span: Number) {
-        let held = self.spans[span].held_back;
+        let modelled = &mut self.spans[span];
+        if self.activation && modelled.started.is_some() && modelled.notes_start {
+            modelled.held_back = false;
+        }
+        let held = modelled.held_back;
         if !held {
             // Contexts are a stack: spans held below this one are released first.
             self.release(thread, None, None);
             self.start(span, None);
+            self.knows_activation |= self.spans[span].kind != Kind::Ordinary;
         } else if !self.spans[span].deferred {
             self.spans[span].deferred = true;
             self.deferred += 1;
@@ -344,16 +359,10 @@ impl Model {
         entered.push(Entering { span, held, again });
     }
 
-    /// A span that awaits its id is started by its first exit, an engine span is not. Where entering does not
-    /// start a span, leaving it does not either.
     fn exit(&mut self, thread: usize, span: Number) {
         let entered = &mut self.entered[thread];
         let innermost = entered.iter().rposition(|entering| entering.span == span);
-        let left = entered.remove(innermost.expect("entered here"));
-        if left.held && self.activation && self.spans[span].kind == Kind::Awaiting {
-            self.spans[span].held_back = false;
-            self.start(span, None);
-        }
+        entered.remove(innermost.expect("entered here"));
         self.spans[span].times_entered -= 1;
         self.close_if_unused(span);
     }
@@ -383,6 +392,7 @@ impl Model {
         for span in released.collect::<Vec<_>>() {
             self.spans[span].held_back = false;
             self.start(span, id);
+            self.knows_activation = true;
         }
     }
 

@@ -124,17 +124,6 @@ fn an_adopted_span_that_then_names_an_unknown_instance_is_recorded_for_it() {
     });
 }
 
-/// Returns a worker, and the names of its spans in the order in which they start.
-fn noting_starts(activation: bool) -> (Worker, Arc<Mutex<Vec<String>>>) {
-    let starts = Arc::new(Mutex::new(Vec::new()));
-    let noted = starts.clone();
-    let sampler = Hooked(move |name: &str| noted.lock().unwrap().push(name.to_owned()));
-    (
-        Worker::with_sampler(adopting(), activation, sampler),
-        starts,
-    )
-}
-
 #[test]
 fn nested_held_spans_are_released_outermost_first_each_nested_in_the_previous() {
     for activation in [true, false] {

@@ -85,45 +85,115 @@ fn an_id_recorded_after_the_first_child_stores_the_span_for_a_new_instance() {
 }
 
 #[test]
-fn an_id_recorded_in_the_second_poll_becomes_a_link() {
-    with_activation(|worker| {
-        let stored = stored_first(worker, "order");
+fn an_id_recorded_in_the_second_poll_is_in_time() {
+    in_both_modes(|worker| {
         {
             let mut task = pin!(learns_its_id_in_the_second_poll("order"));
             assert!(poll(task.as_mut()).is_pending());
-            assert!(poll(task.as_mut()).is_ready());
-        }
-
-        let span = worker.span("learns_its_id_in_the_second_poll");
-        assert_root(&span);
-        assert_linked(&span, "late", &stored);
-        assert_nested(&worker.span("child"), &span);
-        assert_eq!(worker.storage.stats().late, 1);
-    });
-}
-
-/// Exiting a span starts it only if entering would have.
-#[test]
-fn without_activation_an_id_recorded_in_the_second_poll_is_in_time() {
-    for seen_before in [false, true] {
-        let worker = Worker::with_sampler(adopting(), false, Sampler::AlwaysOn);
-        let _drawing = DrawnOnPanic(&worker, format!("seen before: {seen_before}"));
-        worker.run(|| {
-            if seen_before {
-                tagged_step("seen before", "another instance");
-            }
-            let mut task = pin!(learns_its_id_in_the_second_poll("order"));
-            assert!(poll(task.as_mut()).is_pending());
-            let stored = elsewhere(&worker, || stored_first(&worker, "order"));
+            let stored = elsewhere(worker, || stored_first(worker, "order"));
             assert!(poll(task.as_mut()).is_ready());
             assert_same_span(&worker.stored("order"), &stored);
-        });
+        }
 
         let span = worker.span("learns_its_id_in_the_second_poll");
         assert_joined(&span, &worker.stored("order"));
         assert_nested(&worker.span("child"), &span);
         assert_eq!(worker.storage.stats().late, 0);
+    });
+}
+
+#[test]
+fn a_task_that_awaits_before_it_records_its_id_joins_the_instance() {
+    #[instrument(skip_all, fields(workflow.instance_id = Empty))]
+    async fn handler() {
+        info!("reading the request");
+        for _ in 0..3 {
+            tokio::task::yield_now().await;
+        }
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        record_id("order");
+        step("child");
     }
+    in_both_modes(|worker| {
+        let stored = stored_first(worker, "order");
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_time()
+            .build()
+            .expect("a runtime");
+        let task = runtime.spawn(handler().with_subscriber(worker.dispatch.clone()));
+        runtime.block_on(task).expect("no panic");
+
+        let span = worker.span("handler");
+        assert_joined(&span, &stored);
+        assert_nested(&worker.span("child"), &span);
+        assert_eq!(span.events.len(), 1);
+        let stats = worker.storage.stats();
+        assert_eq!((stats.deferred, stats.late), (1, 0));
+    });
+}
+
+/// As tower-http's `TraceLayer` does: the span is entered while the service is called, and again for each poll.
+#[test]
+fn a_request_span_joins_the_instance_that_its_handler_records() {
+    in_both_modes(|worker| {
+        let stored = stored_first(worker, "order");
+        {
+            let span = awaiting("request");
+            let handler = span.in_scope(|| {
+                info!("started processing request");
+                async {
+                    tokio::task::yield_now().await;
+                    record_id("order");
+                    step("child");
+                }
+            });
+            let mut response = pin!(handler.instrument(span));
+            while poll(response.as_mut()).is_pending() {}
+        }
+
+        let span = worker.span("request");
+        assert_joined(&span, &stored);
+        assert_nested(&worker.span("child"), &span);
+        assert_eq!(worker.storage.stats().late, 0);
+    });
+}
+
+#[test]
+fn an_id_recorded_between_two_polls_is_in_time() {
+    in_both_modes(|worker| {
+        let stored = stored_first(worker, "order");
+        let [entered_again, closed] = ["entered again", "closed"].map(awaiting);
+        for span in [&entered_again, &closed] {
+            span.in_scope(|| info!("an event"));
+            span.record(ID, "order");
+        }
+        entered_again.in_scope(|| step("child"));
+        drop((entered_again, closed));
+
+        assert_joined(&worker.span("entered again"), &stored);
+        assert_nested(&worker.span("child"), &worker.span("entered again"));
+        assert_joined(&worker.span("closed"), &stored);
+        assert_eq!(worker.storage.stats().late, 0);
+    });
+}
+
+#[test]
+fn a_child_adopts_a_span_that_awaits_its_id_however_often_it_was_left_before() {
+    in_both_modes(|worker| {
+        let stored = stored_first(worker, "order");
+        let engine = info_span!("my_engine_handler", workflow.instance_id = Empty);
+        for span in [awaiting("awaiting"), engine] {
+            span.in_scope(|| ());
+            span.in_scope(|| tagged_step("child", "order"));
+        }
+
+        for name in ["awaiting", "my_engine_handler"] {
+            assert_joined(&worker.span(name), &stored);
+            assert_id(&worker.span(name), "order");
+        }
+        assert_eq!(worker.storage.stats().adopted, 2);
+    });
 }
 
 #[test]
@@ -329,4 +399,71 @@ fn a_span_that_never_gets_an_id_is_exported_unchanged() {
         assert_eq!(span.events.len(), 1);
         assert_eq!(worker.storage.stats().deferred, 1);
     });
+}
+
+#[test]
+fn a_terminal_status_told_before_a_late_id_completes_the_instance() {
+    type Tell = fn(&Span);
+    let ways: [(&str, Tell); 6] = [
+        ("recorded before the child, before the id", |span| {
+            span.record("workflow.status", "completed");
+            step("child");
+            span.record(ID, "order");
+        }),
+        ("told by an event before the child", |span| {
+            info!(workflow.status = "completed");
+            step("child");
+            span.record(ID, "order");
+        }),
+        ("recorded after the child, before the id", |span| {
+            step("child");
+            span.record("workflow.status", "failed");
+            span.record(ID, "order");
+        }),
+        ("told by an event after the child", |span| {
+            step("child");
+            info!(workflow.status = "completed");
+            span.record(ID, "order");
+        }),
+        ("recorded together with the id after the child", |span| {
+            step("child");
+            tracing::record_all!(
+                span,
+                workflow.status = "completed",
+                workflow.instance_id = "order"
+            );
+        }),
+        ("recorded together with the id in time", |span| {
+            tracing::record_all!(
+                span,
+                workflow.status = "completed",
+                workflow.instance_id = "order"
+            );
+        }),
+    ];
+    let forgets_at_once = || {
+        let builder = WorkflowContextStorage::builder().completed_grace(Duration::ZERO);
+        builder.build().expect("valid settings")
+    };
+    for (way, tell) in ways {
+        for is_stored in [false, true] {
+            in_both_modes_of(forgets_at_once, |worker| {
+                let _drawing = DrawnOnPanic(worker, format!("{way}, stored: {is_stored}"));
+                if is_stored {
+                    stored_first(worker, "order");
+                }
+                let span = info_span!(
+                    "span",
+                    workflow.status = Empty,
+                    workflow.instance_id = Empty
+                );
+                span.in_scope(|| tell(&span));
+                drop(span);
+
+                assert_eq!(worker.storage.get("order").unwrap(), None, "{way}");
+                tagged_step("again", "order");
+                assert_root(&worker.span("again"));
+            });
+        }
+    }
 }

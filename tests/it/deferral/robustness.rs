@@ -348,6 +348,69 @@ fn an_exporter_may_open_held_spans_inside_held_spans() {
     }
 }
 
+/// The most events that a held span may have: those that opentelemetry_sdk keeps of a span by default.
+const MAX_EVENTS: usize = 128;
+
+#[test]
+fn a_held_span_starts_undecided_before_more_events_are_buffered_than_a_span_may_have() {
+    for activation in [true, false] {
+        let (worker, starts) = noting_starts(activation);
+        let _drawing = DrawnOnPanic(&worker, format!("activation: {activation}"));
+        worker.run(|| {
+            for (name, held) in [
+                ("engine", engine("engine")),
+                ("awaiting", awaiting("awaiting")),
+            ] {
+                held.in_scope(|| {
+                    for _ in 0..MAX_EVENTS {
+                        info!("an event");
+                    }
+                    assert!(!starts.lock().unwrap().iter().any(|start| start == name));
+                    info!("one too many");
+                    assert!(starts.lock().unwrap().iter().any(|start| start == name));
+                });
+            }
+        });
+
+        for name in ["engine", "awaiting"] {
+            let span = worker.span(name);
+            assert_unchanged_root(&span);
+            assert_eq!(
+                (span.events.len(), span.events.dropped_count),
+                (MAX_EVENTS, 1)
+            );
+        }
+        assert_eq!(worker.storage.stats().deferred, 2);
+    }
+}
+
+#[test]
+fn a_child_of_a_span_that_its_events_have_started_is_nested_in_it() {
+    in_both_modes(|worker| {
+        let stored = stored_first(worker, "order");
+        let (outer, inner) = (engine("outer"), awaiting("inner"));
+        outer.in_scope(|| {
+            inner.in_scope(|| {
+                for _ in 0..=MAX_EVENTS {
+                    info!("an event");
+                }
+                tagged_step("child", "order");
+                record_id("order");
+            });
+        });
+        drop((outer, inner));
+
+        let (outer, inner) = (worker.span("outer"), worker.span("inner"));
+        assert_unchanged_root(&outer);
+        assert_root(&inner);
+        assert_linked(&inner, "late", &stored);
+        let child = worker.span("child");
+        assert_continues(&child, &stored);
+        assert_linked(&child, "foreign", &inner.span_context);
+        assert_eq!(worker.storage.stats().late, 1);
+    });
+}
+
 #[test]
 fn two_layers_on_one_thread_do_not_release_each_others_spans() {
     for (one, other) in [(true, true), (true, false), (false, true), (false, false)] {

@@ -1,5 +1,7 @@
 //! Busy and idle time of held spans.
 
+use tracing_subscriber::prelude::*;
+
 use super::*;
 
 /// Keeps a core busy, and returns for how long.
@@ -137,5 +139,155 @@ fn time_in_a_span_that_another_thread_releases_is_busy_time() {
                 before + spin()
             })
         });
+    });
+}
+
+/// How long the spans that are compared with the plain layer's are busy, or idle.
+const LONG: Duration = Duration::from_millis(30);
+
+/// A span of this crate's layer, and one of the plain layer that is entered and exited together with it.
+struct Twins<'a> {
+    worker: &'a Worker,
+    ours: Span,
+    plain: Span,
+    /// By how much their times may differ: what passed from an action on one of them to the same on the other.
+    tolerance: Mutex<Duration>,
+}
+
+impl Twins<'_> {
+    fn in_scope(&self, run: impl FnOnce()) {
+        let since = Instant::now();
+        let mut within = Duration::ZERO;
+        self.plain.in_scope(|| {
+            self.ours.in_scope(|| {
+                let since = Instant::now();
+                run();
+                within = since.elapsed();
+            });
+        });
+        *self.tolerance.lock().unwrap() += since.elapsed() - within;
+    }
+
+    fn busy(&self) {
+        self.in_scope(|| std::thread::sleep(LONG));
+    }
+
+    fn idle(&self) {
+        std::thread::sleep(LONG);
+    }
+}
+
+/// Returns a worker with the plain OpenTelemetry layer.
+fn plain_worker(activation: bool) -> Worker {
+    let mut worker = Worker::new();
+    let layer = tracing_opentelemetry::layer()
+        .with_tracer(worker.tracer())
+        .with_context_activation(activation);
+    worker.dispatch = tracing_subscriber::registry().with(layer).into();
+    worker
+}
+
+/// Asserts that start, end, `busy_ns` and `idle_ns` are those of the plain layer.
+#[track_caller]
+fn assert_as_plain(label: &str, scenario: fn(&Twins<'_>)) {
+    for open in [awaiting, engine] {
+        for activation in [true, false] {
+            let worker = Worker::with_sampler(adopting(), activation, Sampler::AlwaysOn);
+            let plain = plain_worker(activation);
+            let opened = Instant::now();
+            let plain_span = plain.run(|| open("twin"));
+            let tolerance = worker.run(|| {
+                let twins = Twins {
+                    worker: &worker,
+                    ours: open("twin"),
+                    plain: plain_span,
+                    tolerance: Mutex::new(opened.elapsed() + Duration::from_millis(1)),
+                };
+                scenario(&twins);
+                twins.tolerance.into_inner().unwrap()
+            });
+
+            let [ours, plain] = [&worker, &plain].map(|worker| worker.span("twin"));
+            let time = |span: &SpanData, key| match attribute(span, key) {
+                Some(Value::I64(nanos)) => {
+                    Duration::from_nanos(nanos.try_into().expect("no negative time"))
+                }
+                other => panic!("{key} is {other:?}"),
+            };
+            let since_epoch =
+                |time: std::time::SystemTime| time.duration_since(std::time::UNIX_EPOCH).unwrap();
+            for (what, ours, plain) in [
+                ("busy", time(&ours, "busy_ns"), time(&plain, "busy_ns")),
+                ("idle", time(&ours, "idle_ns"), time(&plain, "idle_ns")),
+                (
+                    "start",
+                    since_epoch(ours.start_time),
+                    since_epoch(plain.start_time),
+                ),
+                (
+                    "end",
+                    since_epoch(ours.end_time),
+                    since_epoch(plain.end_time),
+                ),
+            ] {
+                assert!(
+                    ours.abs_diff(plain) < tolerance,
+                    "{label}, activation {activation}, {what}: {ours:?} is not {plain:?}"
+                );
+            }
+            let internal = |kv: &&KeyValue| kv.key.as_str().contains("held");
+            assert_eq!(ours.attributes.iter().find(internal), None);
+        }
+    }
+}
+
+#[test]
+fn a_held_span_has_the_times_of_the_plain_layer_however_it_is_released() {
+    assert_as_plain("closed long after its last exit", |twins| {
+        twins.busy();
+        twins.idle();
+        twins.busy();
+        twins.idle();
+    });
+    assert_as_plain("released by an explicit child between two polls", |twins| {
+        twins.busy();
+        twins.idle();
+        drop(info_span!(parent: &twins.ours, "child", workflow.instance_id = "order"));
+        twins.idle();
+    });
+    assert_as_plain("released by another thread's child", |twins| {
+        twins.in_scope(|| {
+            std::thread::sleep(LONG);
+            elsewhere(twins.worker, || {
+                drop(info_span!(parent: &twins.ours, "child", workflow.instance_id = "order"));
+            });
+            std::thread::sleep(LONG);
+        });
+        twins.idle();
+    });
+    assert_as_plain("entered again after it was released elsewhere", |twins| {
+        twins.busy();
+        elsewhere(twins.worker, || {
+            drop(info_span!(parent: &twins.ours, "child"));
+            twins.busy();
+        });
+        twins.idle();
+        twins.busy();
+        twins.idle();
+    });
+    assert_as_plain("released by its id", |twins| {
+        twins.busy();
+        twins.idle();
+        twins.in_scope(|| {
+            std::thread::sleep(LONG);
+            twins.ours.record(ID, "order");
+            std::thread::sleep(LONG);
+        });
+        twins.idle();
+    });
+    assert_as_plain("named between two polls, and closed", |twins| {
+        twins.busy();
+        twins.ours.record(ID, "order");
+        twins.idle();
     });
 }

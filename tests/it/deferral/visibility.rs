@@ -237,3 +237,36 @@ fn a_span_that_follows_from_a_held_span_links_to_it() {
         assert_nested(&worker.span("child"), &held);
     });
 }
+
+#[test]
+fn a_held_span_whose_context_was_requested_is_current_when_it_is_entered_again() {
+    with_activation(|worker| {
+        for name in ["awaiting", "engine"] {
+            let span = if name == "engine" {
+                engine(name)
+            } else {
+                awaiting(name)
+            };
+            drop(span.in_scope(|| Span::current().context()));
+            let inside = span.in_scope(current);
+            drop(span);
+
+            assert_same_span(&inside, &worker.span(name).span_context);
+        }
+    });
+}
+
+#[test]
+fn a_span_that_ends_inside_a_held_span_does_not_release_it() {
+    in_both_modes(|worker| {
+        let stored = stored_first(worker, "order");
+        let never_entered = awaiting("never entered");
+        let engine = engine("engine");
+        engine.in_scope(|| drop(never_entered));
+        engine.in_scope(|| tagged_step("handler", "order"));
+        drop(engine);
+
+        assert_joined(&worker.span("engine"), &stored);
+        assert_nested(&worker.span("handler"), &worker.span("engine"));
+    });
+}
