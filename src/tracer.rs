@@ -2,6 +2,7 @@
 
 pub(crate) mod handoff;
 pub(crate) mod live_ids;
+mod recording;
 mod replay;
 pub(crate) mod shared_traces;
 mod span;
@@ -21,6 +22,7 @@ use opentelemetry::{Context, KeyValue};
 pub use self::span::WorkflowSpan;
 
 use self::handoff::{Start, StorageId};
+use self::recording::Recording;
 use self::replay::{Replay, StandIn};
 use self::span::{Memo, State, Unnamed, Watch, link_unless_in_trace, relation_attribute};
 use crate::cache::Key;
@@ -31,7 +33,6 @@ use crate::explain::author::Author;
 use crate::explain::trail::Outcome;
 use crate::fields;
 use crate::fields::identity::{Identity, Names};
-use crate::storage::remote::LateWinner;
 use crate::storage::shared::Shared;
 
 /// The number of a trace among those of its instance, on the first span of each but the first.
@@ -138,16 +139,6 @@ struct Plan<'a> {
     recording: Option<Box<Recording<'a>>>,
     /// The span has a terminal status from the start.
     is_terminal: bool,
-}
-
-/// The span's own context is to be recorded once it has one.
-struct Recording<'a> {
-    shared: &'a Shared,
-    hash: u64,
-    identity: Identity,
-    author: Author,
-    /// The trace that this one follows, and its own number. This recording alone may do so.
-    follows: Option<(WorkflowContext, u32)>,
 }
 
 impl<T> WorkflowTracer<T>
@@ -507,55 +498,6 @@ impl<T> fmt::Debug for WorkflowTracer<T> {
         f.debug_struct("WorkflowTracer")
             .field("origin", &self.origin)
             .finish_non_exhaustive()
-    }
-}
-
-impl<'a> Recording<'a> {
-    #[inline(never)]
-    fn new(
-        shared: &'a Shared,
-        builder: &SpanBuilder,
-        key: Key<'_>,
-        decision: &Decision,
-    ) -> Box<Self> {
-        Box::new(Self {
-            shared,
-            hash: key.hash,
-            identity: Identity {
-                instance_id: key.id.into(),
-                run_id: key.run_id.map(Box::from),
-                parent_instance_id: None,
-            },
-            author: Author::from_span(builder),
-            follows: match decision.record {
-                Record::Generation(generation) => decision.stored.clone().map(|s| (s, generation)),
-                Record::First | Record::No => None,
-            },
-        })
-    }
-
-    /// Records the context of the span that was started, unless another span was faster.
-    fn finish(mut self, context: WorkflowContext) -> Result<Option<LateWinner>, WorkflowContext> {
-        let (follows, author) = (self.follows.take(), std::mem::take(&mut self.author));
-        let follows = follows.as_ref().map(|(context, number)| (context, *number));
-        self.shared.record(self.key(), follows, context, author)
-    }
-
-    fn key(&self) -> Key<'_> {
-        Key {
-            hash: self.hash,
-            id: &self.identity.instance_id,
-            run_id: self.identity.run_id.as_deref(),
-        }
-    }
-}
-
-impl Drop for Recording<'_> {
-    fn drop(&mut self) {
-        // No span came of it, a panic in the sampler included: another thread may open the next trace.
-        if self.follows.is_some() {
-            self.shared.tier.cache().stop_rolling(self.key());
-        }
     }
 }
 

@@ -41,7 +41,6 @@ where
             true => self.shared.fields.awaits(declares, attrs),
             false => declares,
         };
-        let start = Start::default();
         let is_root = attrs.is_root();
         // Where entering starts nothing, what starts a span otherwise does not show either.
         let notes_start = (awaits.id || role == Role::Engine)
@@ -49,16 +48,17 @@ where
                 true => self.activation.is_on(),
                 false => attrs.is_contextual() && !self.activation.is_off(),
             };
+        let start = notes_start.then(Start::default);
         let create = || self.inner.on_new_span(attrs, id, ctx.clone());
-        let create = || match role {
-            Role::Ordinary => create(),
-            Role::Tagged | Role::Engine if notes_start => {
+        let create = || match (role, &start) {
+            (Role::Ordinary, _) => create(),
+            (Role::Tagged | Role::Engine, Some(start)) => {
                 // With context activation, the parent of a contextual span is in the current context.
                 let attrs = span::Attributes::new(attrs.metadata(), attrs.values());
                 let create = || self.inner.on_new_span(&attrs, id, ctx.clone());
                 start.noting(is_root, || handoff::marking(create));
             }
-            Role::Tagged | Role::Poller | Role::Engine => handoff::marking(create),
+            (Role::Tagged | Role::Poller | Role::Engine, _) => handoff::marking(create),
         };
         let identity = || self.shared.fields.identify(|visitor| attrs.record(visitor));
         match attrs.parent() {

@@ -15,7 +15,7 @@ pub(super) struct Pending {
     /// The span is not held when it is entered: it has what it awaited, or was started.
     pub(super) is_free: AtomicBool,
     was_held: AtomicBool,
-    start: Start,
+    start: Option<Start>,
     /// A run id is awaited only if the callsite declares one.
     awaits_id: AtomicBool,
     awaits_run: AtomicBool,
@@ -55,7 +55,7 @@ impl Times {
 }
 
 impl Pending {
-    pub(super) fn new(awaits: Awaits, awaits_run: bool, start: Start) -> Self {
+    pub(super) fn new(awaits: Awaits, awaits_run: bool, start: Option<Start>) -> Self {
         Self {
             is_free: AtomicBool::new(awaits == Awaits::Nothing),
             was_held: AtomicBool::new(false),
@@ -75,7 +75,7 @@ impl Pending {
 
     /// Notes that the span is entered. Returns whether it is to be held, and whether that is so for the first time.
     pub(super) fn enter(&self) -> (bool, bool) {
-        if self.start.has_happened() {
+        if self.start.as_ref().is_some_and(Start::has_happened) {
             self.is_free.store(true, Relaxed);
         }
         let holds = !self.is_free.load(Relaxed);
