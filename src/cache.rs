@@ -4,6 +4,7 @@ pub(crate) mod entry;
 mod evict;
 mod inline_str;
 mod shards;
+mod slots;
 mod table;
 mod walk;
 
@@ -11,8 +12,6 @@ use std::fmt;
 use std::num::NonZeroU16;
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
-
-use indexmap::map::raw_entry_v1::RawEntryMut;
 
 use crate::backend::Record;
 use crate::clock::{self, Clock, OnTick, SystemClock, Ticks};
@@ -266,15 +265,20 @@ impl Cache {
     pub(crate) fn remove(&self, id: &str) -> Option<Vec<Box<str>>> {
         let now = self.time.now();
         let hash = self.hash(id);
-        let removed = self.shards.remove_if(hash, id, |_| true)?;
-        match removed.rank(now, &self.shards.limits) {
-            Rank::Expired => {
-                self.note_loss(hash, now, removed.expiry_event());
+        let removed = self.shards.remove(hash, id, |entry| {
+            Some(match entry.rank(now, &self.shards.limits) {
+                Rank::Expired => Err(entry.expiry_event()),
+                Rank::Completed | Rank::Used(_) => Ok(entry.run_ids()),
+            })
+        });
+        match removed? {
+            Err(event) => {
+                self.note_loss(hash, now, event);
                 None
             }
-            Rank::Completed | Rank::Used(_) => {
+            Ok(run_ids) => {
                 self.note_at(now, hash, Event::CleanedUp);
-                Some(removed.run_ids())
+                Some(run_ids)
             }
         }
     }
@@ -342,8 +346,11 @@ impl Cache {
         let hash = self.hash(id);
         // If no lookup has met the entry since it expired, the trail does not tell that yet.
         let is_expired = |entry: &Entry| entry.rank(now, &self.shards.limits) == Rank::Expired;
-        if let Some(expired) = self.shards.remove_if(hash, id, is_expired) {
-            self.note_loss(hash, now, expired.expiry_event());
+        let expired = self.shards.remove(hash, id, |entry| {
+            is_expired(entry).then(|| entry.expiry_event())
+        });
+        if let Some(event) = expired {
+            self.note_loss(hash, now, event);
         }
         let found = {
             let table = &self.shards.lock_for(hash).table;
@@ -384,22 +391,19 @@ impl Cache {
     ) -> Result<(), Conflict> {
         let now = self.time.now();
         let mut shard = self.shards.lock_for(hash);
-        match shard.table.place(hash, id) {
-            RawEntryMut::Occupied(known) => {
-                let entry = known.into_mut();
-                if entry.touch(now, &self.shards.limits) {
-                    return update(entry, run);
-                }
-                let event = entry.expiry_event();
-                *entry = Entry::new(run, now);
-                drop(shard);
-                self.note_loss(hash, now, event);
-                return Ok(());
+        let table = &mut shard.table;
+        let known = table.find(hash, |known| *known == *id);
+        if let Some(entry) = known.and_then(|index| table.get_mut(index)) {
+            if entry.touch(now, &self.shards.limits) {
+                return update(entry, run);
             }
-            RawEntryMut::Vacant(vacant) => {
-                vacant.insert_hashed_nocheck(hash, id.into(), Entry::new(run, now));
-            }
+            let event = entry.expiry_event();
+            *entry = Entry::new(run, now);
+            drop(shard);
+            self.note_loss(hash, now, event);
+            return Ok(());
         }
+        table.insert(hash, id, Entry::new(run, now));
         drop(shard);
         let before = self.shards.count_inserted();
         if before >= self.shards.limits.max_instances {

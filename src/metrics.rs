@@ -24,6 +24,7 @@ impl WorkflowContextStorage {
     /// | `workflow.context.span.replayed` | counter | `{span}` | | `replayed` |
     /// | `workflow.context.span.deferred` | counter | `{span}` | | `deferred` |
     /// | `workflow.context.span.adopted` | counter | `{span}` | | `adopted` |
+    /// | `workflow.context.trace.shared` | counter | `{trace}` | | `shared_traces` |
     /// | `workflow.context.event.replayed` | counter | `{event}` | | `replayed_events` |
     /// | `workflow.context.backend.record.malformed` | counter | `{record}` | | `malformed` |
     /// | `workflow.context.backend.write.dropped` | counter | `{write}` | | `dropped_writes` |
@@ -142,7 +143,7 @@ const RESULT: &str = "workflow.context.result";
 
 /// The instruments. Counters whose sum means something share one, told apart by an attribute; the others have one each,
 /// since a span can be both late and deferred.
-static INSTRUMENTS: [Instrument; 14] = [
+static INSTRUMENTS: [Instrument; 15] = [
     Instrument {
         name: "workflow.context.instance.count",
         unit: "{instance}",
@@ -211,6 +212,13 @@ static INSTRUMENTS: [Instrument; 14] = [
         description: "Spans without an id that joined the workflow instance of their first child.",
         kind: Kind::Counter,
         points: &[Point::new(|stats| stats.adopted)],
+    },
+    Instrument {
+        name: "workflow.context.trace.shared",
+        unit: "{trace}",
+        description: "Traces that many workflow instances share, which is a sign of a poller that is not named.",
+        kind: Kind::Counter,
+        points: &[Point::new(|stats| stats.shared_traces)],
     },
     Instrument {
         name: "workflow.context.event.replayed",

@@ -82,10 +82,10 @@ fn an_oversized_id_is_logged_once_without_control_characters() {
         }
     };
     open();
-    logged("at most 1024 bytes");
+    logged("exceeds 1024 bytes");
     open();
 
-    let logged = logged("at most 1024 bytes");
+    let logged = logged("exceeds 1024 bytes");
     assert_eq!(logged.len(), 1, "{logged:?}");
     assert!(
         logged[0].contains(" WARN ") && logged[0].contains("5006 bytes"),

@@ -1,12 +1,11 @@
 //! The sharded map: which shard holds an instance, its lock, and its removal.
 
-use std::hash::{BuildHasher as _, Hasher as _};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard};
 
 use super::entry::{Entry, Limits};
 use super::inline_str::InlineStr;
-use super::table::Table;
+use super::table::{self, Table};
 use crate::explain::trail::Event;
 use crate::lock::lock;
 
@@ -28,12 +27,10 @@ pub(super) struct Shards {
 ///
 /// Readers exclude each other too: a lookup is so short that a reader-writer lock costs more than it gains, and hits and
 /// misses are counted under the lock instead of by atomics.
-#[derive(Default)]
 #[repr(align(128))]
 struct Shard(Mutex<Contents>);
 
 /// The contents of a shard. The counts, which each lookup writes, come first: they are in the cache line of the lock.
-#[derive(Default)]
 #[repr(C)]
 pub(super) struct Contents {
     pub(super) counts: Counts,
@@ -48,9 +45,15 @@ pub(super) struct Counts {
 
 impl Shards {
     pub(super) fn new(limits: Limits) -> Self {
-        let shards = (0..count(limits.max_instances)).map(|_| Shard::default());
+        let hasher = foldhash::fast::RandomState::default();
+        let shards = (0..count(limits.max_instances)).map(|_| {
+            Shard(Mutex::new(Contents {
+                counts: Counts::default(),
+                table: Table::new(hasher.clone()),
+            }))
+        });
         Self {
-            hasher: foldhash::fast::RandomState::default(),
+            hasher: hasher.clone(),
             shards: shards.collect(),
             len: AtomicUsize::new(0),
             limits,
@@ -83,20 +86,12 @@ impl Shards {
 
     #[inline]
     pub(super) fn hash(&self, id: &str) -> u64 {
-        self.hash_bytes(id.as_bytes())
+        table::hash(&self.hasher, id.as_bytes())
     }
 
     #[inline]
     pub(super) fn hash_of(&self, id: &InlineStr) -> u64 {
-        self.hash_bytes(id.as_bytes())
-    }
-
-    #[inline]
-    fn hash_bytes(&self, id: &[u8]) -> u64 {
-        // Not by `Hash`, which also hashes the end of a string: nothing follows it here.
-        let mut hasher = self.hasher.build_hasher();
-        hasher.write(id);
-        hasher.finish()
+        table::hash(&self.hasher, id.as_bytes())
     }
 
     /// Returns the number of the shard that holds the instances with that hash.
@@ -117,24 +112,22 @@ impl Shards {
         self.shards.get(shard).map(|shard| lock(&shard.0))
     }
 
-    /// Removes an instance if its entry fulfils the condition.
+    /// Removes an instance, unless `take` refuses with `None`; returns what that took from the entry.
     #[inline]
-    pub(super) fn remove_if(
+    pub(super) fn remove<R>(
         &self,
         hash: u64,
         id: &str,
-        condition: impl FnOnce(&Entry) -> bool,
-    ) -> Option<Entry> {
+        take: impl FnOnce(&Entry) -> Option<R>,
+    ) -> Option<R> {
         let mut shard = self.lock_for(hash);
         let index = shard.table.find(hash, |known| *known == *id)?;
         let (_, entry) = shard.table.get(index)?;
-        if !condition(entry) {
-            return None;
-        }
-        let removed = shard.table.remove(index);
+        let taken = take(entry)?;
+        shard.table.remove(hash, index);
         drop(shard);
         self.len.fetch_sub(1, Relaxed);
-        removed.map(|(_, entry)| entry)
+        Some(taken)
     }
 
     /// Removes the entry that has that index now, if it fulfils the condition. Returns its hash, and the event that its
@@ -151,7 +144,7 @@ impl Shards {
             return None;
         }
         let removed = (self.hash_of(id), entry.expiry_event());
-        shard.table.remove(index);
+        shard.table.remove(removed.0, index);
         drop(shard);
         self.len.fetch_sub(1, Relaxed);
         Some(removed)

@@ -1,84 +1,71 @@
 //! The table of one shard: entries by instance id, and by index.
 
-use indexmap::IndexMap;
-use indexmap::map::RawEntryApiV1 as _;
-use indexmap::map::raw_entry_v1::RawEntryMut;
+use std::hash::{BuildHasher as _, Hasher as _};
+
+use foldhash::fast::RandomState;
 
 use super::entry::Entry;
 use super::inline_str::InlineStr;
+use super::slots::Slots;
 
-/// The entries of one shard, at the indices `0..len` without a gap.
-///
-/// A removal moves the last entry to the index of the removed one. A walk from the end therefore misses no entry while
-/// others are removed, and a candidate for eviction is picked by its index alone.
-///
-/// The map has no hasher, so that only the methods that are given a hash compile: the caller has computed it already, to
+/// The entries of one shard, at the indices `0..len` without a gap. The caller has computed the hash of an id already, to
 /// choose the shard.
-#[derive(Default)]
-pub(super) struct Table(IndexMap<InlineStr, Entry, ()>);
-
-/// The place of an id in the table, occupied or vacant.
-pub(super) type Place<'a> = RawEntryMut<'a, InlineStr, Entry, ()>;
+pub(super) struct Table {
+    entries: Slots<(InlineStr, Entry)>,
+    hasher: RandomState,
+}
 
 impl Table {
-    /// The capacity below which a table does not shrink.
-    const MIN_CAPACITY: usize = 8;
+    pub(super) fn new(hasher: RandomState) -> Self {
+        Self {
+            entries: Slots::default(),
+            hasher,
+        }
+    }
 
     #[inline]
     pub(super) fn len(&self) -> usize {
-        self.0.len()
+        self.entries.len()
     }
 
     #[inline]
     pub(super) fn get(&self, index: usize) -> Option<(&InlineStr, &Entry)> {
-        self.0.get_index(index)
+        self.entries.get(index).map(|(id, entry)| (id, entry))
     }
 
     #[inline]
     pub(super) fn get_mut(&mut self, index: usize) -> Option<&mut Entry> {
-        self.0.get_index_mut(index).map(|(_, entry)| entry)
+        self.entries.get_mut(index).map(|(_, entry)| entry)
     }
 
     /// Returns the index of the entry with that hash whose id matches.
     #[inline]
     pub(super) fn find(&self, hash: u64, is_match: impl Fn(&InlineStr) -> bool) -> Option<usize> {
-        self.0.raw_entry_v1().index_from_hash(hash, is_match)
+        self.entries.find(hash, |(id, _)| is_match(id))
     }
 
-    /// Returns the place of an id, with room for an insertion.
+    /// Adds an entry whose id is not in the table yet.
     #[inline]
-    pub(super) fn place(&mut self, hash: u64, id: &str) -> Place<'_> {
-        if self.0.len() == self.0.capacity() {
-            self.grow();
-        }
-        self.0
-            .raw_entry_mut_v1()
-            .from_hash(hash, |known| *known == *id)
+    pub(super) fn insert(&mut self, hash: u64, id: &str, entry: Entry) {
+        let hasher = &self.hasher;
+        let hash_of = |(id, _): &(InlineStr, Entry)| self::hash(hasher, id.as_bytes());
+        self.entries.insert(hash, (id.into(), entry), hash_of);
     }
 
-    /// Removes the entry at an index.
+    /// Removes the entry at an index, whose id has that hash.
     #[inline]
-    pub(super) fn remove(&mut self, index: usize) -> Option<(InlineStr, Entry)> {
-        let removed = self.0.swap_remove_index(index);
-        let capacity = self.0.capacity();
-        if self.0.len() < capacity / 2 && capacity > Self::MIN_CAPACITY {
-            self.shrink();
-        }
-        removed
+    pub(super) fn remove(&mut self, hash: u64, index: usize) {
+        let hasher = &self.hasher;
+        let hash_of = |(id, _): &(InlineStr, Entry)| self::hash(hasher, id.as_bytes());
+        self.entries.remove(hash, index, hash_of);
     }
+}
 
-    /// Grows by an eighth: doubling would leave a quarter of all memory unused on average.
-    #[cold]
-    fn grow(&mut self) {
-        self.0.reserve_exact(self.spare());
-    }
-
-    #[cold]
-    fn shrink(&mut self) {
-        self.0.shrink_to(self.0.len() + self.spare());
-    }
-
-    fn spare(&self) -> usize {
-        (self.0.len() / 8).max(Self::MIN_CAPACITY / 2)
-    }
+/// Hashes an id.
+#[inline]
+pub(super) fn hash(hasher: &RandomState, id: &[u8]) -> u64 {
+    // Not by `Hash`, which also hashes the end of a string: nothing follows it here.
+    let mut hasher = hasher.build_hasher();
+    hasher.write(id);
+    hasher.finish()
 }

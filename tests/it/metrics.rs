@@ -19,7 +19,7 @@ use tracing_workflow_context::backend::{
 use tracing_workflow_context::{Stats, WorkflowContextStorage};
 
 /// The documented instruments, and the counter that each time series reads.
-const INSTRUMENTS: [(&str, Kind, &str, &[Series]); 14] = [
+const INSTRUMENTS: [(&str, Kind, &str, &[Series]); 15] = [
     (
         COUNT,
         Kind::UpDownCounter,
@@ -79,6 +79,12 @@ const INSTRUMENTS: [(&str, Kind, &str, &[Series]); 14] = [
         Kind::Counter,
         "{span}",
         &[("", |stats| stats.adopted)],
+    ),
+    (
+        "workflow.context.trace.shared",
+        Kind::Counter,
+        "{trace}",
+        &[("", |stats| stats.shared_traces)],
     ),
     (
         "workflow.context.event.replayed",
@@ -359,6 +365,13 @@ impl Busy {
                 info_span!("engine").in_scope(child);
             }
             info_span!("engine").in_scope(|| {});
+            for poll in 0..2 {
+                let _poll = info_span!("poll").entered();
+                for number in 0..17 {
+                    let id = format!("polled {poll} {number}");
+                    info_span!("step", workflow.instance_id = id).in_scope(|| {});
+                }
+            }
             for _ in 0..3 {
                 info_span!("beaten", workflow.instance_id = "contended").in_scope(|| {});
                 storage.cleanup("contended").unwrap();
