@@ -1,70 +1,50 @@
-//! The queue of writes: each key's writes in their order, merged where one write does what several would.
-//!
-//! A write stays in the queue until the backend has carried it out, so a reader of its key finds it here.
+//! A queue of writes in their order, merged where one write does what several on its key would.
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::BuildHasher as _;
+use std::sync::atomic::{
+    AtomicUsize,
+    Ordering::{Acquire, Relaxed, Release},
+};
 use std::time::SystemTime;
 
 use foldhash::fast::RandomState;
 
-use crate::backend::{BackendError, Record, Write, WriteOutcome};
+use crate::backend::{Record, Write};
 
-/// The largest number of waiting writes, and of held writes. Beyond it the oldest is dropped and counted.
+/// The largest number of writes in a queue. Beyond it the oldest is dropped.
 pub(super) const MAX_WRITES: usize = 64 * 1024;
-
-/// The number of writes for which memory is kept when the queue is empty.
-const KEPT: usize = 4096;
 
 /// Called with the record that is stored under a key after a write; returns the writes that follow from it.
 pub(crate) type OnWinner = Box<dyn FnOnce(Record) -> Vec<Write> + Send>;
 
-/// Writes that the backend has not carried out yet.
+/// Callbacks in the order of their writes.
+pub(super) type Callbacks = VecDeque<Option<OnWinner>>;
+
+/// Writes that are still merged, and their callbacks.
 #[derive(Default)]
 pub(super) struct WriteQueue {
-    /// By the hash of the key, oldest first. Keys with equal hashes share a list, but their writes are not merged.
-    writes: HashMap<u64, Vec<Queued>, RandomState>,
-    /// The hash of each waiting write, oldest first.
-    waiting: VecDeque<u64>,
-    /// The hash of each held write, oldest first.
-    held: VecDeque<u64>,
-    dropped: u64,
-    /// Callbacks that will not be called. To be dropped where nothing is locked, since they may own anything.
-    discarded: Vec<OnWinner>,
+    writes: Writes,
+    callbacks: Callbacks,
 }
 
-struct Queued {
-    write: Write,
-    on_winner: Option<OnWinner>,
-    state: State,
+/// Writes that were passed to the backend, or will be. Nothing is merged into them.
+pub(super) struct InFlight {
+    writes: Writes,
+    done: AtomicUsize,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
-    Waiting,
-    /// Passed to the backend, which may have carried it out: nothing is merged into it.
-    InFlight,
-    /// To be tried again later: a part of the backend failed to carry out this write, or an earlier one of its key.
-    Held,
-}
-
-/// The writes of one backend call.
 #[derive(Default)]
-pub(super) struct Group {
-    pub(super) writes: Vec<Write>,
-    hashes: Vec<u64>,
+struct Writes {
+    in_order: VecDeque<Write>,
+    /// The place of the last write of each key, by the hash of the key and counted from the first write that ever was
+    /// in the queue. Of two keys with equal hashes only the first is found, and the other's writes are not merged.
+    places: HashMap<u64, usize, RandomState>,
+    /// The number of writes dropped from the front.
+    gone: usize,
 }
 
-/// The results of a [`Group`].
-#[derive(Default)]
-pub(super) struct Settled {
-    /// Callbacks, each with the record that it is to be called with.
-    pub(super) winners: Vec<(OnWinner, Record)>,
-    /// The failures of writes that are now held.
-    pub(super) errors: Vec<BackendError>,
-}
-
-/// The content of a key after all queued writes.
+/// The content of a key after a queue of writes.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Known {
     Record(Record),
@@ -73,223 +53,150 @@ pub(super) enum Known {
     Until(SystemTime),
 }
 
+/// Losses of full queues, and of merges.
+#[derive(Default)]
+pub(super) struct Lost {
+    /// The number of writes dropped.
+    pub(super) writes: u64,
+    /// Callbacks that will not be called. To be dropped where nothing is locked, since they may own anything.
+    pub(super) callbacks: Vec<OnWinner>,
+}
+
 impl WriteQueue {
-    /// Queues a write, or merges it into the last one of its key.
-    pub(super) fn add(&mut self, write: Write, on_winner: Option<OnWinner>) {
-        let hash = self.hash(write.key());
-        let last = self.last_mut(hash, write.key());
-        if let Some(last) = last.filter(|last| last.can_merge(&write)) {
-            let discarded = last.merge(write, on_winner);
-            self.discarded.extend(discarded);
-        } else if self.make_room(State::Waiting, matches!(write, Write::Expire(..))) {
-            self.waiting.push_back(hash);
-            self.writes.entry(hash).or_default().push(Queued {
-                write,
-                on_winner,
-                state: State::Waiting,
-            });
-        } else {
-            self.discarded.extend(on_winner);
+    pub(super) fn is_empty(&self) -> bool {
+        self.writes.in_order.is_empty()
+    }
+
+    pub(super) fn add(&mut self, write: Write, on_winner: Option<OnWinner>, lost: &mut Lost) {
+        let writes = &mut self.writes;
+        let hash = writes.places.hasher().hash_one(write.key());
+        let place = writes.place(hash, write.key());
+        if let Some(place) = place.filter(|&place| can_merge(&writes.in_order[place], &write)) {
+            let (there, callback) = (&mut writes.in_order[place], &mut self.callbacks[place]);
+            lost.callbacks
+                .extend(merge(there, callback, write, on_winner));
+            return;
         }
+        if writes.in_order.len() >= MAX_WRITES {
+            lost.writes += 1;
+            // A missed expiry does the least harm.
+            if let Write::Expire(..) = write {
+                lost.callbacks.extend(on_winner);
+                return;
+            }
+            writes.drop_oldest();
+            lost.callbacks.extend(self.callbacks.pop_front().flatten());
+        }
+        let new_place = writes.gone + writes.in_order.len();
+        match place {
+            Some(_) => drop(writes.places.insert(hash, new_place)),
+            None => drop(writes.places.entry(hash).or_insert(new_place)),
+        }
+        writes.in_order.push_back(write);
+        self.callbacks.push_back(on_winner);
     }
 
     pub(super) fn known(&self, key: &str) -> Option<Known> {
-        let mut writes = self.writes.get(&self.hash(key))?.iter().rev();
-        Some(
-            match &writes.find(|queued| queued.write.key() == key)?.write {
-                Write::Put(_, record) | Write::PutIfAbsent(_, record) => {
-                    Known::Record(record.clone())
-                }
-                Write::Remove(_) => Known::Gone,
-                Write::Expire(_, at) => Known::Until(*at),
-            },
-        )
+        self.writes.known(key, 0)
     }
 
-    /// Puts the `count` oldest waiting writes into a group, without those of keys with a held write, which become held.
-    pub(super) fn take_waiting(&mut self, count: usize) -> Group {
-        let mut group = Group::default();
-        for _ in 0..count {
-            let Some(hash) = self.waiting.pop_front() else {
-                break;
-            };
-            match self.oldest(hash, State::Held) {
-                Some(_) => self.hold(hash, State::Waiting),
-                None => self.send(hash, State::Waiting, &mut group),
-            }
-        }
-        group
-    }
-
-    /// Puts the `count` oldest held writes into a group.
-    pub(super) fn take_held(&mut self, count: usize) -> Group {
-        let mut group = Group::default();
-        for _ in 0..count {
-            if let Some(hash) = self.held.pop_front() {
-                self.send(hash, State::Held, &mut group);
-            }
-        }
-        group
-    }
-
-    /// Removes the writes that were carried out, and holds those that failed. A write without an outcome counts as
-    /// carried out.
-    pub(super) fn settle(&mut self, group: &Group, outcomes: Vec<WriteOutcome>) -> Settled {
-        let mut settled = Settled::default();
-        let outcomes = outcomes
-            .into_iter()
-            .chain(std::iter::repeat(WriteOutcome::Done));
-        for (hash, outcome) in group.hashes.iter().copied().zip(outcomes) {
-            let existing = match outcome {
-                WriteOutcome::Done => None,
-                WriteOutcome::Existing(record) => Some(record),
-                WriteOutcome::Failed(error) => {
-                    settled.errors.push(error);
-                    self.hold(hash, State::InFlight);
-                    continue;
-                }
-            };
-            match self.remove(hash, State::InFlight) {
-                Some(Queued {
-                    write: Write::Put(_, own) | Write::PutIfAbsent(_, own),
-                    on_winner: Some(on_winner),
-                    ..
-                }) => settled.winners.push((on_winner, existing.unwrap_or(own))),
-                other => self
-                    .discarded
-                    .extend(other.and_then(|queued| queued.on_winner)),
-            }
-        }
-        if self.writes.is_empty() {
-            self.writes.shrink_to(KEPT);
-            self.waiting.shrink_to(KEPT);
-            self.held.shrink_to(KEPT);
-        }
-        settled
-    }
-
-    pub(super) fn waiting(&self) -> usize {
-        self.waiting.len()
-    }
-
-    pub(super) fn held(&self) -> usize {
-        self.held.len()
-    }
-
-    pub(super) fn dropped(&self) -> u64 {
-        self.dropped
-    }
-
-    pub(super) fn take_discarded(&mut self) -> Vec<OnWinner> {
-        std::mem::take(&mut self.discarded)
-    }
-
-    fn hash(&self, key: &str) -> u64 {
-        self.writes.hasher().hash_one(key)
-    }
-
-    fn last_mut(&mut self, hash: u64, key: &str) -> Option<&mut Queued> {
-        let mut writes = self.writes.get_mut(&hash)?.iter_mut().rev();
-        writes.find(|queued| queued.write.key() == key)
-    }
-
-    fn oldest(&mut self, hash: u64, state: State) -> Option<&mut Queued> {
-        let mut writes = self.writes.get_mut(&hash)?.iter_mut();
-        writes.find(|queued| queued.state == state)
-    }
-
-    /// Removes the oldest write in this state.
-    fn remove(&mut self, hash: u64, state: State) -> Option<Queued> {
-        let writes = self.writes.get_mut(&hash)?;
-        let oldest = writes.iter().position(|queued| queued.state == state)?;
-        let removed = writes.remove(oldest);
-        if writes.is_empty() {
-            self.writes.remove(&hash);
-        }
-        Some(removed)
-    }
-
-    fn send(&mut self, hash: u64, from: State, group: &mut Group) {
-        if let Some(queued) = self.oldest(hash, from) {
-            queued.state = State::InFlight;
-            group.writes.push(queued.write.clone());
-            group.hashes.push(hash);
-        }
-    }
-
-    fn hold(&mut self, hash: u64, from: State) {
-        let is_expire = self
-            .oldest(hash, from)
-            .is_some_and(|queued| matches!(queued.write, Write::Expire(..)));
-        if self.make_room(State::Held, is_expire) {
-            self.held.push_back(hash);
-            if let Some(queued) = self.oldest(hash, from) {
-                queued.state = State::Held;
-            }
-        } else {
-            self.discard(hash, from);
-        }
-    }
-
-    /// Drops the oldest write in this state if there are too many. Returns `false` if the new one is to be dropped
-    /// instead: a missed expiry does the least harm.
-    fn make_room(&mut self, state: State, is_expire: bool) -> bool {
-        let hashes = match state {
-            State::Held => &mut self.held,
-            State::Waiting | State::InFlight => &mut self.waiting,
+    pub(super) fn into_in_flight(self) -> (InFlight, Callbacks) {
+        let in_flight = InFlight {
+            writes: self.writes,
+            done: AtomicUsize::new(0),
         };
-        if hashes.len() < MAX_WRITES {
-            return true;
-        }
-        self.dropped += 1;
-        let oldest = if is_expire { None } else { hashes.pop_front() };
-        if let Some(hash) = oldest {
-            self.discard(hash, state);
-        }
-        !is_expire
-    }
-
-    fn discard(&mut self, hash: u64, state: State) {
-        let on_winner = self.remove(hash, state).and_then(|queued| queued.on_winner);
-        self.discarded.extend(on_winner);
+        (in_flight, self.callbacks)
     }
 }
 
-impl Queued {
-    /// Returns `true` if one write can do what this and the newer one do. An expiry after a claim moves the record that
-    /// the claim finds, and an expiry before a claim that of another record.
-    fn can_merge(&self, newer: &Write) -> bool {
-        self.state != State::InFlight
-            && match (&self.write, newer) {
-                (Write::PutIfAbsent(..), Write::Expire(..)) => false,
-                (Write::Expire(_, at), Write::PutIfAbsent(_, record)) => is_over(*at, record),
-                _ => true,
-            }
+impl InFlight {
+    /// Returns the next writes that are not done, `most` at most.
+    pub(super) fn next_group(&self, most: usize) -> &[Write] {
+        let done = self.done.load(Relaxed);
+        let (first, second) = self.writes.in_order.as_slices();
+        let rest = match first.get(done..) {
+            Some(rest) if !rest.is_empty() => rest,
+            _ => second.get(done - first.len()..).unwrap_or_default(),
+        };
+        &rest[..rest.len().min(most)]
     }
 
-    /// Makes this write do what both do. Returns the callback that will not be called, if any.
-    fn merge(&mut self, newer: Write, on_winner: Option<OnWinner>) -> Option<OnWinner> {
-        self.write = match (&mut self.write, newer) {
-            (Write::Put(_, record), Write::Expire(_, at)) => {
-                record.expires_at = at;
-                return on_winner;
-            }
-            (Write::Remove(_), Write::Expire(..)) => return on_winner,
-            // The claim finds nothing.
-            (
-                Write::Put(_, Record { expires_at, .. }) | Write::Expire(_, expires_at),
-                Write::PutIfAbsent(key, record),
-            ) if is_over(*expires_at, &record) => Write::Put(key, record),
-            (Write::Remove(_), Write::PutIfAbsent(key, record)) => Write::Put(key, record),
-            // The first claim wins, and both callbacks are told its winner.
-            (Write::PutIfAbsent(..) | Write::Put(..), Write::PutIfAbsent(..)) => {
-                self.on_winner = both(self.on_winner.take(), on_winner);
-                return None;
-            }
-            (_, newer) => newer,
-        };
-        std::mem::replace(&mut self.on_winner, on_winner)
+    /// Marks the next writes as done. From now on, only the backend knows of them.
+    pub(super) fn mark_done(&self, count: usize) {
+        self.done.fetch_add(count, Release);
     }
+
+    pub(super) fn known(&self, key: &str) -> Option<Known> {
+        self.writes.known(key, self.done.load(Acquire))
+    }
+}
+
+impl Writes {
+    /// Returns the index of the last write of a key.
+    fn place(&self, hash: u64, key: &str) -> Option<usize> {
+        let place = self.places.get(&hash)? - self.gone;
+        (self.in_order[place].key() == key).then_some(place)
+    }
+
+    /// Returns the content of a key after its last write, if that is at or behind the index `from`.
+    fn known(&self, key: &str, from: usize) -> Option<Known> {
+        let place = self.place(self.places.hasher().hash_one(key), key)?;
+        (place >= from).then(|| match &self.in_order[place] {
+            Write::Put(_, record) | Write::PutIfAbsent(_, record) => Known::Record(record.clone()),
+            Write::Remove(_) => Known::Gone,
+            Write::Expire(_, at) => Known::Until(*at),
+        })
+    }
+
+    fn drop_oldest(&mut self) {
+        let Some(write) = self.in_order.pop_front() else {
+            return;
+        };
+        let hash = self.places.hasher().hash_one(write.key());
+        if self.places.get(&hash) == Some(&self.gone) {
+            self.places.remove(&hash);
+        }
+        self.gone += 1;
+    }
+}
+
+/// Returns `true` if one write can do what two on one key do. An expiry after a claim moves the record that the claim
+/// finds, and an expiry before a claim that of another record.
+fn can_merge(there: &Write, newer: &Write) -> bool {
+    match (there, newer) {
+        (Write::PutIfAbsent(..), Write::Expire(..)) => false,
+        (Write::Expire(_, at), Write::PutIfAbsent(_, record)) => is_over(*at, record),
+        _ => true,
+    }
+}
+
+/// Makes the write that is there do what both do. Returns the callback that will not be called.
+fn merge(
+    there: &mut Write,
+    callback: &mut Option<OnWinner>,
+    newer: Write,
+    on_winner: Option<OnWinner>,
+) -> Option<OnWinner> {
+    *there = match (&mut *there, newer) {
+        (Write::Put(_, record), Write::Expire(_, at)) => {
+            record.expires_at = at;
+            return on_winner;
+        }
+        (Write::Remove(_), Write::Expire(..)) => return on_winner,
+        // The claim finds nothing.
+        (
+            Write::Put(_, Record { expires_at, .. }) | Write::Expire(_, expires_at),
+            Write::PutIfAbsent(key, record),
+        ) if is_over(*expires_at, &record) => Write::Put(key, record),
+        (Write::Remove(_), Write::PutIfAbsent(key, record)) => Write::Put(key, record),
+        // The first claim wins, and both callbacks are told its winner.
+        (Write::PutIfAbsent(..) | Write::Put(..), Write::PutIfAbsent(..)) => {
+            *callback = both(callback.take(), on_winner);
+            return None;
+        }
+        (_, newer) => newer,
+    };
+    std::mem::replace(callback, on_winner)
 }
 
 /// Returns `true` if a record with this expiry is gone when the other one is recorded.
@@ -402,7 +309,7 @@ mod tests {
                     continue;
                 }
                 one_by_one.write(&write, now);
-                queue.add(write, None);
+                queue.add(write, None, &mut Lost::default());
             }
             let claimed_before = writes.iter().filter(|(kind, _)| [1, 2].contains(kind)).count() > 1;
             for key in ["a", "b", "c"] {
@@ -418,8 +325,8 @@ mod tests {
                     _ => {}
                 }
             }
-            for write in queue.take_waiting(100).writes {
-                merged.write(&write, now);
+            for write in queue.into_in_flight().0.next_group(100) {
+                merged.write(write, now);
             }
             prop_assert_eq!(merged.live(now), one_by_one.live(now));
         }
@@ -427,66 +334,60 @@ mod tests {
 
     #[test]
     fn the_oldest_go_first_and_expiries_before_all() {
-        let mut queue = WriteQueue::default();
+        let (mut queue, mut lost) = (WriteQueue::default(), Lost::default());
+        let key = |n: usize| Write::Remove(n.to_string());
         for n in 0..MAX_WRITES {
-            queue.add(Write::Remove(n.to_string()), None);
-            assert_eq!(queue.dropped(), 0);
+            queue.add(key(n), None, &mut lost);
         }
-        queue.add(Write::Expire("late".into(), time(1)), None);
-        assert_eq!((queue.dropped(), queue.known("late")), (1, None));
+        assert_eq!(lost.writes, 0);
+        queue.add(Write::Expire("late".into(), time(1)), None, &mut lost);
+        assert_eq!((lost.writes, queue.known("late")), (1, None));
         assert_eq!(queue.known("0"), Some(Known::Gone));
         for n in 0..10 {
-            queue.add(Write::Remove(format!("more {n}")), None);
-            assert_eq!(queue.dropped(), n + 2);
+            queue.add(Write::Remove(format!("more {n}")), None, &mut lost);
+            assert_eq!(lost.writes, n as u64 + 2);
             assert_eq!(queue.known(&n.to_string()), None);
             assert_eq!(queue.known(&(n + 1).to_string()), Some(Known::Gone));
             assert_eq!(queue.known(&format!("more {n}")), Some(Known::Gone));
         }
-        queue.add(Write::Remove("20".into()), None);
-        assert_eq!(queue.dropped(), 11, "it waits already");
-        let group = queue.take_waiting(3);
-        let keys: Vec<_> = group.writes.iter().map(Write::key).collect();
-        assert_eq!(keys, ["10", "11", "12"]);
-        assert_eq!(queue.known("12"), Some(Known::Gone), "not done yet");
-        queue.settle(&group, vec![WriteOutcome::Done; 3]);
-        assert_eq!(queue.known("12"), None);
-        assert_eq!(queue.known("13"), Some(Known::Gone));
-        assert_eq!(queue.take_waiting(1).writes[0].key(), "13");
+        queue.add(key(20), None, &mut lost);
+        assert_eq!(lost.writes, 11, "it waits already");
+        let (in_flight, callbacks) = queue.into_in_flight();
+        assert_eq!(callbacks.len(), MAX_WRITES);
+        assert_eq!(in_flight.next_group(3), [key(10), key(11), key(12)]);
+        in_flight.mark_done(3);
+        assert_eq!(in_flight.known("12"), None);
+        assert_eq!(in_flight.known("13"), Some(Known::Gone));
+        assert_eq!(in_flight.next_group(1), [key(13)]);
+        let mut rest = 0;
+        loop {
+            let group = in_flight.next_group(1000).len();
+            in_flight.mark_done(group);
+            rest += group;
+            if group == 0 {
+                break;
+            }
+        }
+        assert_eq!(rest, MAX_WRITES - 3);
     }
 
-    /// A part of the backend fails again and again; each key's writes stay in their order all the while.
     #[test]
-    fn held_writes_go_before_later_ones_of_their_key() {
-        let mut queue = WriteQueue::default();
-        let failed = || WriteOutcome::Failed(BackendError::new("away", None).partial());
-        let put = |key: &str, span| Write::Put(key.to_owned(), record(span, 0));
-        let claim = |key: &str, span| Write::PutIfAbsent(key.to_owned(), record(span, 0));
-        queue.add(claim("a", 1), None);
-        queue.add(Write::Expire("a".into(), time(7)), None);
-        queue.add(put("b", 2), None);
-        let group = queue.take_waiting(10);
-        assert_eq!(group.writes.len(), 3);
-        queue.add(put("a", 3), None);
-        assert_eq!(queue.take_waiting(0).writes, []);
-        let settled = queue.settle(&group, vec![failed(), failed(), WriteOutcome::Done]);
-        assert_eq!((settled.errors.len(), queue.held()), (2, 2));
-        // The waiting one is held behind the others.
-        queue.add(put("c", 4), None);
-        assert_eq!(queue.take_waiting(10).writes, [put("c", 4)]);
-        assert_eq!((queue.held(), queue.waiting()), (3, 0));
-        // A newer one is merged into the last that is held.
-        queue.add(put("a", 5), None);
-        assert_eq!((queue.held(), queue.waiting()), (3, 0));
-        assert_eq!(queue.known("a"), Some(Known::Record(record(5, 0))));
-
-        let first = queue.take_held(1);
-        assert_eq!(first.writes, [claim("a", 1)]);
-        queue.settle(&first, vec![failed()]);
-        let all = queue.take_held(3);
-        let expire = Write::Expire("a".into(), time(7));
-        assert_eq!(all.writes, [claim("a", 1), expire, put("a", 5)]);
-        queue.settle(&all, Vec::new());
-        assert_eq!(queue.known("a"), None);
-        assert_eq!((queue.held(), queue.waiting()), (0, 0));
+    fn a_callback_is_discarded_only_with_its_write() {
+        let (mut queue, mut lost) = (WriteQueue::default(), Lost::default());
+        let on_winner = || -> Option<OnWinner> { Some(Box::new(|_| Vec::new())) };
+        let claim = |span| Write::PutIfAbsent("a".into(), record(span, 0));
+        let remove = Write::Remove("a".into());
+        let writes = [(claim(1), 0), (claim(2), 0), (remove, 1), (claim(3), 1)];
+        for (write, discarded) in writes {
+            let on_winner = on_winner().filter(|_| !matches!(write, Write::Remove(_)));
+            queue.add(write, on_winner, &mut lost);
+            assert_eq!(lost.callbacks.len(), discarded);
+        }
+        let (in_flight, callbacks) = queue.into_in_flight();
+        assert_eq!(
+            in_flight.next_group(9),
+            [Write::Put("a".into(), record(3, 0))]
+        );
+        assert!(callbacks.len() == 1 && callbacks[0].is_some());
     }
 }

@@ -4,6 +4,7 @@
 //! thread that locks the queue first moves messages from the channel into it: the writer's own, a lookup, and a span
 //! that finds the channel crowded and the queue unlocked.
 
+use std::collections::HashSet;
 use std::sync::atomic::{
     AtomicBool, AtomicUsize,
     Ordering::{Relaxed, SeqCst},
@@ -15,8 +16,8 @@ use std::time::{Duration, Instant};
 
 use super::breaker::{Backoff, Breaker};
 use super::guard::Guarded;
-use super::write_queue::{Group, Known, MAX_WRITES, OnWinner, WriteQueue};
-use crate::backend::{BackendError, Write};
+use super::write_queue::{Callbacks, InFlight, Known, Lost, MAX_WRITES, OnWinner, WriteQueue};
+use crate::backend::{BackendError, Record, Write, WriteOutcome};
 use crate::lock::{lock, try_lock};
 use crate::stats::Counter;
 
@@ -33,13 +34,11 @@ const IDLE_ROUNDS: u32 = 64;
 /// bounded. Large enough for a burst while the backend is busy with a group.
 const CROWDED: usize = 8 * 1024;
 
-/// The number of messages that such a write moves.
-const MOVED_BY_WRITE: usize = 64;
+/// The largest number of writes that are handled while the queue is locked, since lookups wait meanwhile.
+const AT_ONCE: usize = 64;
 
-/// The number of messages that a lookup moves before it checks its budget again.
-const MOVED_BY_LOOKUP: usize = 256;
-
-/// The pause between attempts of a lookup to lock the queue.
+/// The number of times that a lookup tries to lock the queue without a pause, and the pause between further attempts.
+const SPINS: u32 = 250;
 const LOCK_RETRY: Duration = Duration::from_micros(50);
 
 /// The longest wait of `flush`.
@@ -73,17 +72,21 @@ type Flush = SyncSender<Result<(), BackendError>>;
 
 struct Queue {
     channel: Receiver<Message>,
-    writes: WriteQueue,
+    waiting: WriteQueue,
+    /// Shared with the thread, which alone replaces it.
+    in_flight: Option<Arc<InFlight>>,
+    /// Writes that a part of the backend failed to carry out, and later ones of their keys. Only the thread adds to it.
+    held: WriteQueue,
+    lost: Lost,
     is_urgent: bool,
     /// Answered by the next turn.
     flushes: Vec<Flush>,
     is_closing: bool,
 }
 
-/// One turn of the thread: what it carries out before it waits again.
+/// One turn of the thread: what it carries out, beside the waiting writes, before it waits again.
 struct Turn {
-    waiting: usize,
-    held: usize,
+    with_held: bool,
     flushes: Vec<Flush>,
     is_closing: bool,
 }
@@ -99,7 +102,10 @@ impl Writer {
             in_channel: AtomicUsize::new(0),
             queue: Mutex::new(Queue {
                 channel: receiver,
-                writes: WriteQueue::default(),
+                waiting: WriteQueue::default(),
+                in_flight: None,
+                held: WriteQueue::default(),
+                lost: Lost::default(),
                 is_urgent: false,
                 flushes: Vec::new(),
                 is_closing: false,
@@ -121,7 +127,7 @@ impl Writer {
         let in_channel = self.in_channel.load(Relaxed);
         if in_channel >= CROWDED {
             if let Some(queue) = try_lock(&self.queue) {
-                self.with(queue, MOVED_BY_WRITE, |_| ());
+                self.with(queue, |_| ());
             } else if in_channel >= MAX_WRITES {
                 self.dropped.add();
                 return;
@@ -154,21 +160,22 @@ impl Writer {
     pub(super) fn known(&self, key: &str, most: Duration) -> Result<Option<Known>, TimedOut> {
         let start = Instant::now();
         let mut to_move = self.in_channel.load(SeqCst);
+        let mut failed_attempts = 0;
         loop {
-            let queue = try_lock(&self.queue);
-            let is_locked = queue.is_some();
-            if let Some(queue) = queue {
-                let known = self.with(queue, MOVED_BY_LOOKUP, |queue| queue.writes.known(key));
-                to_move = to_move.saturating_sub(MOVED_BY_LOOKUP);
+            if let Some(queue) = try_lock(&self.queue) {
+                let known = self.with(queue, |queue| queue.known(key));
+                to_move = to_move.saturating_sub(AT_ONCE);
                 if to_move == 0 {
                     return Ok(known);
                 }
+            } else {
+                failed_attempts += 1;
             }
             let left = most.saturating_sub(start.elapsed());
             if left.is_zero() {
                 return Err(TimedOut);
             }
-            if !is_locked {
+            if failed_attempts > SPINS {
                 thread::sleep(left.min(LOCK_RETRY));
             }
         }
@@ -192,7 +199,7 @@ impl Writer {
     }
 
     pub(super) fn dropped(&self) -> u64 {
-        self.dropped.get() + self.with_queue(|queue| queue.writes.dropped())
+        self.dropped.get() + self.with_queue(|queue| queue.lost.writes)
     }
 
     #[cfg(test)]
@@ -212,34 +219,37 @@ impl Writer {
         }
     }
 
+    /// Calls `run` once every message that was sent before is in the queue.
     fn with_queue<R>(&self, run: impl FnOnce(&mut Queue) -> R) -> R {
-        self.with(lock(&self.queue), usize::MAX, run)
+        let in_channel = self.in_channel.load(SeqCst);
+        for _ in 0..in_channel / AT_ONCE {
+            self.with(lock(&self.queue), |_| ());
+        }
+        self.with(lock(&self.queue), run)
     }
 
-    /// Moves messages from the channel into the queue, `most` at most, and calls `run`.
-    fn with<R>(
-        &self,
-        mut queue: MutexGuard<'_, Queue>,
-        most: usize,
-        run: impl FnOnce(&mut Queue) -> R,
-    ) -> R {
-        for _ in 0..self.in_channel.load(SeqCst).min(most) {
+    /// Moves some messages from the channel into the queue, and calls `run`.
+    fn with<R>(&self, mut queue: MutexGuard<'_, Queue>, run: impl FnOnce(&mut Queue) -> R) -> R {
+        for _ in 0..self.in_channel.load(SeqCst).min(AT_ONCE) {
             // The sender may have incremented the counter and not sent yet.
             let Ok(message) = queue.channel.try_recv() else {
                 break;
             };
             self.in_channel.fetch_sub(1, Relaxed);
+            let queue = &mut *queue;
             match message {
-                Message::Write(write, on_winner) => queue.writes.add(write, on_winner),
+                Message::Write(write, on_winner) => {
+                    queue.waiting.add(write, on_winner, &mut queue.lost);
+                }
                 Message::Hurry => queue.is_urgent = true,
                 Message::Flush(flush) => queue.flushes.push(flush),
                 Message::Close => queue.is_closing = true,
             }
         }
         let result = run(&mut queue);
-        let discarded = queue.writes.take_discarded();
+        let callbacks = std::mem::take(&mut queue.lost.callbacks);
         drop(queue);
-        drop(discarded);
+        drop(callbacks);
         result
     }
 
@@ -248,7 +258,7 @@ impl Writer {
         let mut state = ThreadState {
             writer: self,
             backend,
-            in_flight: Group::default(),
+            callbacks: Callbacks::new(),
             held_until: None,
             held_backoff: Backoff::new(),
             is_dirty: false,
@@ -270,7 +280,7 @@ impl Writer {
                     Err(BackendError::new(message, Some(cause)))
                 }));
             }
-            let is_done = result.is_err() || self.with_queue(|queue| queue.writes.waiting() == 0);
+            let is_done = result.is_err() || self.with_queue(|queue| queue.waiting.is_empty());
             if turn.is_closing && is_done {
                 return;
             }
@@ -300,6 +310,13 @@ impl Writer {
 }
 
 impl Queue {
+    /// Returns the content of a key after all writes.
+    fn known(&self, key: &str) -> Option<Known> {
+        let in_flight = || self.in_flight.as_ref()?.known(key);
+        let held = || self.held.known(key);
+        self.waiting.known(key).or_else(in_flight).or_else(held)
+    }
+
     fn is_waited_for(&self) -> bool {
         self.is_closing || !self.flushes.is_empty()
     }
@@ -307,8 +324,7 @@ impl Queue {
     fn begin_turn(&mut self, with_held: bool) -> Turn {
         self.is_urgent = false;
         Turn {
-            waiting: self.writes.waiting(),
-            held: if with_held { self.writes.held() } else { 0 },
+            with_held,
             flushes: std::mem::take(&mut self.flushes),
             is_closing: self.is_closing,
         }
@@ -319,8 +335,8 @@ impl Queue {
 struct ThreadState<'a> {
     writer: &'a Writer,
     backend: &'a Guarded,
-    /// Left from a turn in which the backend failed as a whole, and tried again before anything else.
-    in_flight: Group,
+    /// The callbacks of the writes in flight that are not done.
+    callbacks: Callbacks,
     /// Time of the next attempt at held writes, if there are any.
     held_until: Option<Instant>,
     held_backoff: Backoff,
@@ -331,12 +347,12 @@ struct ThreadState<'a> {
 impl ThreadState<'_> {
     /// Waits until there is something to do.
     fn next_turn(&self) -> Turn {
-        let is_retry = !self.in_flight.writes.is_empty();
         let mut idle = 0;
         loop {
             let is_held_due = self.held_until.is_some_and(|due| Instant::now() >= due);
             let turn = self.writer.with_queue(|queue| {
-                let is_gathered = queue.writes.waiting() > 0 && (idle > 0 || queue.is_urgent);
+                let is_gathered = !queue.waiting.is_empty() && (idle > 0 || queue.is_urgent);
+                let is_retry = queue.in_flight.is_some();
                 let with_held = is_held_due || queue.is_waited_for();
                 (is_retry || is_gathered || with_held).then(|| queue.begin_turn(with_held))
             });
@@ -359,8 +375,8 @@ impl ThreadState<'_> {
         is_asleep.store(true, SeqCst);
         // A span that wakes nobody has incremented the counter before this. By now, a lookup may have moved its write
         // into the queue.
-        let waiting = self.writer.with_queue(|queue| queue.writes.waiting());
-        if waiting == 0 && self.writer.in_channel.load(SeqCst) == 0 {
+        let is_empty = self.writer.with_queue(|queue| queue.waiting.is_empty());
+        if is_empty && self.writer.in_channel.load(SeqCst) == 0 {
             match self.held_until {
                 Some(due) => thread::park_timeout(due.saturating_duration_since(Instant::now())),
                 None => thread::park(),
@@ -376,27 +392,15 @@ impl ThreadState<'_> {
         turn: &Turn,
         partial: &mut Option<BackendError>,
     ) -> Result<(), BackendError> {
-        let (mut held, mut waiting) = (turn.held, turn.waiting);
-        loop {
-            if self.in_flight.writes.is_empty() {
-                // Held writes are older than waiting ones of the same key.
-                let is_held = held > 0;
-                let left = if is_held { &mut held } else { &mut waiting };
-                let count = GROUP.min(*left);
-                if count == 0 {
-                    break;
-                }
-                *left -= count;
-                self.in_flight = self.writer.with_queue(|queue| match is_held {
-                    true => queue.writes.take_held(count),
-                    false => queue.writes.take_waiting(count),
-                });
-            }
-            if !self.in_flight.writes.is_empty() {
-                self.write_group(partial)?;
-            }
+        // Left from a turn in which the backend failed as a whole.
+        self.write_in_flight(partial)?;
+        if turn.with_held {
+            self.take(|queue| &mut queue.held);
+            self.write_in_flight(partial)?;
         }
-        let is_any_held = self.writer.with_queue(|queue| queue.writes.held() > 0);
+        self.take(|queue| &mut queue.waiting);
+        self.write_in_flight(partial)?;
+        let is_any_held = self.writer.with_queue(|queue| !queue.held.is_empty());
         let is_wanted = turn.is_closing || !turn.flushes.is_empty();
         if is_wanted && self.is_dirty && !is_any_held {
             self.backend.call(|backend| backend.flush())?;
@@ -405,29 +409,110 @@ impl ThreadState<'_> {
         Ok(())
     }
 
-    fn write_group(&mut self, partial: &mut Option<BackendError>) -> Result<(), BackendError> {
-        let Group { writes, .. } = &self.in_flight;
-        let outcomes = self.backend.call(|backend| backend.write(writes))?;
-        self.is_dirty = true;
-        let group = std::mem::take(&mut self.in_flight);
-        let mut settled = self
-            .writer
-            .with_queue(|queue| queue.writes.settle(&group, outcomes));
-        if let Some(error) = settled.errors.pop() {
-            *partial = Some(error);
+    /// Puts all writes of a queue in flight.
+    fn take(&mut self, from: impl FnOnce(&mut Queue) -> &mut WriteQueue) {
+        self.callbacks = self.writer.with_queue(|queue| {
+            let (in_flight, callbacks) = std::mem::take(from(queue)).into_in_flight();
+            queue.in_flight = Some(Arc::new(in_flight));
+            callbacks
+        });
+    }
+
+    fn write_in_flight(&mut self, partial: &mut Option<BackendError>) -> Result<(), BackendError> {
+        let in_flight = self.writer.with_queue(|queue| queue.in_flight.clone());
+        let Some(in_flight) = in_flight else {
+            return Ok(());
+        };
+        loop {
+            let group = in_flight.next_group(GROUP);
+            if group.is_empty() {
+                break;
+            }
+            let winners = self.write_group(group, partial)?;
+            in_flight.mark_done(group.len());
+            for (on_winner, winner) in winners {
+                let follow_ups = on_winner(winner).into_iter();
+                follow_ups.for_each(|write| self.writer.write(write, None));
+            }
         }
-        for (on_winner, winner) in settled.winners {
-            let follow_ups = on_winner(winner).into_iter();
-            follow_ups.for_each(|write| self.writer.write(write, None));
-        }
+        // Its memory is freed when `in_flight` is dropped, where nothing is locked.
+        self.writer.with_queue(|queue| queue.in_flight = None);
         Ok(())
     }
 
+    /// Carries out a group, and holds those of its writes that failed and those whose key has a held write. Returns the
+    /// callbacks of the others, each with the record that it is to be called with.
+    fn write_group(
+        &mut self,
+        group: &[Write],
+        partial: &mut Option<BackendError>,
+    ) -> Result<Vec<(OnWinner, Record)>, BackendError> {
+        let held = self.held_keys(group);
+        let free: Vec<_>;
+        let mut writes = group;
+        if !held.is_empty() {
+            let is_free = |write: &&Write| !held.contains(write.key());
+            free = group.iter().filter(is_free).cloned().collect();
+            writes = &free;
+        }
+        let mut outcomes = Vec::new().into_iter();
+        if !writes.is_empty() {
+            let written = self.backend.call(|backend| backend.write(writes))?;
+            outcomes = written.into_iter();
+            self.is_dirty = true;
+        }
+        let (mut winners, mut to_hold) = (Vec::new(), Vec::new());
+        for write in group {
+            let on_winner = self.callbacks.pop_front().flatten();
+            if held.contains(write.key()) {
+                to_hold.push((write.clone(), on_winner));
+                continue;
+            }
+            let existing = match outcomes.next() {
+                Some(WriteOutcome::Failed(error)) => {
+                    *partial = Some(error);
+                    to_hold.push((write.clone(), on_winner));
+                    continue;
+                }
+                Some(WriteOutcome::Existing(record)) => Some(record),
+                // A missing outcome counts as done.
+                Some(WriteOutcome::Done) | None => None,
+            };
+            if let Write::Put(_, own) | Write::PutIfAbsent(_, own) = write {
+                let winner = || existing.unwrap_or_else(|| own.clone());
+                winners.extend(on_winner.map(|on_winner| (on_winner, winner())));
+            }
+        }
+        let mut to_hold = to_hold.into_iter();
+        while to_hold.len() > 0 {
+            self.writer.with_queue(|queue| {
+                for (write, on_winner) in to_hold.by_ref().take(AT_ONCE) {
+                    queue.held.add(write, on_winner, &mut queue.lost);
+                }
+            });
+        }
+        Ok(winners)
+    }
+
+    fn held_keys<'a>(&self, group: &'a [Write]) -> HashSet<&'a str> {
+        let mut held = HashSet::new();
+        if self.writer.with_queue(|queue| queue.held.is_empty()) {
+            return held;
+        }
+        for some in group.chunks(AT_ONCE) {
+            self.writer.with_queue(|queue| {
+                let is_held = |key: &&str| queue.held.known(key).is_some();
+                held.extend(some.iter().map(Write::key).filter(is_held));
+            });
+        }
+        held
+    }
+
     fn schedule_held(&mut self, turn: &Turn) {
-        if self.writer.with_queue(|queue| queue.writes.held() == 0) {
+        if self.writer.with_queue(|queue| queue.held.is_empty()) {
             self.held_until = None;
             self.held_backoff = Backoff::new();
-        } else if turn.held > 0 || self.held_until.is_none() {
+        } else if turn.with_held || self.held_until.is_none() {
             self.held_until = Some(self.held_backoff.next_attempt());
         }
     }
