@@ -116,10 +116,7 @@ impl Fields {
         if self.pollers.is_empty() {
             return false;
         }
-        // tracing-opentelemetry 0.34 sets the attribute `target` (src/layer.rs, `on_new_span`).
-        let attributes = span.attributes.as_deref().unwrap_or_default();
-        let target = attributes.iter().find(|a| a.key.as_str() == "target");
-        let target = target.map(|attribute| attribute.value.as_str());
+        let target = target_of(span);
         (self.pollers.iter()).any(|poller| poller.matches(&span.name, target.as_deref()))
     }
 
@@ -227,6 +224,14 @@ impl Fields {
         values.record(&mut visitor);
         visitor.found
     }
+}
+
+/// Returns the target of a span that is about to start, if it has one: tracing-opentelemetry 0.34 sets it as an attribute
+/// (src/layer.rs, `on_new_span`).
+pub(crate) fn target_of(span: &SpanBuilder) -> Option<Cow<'_, str>> {
+    let mut attributes = span.attributes.as_deref().unwrap_or_default().iter();
+    let target = attributes.find(|attribute| attribute.key.as_str() == "target");
+    target.map(|attribute| attribute.value.as_str())
 }
 
 /// The reserved fields of one span.

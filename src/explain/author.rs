@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicU16, Ordering::Relaxed};
 use dashmap::DashMap;
 use opentelemetry::trace::SpanBuilder;
 
+use crate::fields::target_of;
+
 /// The name and target of a span that recorded a context.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(crate) struct Author {
@@ -18,14 +20,7 @@ pub(crate) struct Author {
 impl Author {
     /// Reads the author from a span that is about to start.
     pub(crate) fn from_span(span: &SpanBuilder) -> Self {
-        let attributes = span.attributes.as_deref().unwrap_or_default();
-        // tracing-opentelemetry 0.34 sets the attribute `target` (src/layer.rs, `on_new_span`).
-        let target = attributes
-            .iter()
-            .find(|attribute| attribute.key.as_str() == "target");
-        let target = target
-            .map(|attribute| attribute.value.to_string())
-            .unwrap_or_default();
+        let target = target_of(span).map(Cow::into_owned).unwrap_or_default();
         Self {
             span_name: span.name.clone(),
             target: target.into(),
