@@ -5,7 +5,6 @@ mod evict;
 mod inline_str;
 mod shards;
 mod slots;
-mod table;
 mod walk;
 
 use std::fmt;
@@ -22,7 +21,6 @@ use crate::explain::trail::{Event, Step, Trail};
 use crate::lock::lock;
 use crate::stats::Counter;
 use entry::{Entry, Limits, Rank, Run};
-use inline_str::InlineStr;
 use shards::{Contents, Counts, Shards};
 use walk::{Ids, Sweep};
 
@@ -162,7 +160,7 @@ impl Cache {
         key: Key<'_>,
         read: impl FnOnce(Option<&Entry>, &mut Counts) -> R,
     ) -> R {
-        let is_match = |id: &InlineStr| *id == *key.id;
+        let is_match = |entry: &Entry| entry.id == *key.id;
         self.with_match(key.hash, is_match, key.run_id, read)
     }
 
@@ -171,7 +169,7 @@ impl Cache {
     fn with_match<R>(
         &self,
         hash: u64,
-        is_match: impl Fn(&InlineStr) -> bool,
+        is_match: impl Fn(&Entry) -> bool,
         run_id: Option<&str>,
         read: impl FnOnce(Option<&Entry>, &mut Counts) -> R,
     ) -> R {
@@ -245,7 +243,7 @@ impl Cache {
         let hash = self.hash(id);
         let mut shard = self.shards.lock_for(hash);
         let table = &mut shard.table;
-        let found = table.find(hash, |known| *known == *id);
+        let found = table.find(hash, |entry| entry.id == *id);
         let Some(entry) = found.and_then(|index| table.get_mut(index)) else {
             return;
         };
@@ -268,7 +266,8 @@ impl Cache {
         let removed = self.shards.remove(hash, id, |entry| {
             Some(match entry.rank(now, &self.shards.limits) {
                 Rank::Expired => Err(entry.expiry_event()),
-                Rank::Completed | Rank::Used(_) => Ok(entry.run_ids()),
+                // Only a pointer is taken out under the lock.
+                Rank::Completed | Rank::Used(_) => Ok(entry.latest.rare.take()),
             })
         });
         match removed? {
@@ -276,9 +275,9 @@ impl Cache {
                 self.note_loss(hash, now, event);
                 None
             }
-            Ok(run_ids) => {
+            Ok(rare) => {
                 self.note_at(now, hash, Event::CleanedUp);
-                Some(run_ids)
+                Some(rare.map_or_else(Vec::new, |rare| rare.run_ids()))
             }
         }
     }
@@ -334,7 +333,7 @@ impl Cache {
     pub(crate) fn complete_hashed(&self, hash: u64) -> bool {
         self.note(hash, Event::Completed);
         let now = self.time.now();
-        let is_match = |id: &InlineStr| self.shards.hash_of(id) == hash;
+        let is_match = |entry: &Entry| self.shards.hash_of(entry) == hash;
         self.with_match(hash, is_match, None, |entry, _| {
             entry.is_some_and(|entry| entry.complete(None, now))
         })
@@ -354,9 +353,9 @@ impl Cache {
         }
         let found = {
             let table = &self.shards.lock_for(hash).table;
-            let found = table.find(hash, |known| *known == *id);
+            let found = table.find(hash, |entry| entry.id == *id);
             let found = found.and_then(|index| table.get(index));
-            found.map(|(_, entry)| (entry.summary(wall), entry.latest().author))
+            found.map(|entry| (entry.summary(wall), entry.latest().author))
         };
         let recorded = found.map(|(mut recorded, author)| {
             recorded.author = author.and_then(|number| authors.get(number));
@@ -373,10 +372,10 @@ impl Cache {
         tick: u32,
         cursor: &mut Cursor,
     ) -> Option<Vec<(String, Vec<Box<str>>)>> {
-        cursor.next_page(&self.shards, |_, id, entry| {
+        cursor.next_page(&self.shards, |_, entry| {
             let used = entry.used.get() >> 1;
             let is_in_use = used >= tick && entry.completed.get() == 0;
-            is_in_use.then(|| (id.as_str().to_owned(), entry.run_ids()))
+            is_in_use.then(|| (entry.id.as_str().to_owned(), entry.run_ids()))
         })
     }
 
@@ -392,18 +391,20 @@ impl Cache {
         let now = self.time.now();
         let mut shard = self.shards.lock_for(hash);
         let table = &mut shard.table;
-        let known = table.find(hash, |known| *known == *id);
+        let known = table.find(hash, |entry| entry.id == *id);
         if let Some(entry) = known.and_then(|index| table.get_mut(index)) {
             if entry.touch(now, &self.shards.limits) {
                 return update(entry, run);
             }
             let event = entry.expiry_event();
-            *entry = Entry::new(run, now);
+            entry.restart(run, now);
             drop(shard);
             self.note_loss(hash, now, event);
             return Ok(());
         }
-        table.insert(hash, id, Entry::new(run, now));
+        table.insert(hash, Entry::new(id, run, now), |entry| {
+            self.shards.hash_of(entry)
+        });
         drop(shard);
         let before = self.shards.count_inserted();
         if before >= self.shards.limits.max_instances {

@@ -21,6 +21,7 @@ const OLDER_TRACES: usize = 8;
 
 /// The runs of one instance. It is only read under the lock of its shard; what a read changes is in cells.
 pub(crate) struct Entry {
+    pub(super) id: InlineStr,
     pub(super) latest: Run,
     /// Twice the tick of the last use, plus one if it was used since it was stored.
     pub(super) used: Cell<u32>,
@@ -29,7 +30,7 @@ pub(crate) struct Entry {
 }
 
 // One is kept for every live instance, so growth here is paid a million times.
-const _: () = assert!(size_of::<Entry>() <= 64);
+const _: () = assert!(size_of::<Entry>() <= 104);
 
 /// One run: its recorded context, and how its trace has grown since.
 pub(crate) struct Run {
@@ -90,12 +91,20 @@ pub(super) enum Rank {
 
 impl Entry {
     #[inline]
-    pub(super) fn new(latest: Run, now: u32) -> Self {
+    pub(super) fn new(id: &str, latest: Run, now: u32) -> Self {
         Self {
+            id: id.into(),
             latest,
             used: Cell::new(now << 1),
             completed: Cell::new(0),
         }
+    }
+
+    /// Makes an expired entry one that was just created with that run.
+    pub(super) fn restart(&mut self, run: Run, now: u32) {
+        self.latest = run;
+        self.used.set(now << 1);
+        self.completed.set(0);
     }
 
     /// Notes a use. Returns `false`, and notes nothing, if the entry has expired.

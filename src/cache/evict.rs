@@ -22,8 +22,8 @@ pub(super) fn evict(shards: &Shards, now: u32, hash: u64, inserted: &str) -> Opt
     // A candidate that was used or removed since it was chosen is kept, and another one is chosen.
     for attempt in 0..4 {
         let victim = choose(shards, now, hash, inserted, attempt)?;
-        let removed = shards.remove_at(victim.shard, victim.index, |id, entry| {
-            entry.rank(now, &shards.limits) <= victim.rank && *id != *inserted
+        let removed = shards.remove_at(victim.shard, victim.index, |entry| {
+            entry.rank(now, &shards.limits) <= victim.rank && entry.id != *inserted
         });
         if let Some((hash, expiry)) = removed {
             let event = match victim.rank {
@@ -59,10 +59,10 @@ fn choose(
                 false => scattered(hash, attempt * CANDIDATES + nth, table.len()),
             };
             seen += 1;
-            let Some((id, entry)) = table.get(index) else {
+            let Some(entry) = table.get(index) else {
                 continue;
             };
-            if shard == own && *id == *inserted {
+            if shard == own && entry.id == *inserted {
                 continue;
             }
             let rank = entry.rank(now, &shards.limits);

@@ -1,11 +1,11 @@
 //! The sharded map: which shard holds an instance, its lock, and its removal.
 
+use std::hash::{BuildHasher as _, Hasher as _};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard};
 
 use super::entry::{Entry, Limits};
-use super::inline_str::InlineStr;
-use super::table::{self, Table};
+use super::slots::Slots;
 use crate::explain::trail::Event;
 use crate::lock::lock;
 
@@ -34,7 +34,7 @@ struct Shard(Mutex<Contents>);
 #[repr(C)]
 pub(super) struct Contents {
     pub(super) counts: Counts,
-    pub(super) table: Table,
+    pub(super) table: Slots<Entry>,
 }
 
 #[derive(Default)]
@@ -45,15 +45,14 @@ pub(super) struct Counts {
 
 impl Shards {
     pub(super) fn new(limits: Limits) -> Self {
-        let hasher = foldhash::fast::RandomState::default();
         let shards = (0..count(limits.max_instances)).map(|_| {
             Shard(Mutex::new(Contents {
                 counts: Counts::default(),
-                table: Table::new(hasher.clone()),
+                table: Slots::default(),
             }))
         });
         Self {
-            hasher: hasher.clone(),
+            hasher: foldhash::fast::RandomState::default(),
             shards: shards.collect(),
             len: AtomicUsize::new(0),
             limits,
@@ -86,12 +85,20 @@ impl Shards {
 
     #[inline]
     pub(super) fn hash(&self, id: &str) -> u64 {
-        table::hash(&self.hasher, id.as_bytes())
+        self.hash_bytes(id.as_bytes())
     }
 
     #[inline]
-    pub(super) fn hash_of(&self, id: &InlineStr) -> u64 {
-        table::hash(&self.hasher, id.as_bytes())
+    pub(super) fn hash_of(&self, entry: &Entry) -> u64 {
+        self.hash_bytes(entry.id.as_bytes())
+    }
+
+    #[inline]
+    fn hash_bytes(&self, id: &[u8]) -> u64 {
+        // Not by `Hash`, which also hashes the end of a string: nothing follows it here.
+        let mut hasher = self.hasher.build_hasher();
+        hasher.write(id);
+        hasher.finish()
     }
 
     /// Returns the number of the shard that holds the instances with that hash.
@@ -118,13 +125,12 @@ impl Shards {
         &self,
         hash: u64,
         id: &str,
-        take: impl FnOnce(&Entry) -> Option<R>,
+        take: impl FnOnce(&mut Entry) -> Option<R>,
     ) -> Option<R> {
         let mut shard = self.lock_for(hash);
-        let index = shard.table.find(hash, |known| *known == *id)?;
-        let (_, entry) = shard.table.get(index)?;
-        let taken = take(entry)?;
-        shard.table.remove(hash, index);
+        let index = shard.table.find(hash, |entry| entry.id == *id)?;
+        let taken = take(shard.table.get_mut(index)?)?;
+        shard.table.remove(hash, index, |entry| self.hash_of(entry));
         drop(shard);
         self.len.fetch_sub(1, Relaxed);
         Some(taken)
@@ -136,18 +142,15 @@ impl Shards {
         &self,
         shard: usize,
         index: usize,
-        condition: impl FnOnce(&InlineStr, &Entry) -> bool,
+        condition: impl FnOnce(&Entry) -> bool,
     ) -> Option<(u64, Event)> {
         let mut shard = self.lock_nth(shard)?;
-        let (id, entry) = shard.table.get(index)?;
-        if !condition(id, entry) {
-            return None;
-        }
-        let removed = (self.hash_of(id), entry.expiry_event());
-        shard.table.remove(removed.0, index);
+        let entry = shard.table.get(index).filter(|entry| condition(entry))?;
+        let (hash, event) = (self.hash_of(entry), entry.expiry_event());
+        shard.table.remove(hash, index, |entry| self.hash_of(entry));
         drop(shard);
         self.len.fetch_sub(1, Relaxed);
-        Some(removed)
+        Some((hash, event))
     }
 }
 

@@ -1,7 +1,6 @@
 //! Walks through all entries, a page under one lock at a time: the sweep of expired ones, and the listing of ids.
 
 use super::entry::{Entry, Rank};
-use super::inline_str::InlineStr;
 use super::shards::Shards;
 use crate::explain::trail::Event;
 
@@ -24,15 +23,12 @@ impl Cursor {
     pub(super) fn next_page<R>(
         &mut self,
         shards: &Shards,
-        read: impl Fn(usize, &InlineStr, &Entry) -> Option<R>,
+        read: impl Fn(usize, &Entry) -> Option<R>,
     ) -> Option<Vec<R>> {
         let table = &shards.lock_nth(self.shard)?.table;
         let end = self.index.unwrap_or(usize::MAX).min(table.len());
         let start = end.saturating_sub(PAGE);
-        let read = |index| {
-            let (id, entry) = table.get(index)?;
-            read(index, id, entry)
-        };
+        let read = |index| read(index, table.get(index)?);
         let page = (start..end).rev().filter_map(read).collect();
         *self = match start {
             0 => Self {
@@ -75,7 +71,7 @@ impl Sweep {
             let shard = self.cursor.shard;
             let expired = self
                 .cursor
-                .next_page(shards, |index, _, entry| is_expired(entry).then_some(index));
+                .next_page(shards, |index, entry| is_expired(entry).then_some(index));
             let Some(expired) = expired else {
                 let shortest = shards.limits.idle_ttl.min(shards.limits.completed_grace);
                 *self = Self {
@@ -85,9 +81,7 @@ impl Sweep {
                 return;
             };
             for index in expired {
-                if let Some((hash, event)) =
-                    shards.remove_at(shard, index, |_, entry| is_expired(entry))
-                {
+                if let Some((hash, event)) = shards.remove_at(shard, index, is_expired) {
                     report(hash, event);
                 }
             }
@@ -126,7 +120,7 @@ impl Iterator for Ids<'_> {
             if let Some(id) = self.page.next() {
                 return Some(id);
             }
-            let owned = |_, id: &InlineStr, _: &Entry| Some(id.as_str().to_owned());
+            let owned = |_, entry: &Entry| Some(entry.id.as_str().to_owned());
             self.page = self.cursor.next_page(self.shards, owned)?.into_iter();
         }
     }
