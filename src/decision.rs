@@ -117,11 +117,10 @@ pub(crate) fn decide(
     let stored = run.context();
     let is_nested = arrival.is_in_trace_of(&stored) || arrival.is_in_other_trace_of(entry);
 
-    if arrival.moment == Moment::Replay {
-        return Decision::replayed(known.map(|_| stored));
-    }
-    if arrival.moment == Moment::Late {
-        return Decision::late(stored, known.is_some(), is_nested, relations);
+    match arrival.moment {
+        Moment::Start | Moment::StartAfterReplay => {}
+        Moment::Replay => return Decision::replayed(known.map(|_| stored)),
+        Moment::Late => return Decision::late(stored, known.is_some(), is_nested, relations),
     }
     if known.is_none() {
         // The first span of another run. Nested in the old run's trace, it stays there.
@@ -140,9 +139,10 @@ pub(crate) fn decide(
         return decide_generation(Relation::Expired, run, stored, arrival, relations);
     }
     if is_nested {
-        let mut decision = Decision::related(Relation::SameTrace, stored, arrival, relations);
-        decision.count = is_bounded;
-        return decision;
+        return Decision {
+            count: is_bounded,
+            ..Decision::related(Relation::SameTrace, stored, arrival, relations)
+        };
     }
     let announce = stored.is_remote() && !run.is_announced();
     let relation = if announce || stored.is_resumed() {
@@ -152,15 +152,22 @@ pub(crate) fn decide(
     } else {
         Relation::Orphan
     };
-    let mut decision = if relation == Relation::Resumed && relations.resamples(relation) {
-        decide_generation(relation, run, stored, arrival, relations)
-    } else {
-        Decision::related(relation, stored, arrival, relations)
-    };
-    decision.announce = announce && !decision.wait;
-    decision.after_end = entry.is_completed() && arrival.run_id.is_none();
-    decision.count = !decision.wait;
-    decision
+    let after_end = entry.is_completed() && arrival.run_id.is_none();
+    if relation == Relation::Resumed && relations.resamples(relation) {
+        let decision = decide_generation(relation, run, stored, arrival, relations);
+        return Decision {
+            announce: announce && !decision.wait,
+            after_end,
+            count: !decision.wait,
+            ..decision
+        };
+    }
+    Decision {
+        announce,
+        after_end,
+        count: true,
+        ..Decision::related(relation, stored, arrival, relations)
+    }
 }
 
 /// Nothing is stored for the instance.

@@ -15,13 +15,13 @@ use std::time::{Duration, Instant, SystemTime};
 
 use opentelemetry::baggage::{BaggageExt as _, KeyValueMetadata};
 use opentelemetry::trace::{
-    Link, Span as _, SpanBuilder, SpanContext, TraceContextExt as _, Tracer,
+    Link, Span as _, SpanBuilder, SpanContext, TraceContextExt as _, TraceFlags, TraceState, Tracer,
 };
-use opentelemetry::{Context, KeyValue};
+use opentelemetry::{Context, KeyValue, SpanId, TraceId};
 
 pub use self::span::WorkflowSpan;
 
-use self::handoff::{Start, StorageId};
+use self::handoff::{StartNumber, StorageId};
 use self::recording::Recording;
 use self::replay::{Replay, StandIn};
 use self::span::{Memo, State, Unnamed, Watch, link_unless_in_trace, relation_attribute};
@@ -67,9 +67,44 @@ enum Origin {
 }
 
 /// Marks a builder by an empty list of links, which costs nothing, so that `build_with_context` reads its attributes.
-/// Reading those of each ordinary span would cost more than all else that this crate does to it.
-fn mark(builder: &mut SpanBuilder) {
-    builder.links.get_or_insert_default();
+/// Reading those of each ordinary span would cost more than all else that this crate does to it. The number of a span that
+/// may be held goes along in the list, as the trace id of a link without a span.
+#[inline]
+fn mark(builder: &mut SpanBuilder, number: StartNumber) {
+    let links = builder.links.get_or_insert_default();
+    if number != 0 {
+        links.reserve(2);
+        links.insert(0, numbered_link(number));
+    }
+}
+
+#[inline(never)]
+fn numbered_link(number: StartNumber) -> Link {
+    let trace = TraceId::from(u128::from(number));
+    let (flags, state) = (TraceFlags::NOT_SAMPLED, TraceState::NONE);
+    Link::with_context(SpanContext::new(
+        trace,
+        SpanId::INVALID,
+        flags,
+        false,
+        state,
+    ))
+}
+
+/// Takes the number out of a marked builder; zero if it has none.
+#[inline]
+fn take_number(builder: &mut SpanBuilder) -> StartNumber {
+    let Some(links) = builder.links.as_mut() else {
+        return 0;
+    };
+    match links.first().map(|link| &link.span_context) {
+        Some(first) if first.span_id() == SpanId::INVALID => {
+            let number = u128::from_be_bytes(first.trace_id().to_bytes()) as StartNumber;
+            links.remove(0);
+            number
+        }
+        _ => 0,
+    }
 }
 
 /// Returns `true` also for an ordinary span with several links, which only costs a little. For one link
@@ -111,11 +146,7 @@ where
         if self.origin != Origin::Layer || !handoff::is_marking() {
             return self.inner.span_builder(name);
         }
-        // The parent has started by now: a span opened while the fields are formatted must not be adopted.
-        handoff::end_adoption();
-        let mut builder = self.inner.span_builder(name);
-        mark(&mut builder);
-        builder
+        self.marked_builder(name.into())
     }
 
     #[inline]
@@ -145,6 +176,14 @@ impl<T> WorkflowTracer<T>
 where
     T: Tracer,
 {
+    fn marked_builder(&self, name: Cow<'static, str>) -> SpanBuilder {
+        // The parent has started by now: a span opened while the fields are formatted must not be adopted.
+        handoff::end_adoption();
+        let mut builder = self.inner.span_builder(name);
+        mark(&mut builder, handoff::number());
+        builder
+    }
+
     #[inline]
     fn build_ordinary(&self, builder: SpanBuilder, parent: &Context) -> WorkflowSpan<T::Span> {
         WorkflowSpan(State::Live {
@@ -168,13 +207,13 @@ where
     }
 
     #[inline(never)]
-    fn build_marked(&self, builder: SpanBuilder, parent: &Context) -> WorkflowSpan<T::Span> {
+    fn build_marked(&self, mut builder: SpanBuilder, parent: &Context) -> WorkflowSpan<T::Span> {
         #[cfg(test)]
         tests::MARKED.set(tests::MARKED.get() + 1);
         let shared = &self.shared;
         let adopted = match self.origin {
             Origin::Layer => {
-                Start::note(parent);
+                self.note_start(&mut builder);
                 handoff::take_adoption(StorageId::new(shared))
             }
             Origin::Api => None,
@@ -196,6 +235,15 @@ where
                 self.start(builder, parent, &decision, plan)
             }
             None => self.build_special(builder, parent, adopted),
+        }
+    }
+
+    /// Notes the start of a span that may be held, unless the layer starts it.
+    #[inline]
+    fn note_start(&self, builder: &mut SpanBuilder) {
+        let number = take_number(builder);
+        if number != 0 && !handoff::is_starting() {
+            self.shared.started.add(number);
         }
     }
 
@@ -289,9 +337,9 @@ where
         };
         // Read before the shard is locked: a clock may be anybody's code.
         let now = (shared.policy.bounds.max_age).map(|_| shared.clock.now());
-        let mut decision = look_up_and_decide(shared, key, &arrival, now);
+        let decision = look_up_and_decide(shared, key, &arrival, now);
         if decision.wait || (decision.is_first() && parent_instance_id.is_some()) {
-            decide_again(shared, key, parent_instance_id, arrival, &mut decision, now);
+            return decide_again(shared, key, parent_instance_id, arrival, decision, now);
         }
         decision
     }
@@ -388,21 +436,12 @@ where
             (Parent::Nothing | Parent::Stored, _) => Some(without_span(parent)),
         };
         let name = builder.name.clone();
-        let mut started = WorkflowSpan(State::Live {
-            span: (self.inner).build_with_context(builder, chosen.as_ref().unwrap_or(parent)),
-            watch: Some(self.watch(Some(instance), memo)),
-        });
-        let State::Live {
-            span,
-            watch: Some(watch),
-        } = &mut started.0
-        else {
-            return started;
-        };
+        let mut span = (self.inner).build_with_context(builder, chosen.as_ref().unwrap_or(parent));
+        let mut watch = self.watch(Some(instance), memo);
         let outcome = match recording {
             None => decision.outcome,
             Some(recording) => self
-                .record(span, watch, *recording)
+                .record(&mut span, &mut watch, *recording)
                 .unwrap_or(decision.outcome),
         };
         let after_end = decision.after_end;
@@ -415,7 +454,10 @@ where
             after_end,
         );
         watch.complete_if(is_terminal);
-        started
+        WorkflowSpan(State::Live {
+            span,
+            watch: Some(watch),
+        })
     }
 
     /// Records a started span. Returns what became of it, if that is not what was decided.
@@ -524,14 +566,14 @@ fn decide_again(
     key: Key<'_>,
     parent_instance_id: Option<&str>,
     mut arrival: Arrival<'_>,
-    decision: &mut Decision,
+    mut decision: Decision,
     now: Option<SystemTime>,
-) {
+) -> Decision {
     let since = Instant::now();
     while decision.wait {
         thread::yield_now();
         arrival.stops_waiting = since.elapsed() > ROLL_PATIENCE;
-        *decision = look_up_and_decide(shared, key, &arrival, now);
+        decision = look_up_and_decide(shared, key, &arrival, now);
     }
     if let Some(id) = parent_instance_id.filter(|_| decision.is_first()) {
         let parent_instance = shared.tier.peek_within(id);
@@ -539,8 +581,9 @@ fn decide_again(
             parent_instance: parent_instance.as_ref(),
             ..arrival
         };
-        *decision = decide(&arrival, None, &shared.policy, now);
+        decision = decide(&arrival, None, &shared.policy, now);
     }
+    decision
 }
 
 /// Work past a replay attaches to the recorded span; if nothing is recorded, to nothing.

@@ -9,7 +9,7 @@
 use std::sync::atomic::Ordering::Relaxed;
 
 use opentelemetry::Context as OtelContext;
-use opentelemetry::trace::{TraceContextExt as _, Tracer};
+use opentelemetry::trace::Tracer;
 use tracing::dispatcher::{self, WeakDispatch};
 use tracing::{Dispatch, Event, Metadata, Subscriber, span};
 use tracing_subscriber::Layer as _;
@@ -20,7 +20,7 @@ use super::WorkflowContextLayer;
 use super::pending::{Awaits, Pending};
 use crate::fields::callsite::{Callsite, Role};
 use crate::fields::identity::Identity;
-use crate::tracer::handoff::{self, HeldSpan, Start, StorageId};
+use crate::tracer::handoff::{self, HeldSpan, StorageId};
 
 impl<S, T> WorkflowContextLayer<S, T>
 where
@@ -41,24 +41,16 @@ where
             true => self.shared.fields.awaits(declares, attrs),
             false => declares,
         };
-        let is_root = attrs.is_root();
-        // Where entering starts nothing, what starts a span otherwise does not show either.
-        let notes_start = (awaits.id || role == Role::Engine)
-            && match is_root {
-                true => self.activation.is_on(),
-                false => attrs.is_contextual() && !self.activation.is_off(),
-            };
-        let start = notes_start.then(Start::default);
+        let may_be_held = awaits.id || role == Role::Engine;
+        let number = match may_be_held {
+            true => handoff::next_number(),
+            false => 0,
+        };
         let create = || self.inner.on_new_span(attrs, id, ctx.clone());
-        let create = || match (role, &start) {
-            (Role::Ordinary, _) => create(),
-            (Role::Tagged | Role::Engine, Some(start)) => {
-                // With context activation, the parent of a contextual span is in the current context.
-                let attrs = span::Attributes::new(attrs.metadata(), attrs.values());
-                let create = || self.inner.on_new_span(&attrs, id, ctx.clone());
-                start.noting(is_root, || handoff::marking(create));
-            }
-            (Role::Tagged | Role::Poller | Role::Engine, _) => handoff::marking(create),
+        let create = || match role {
+            Role::Ordinary => create(),
+            Role::Tagged | Role::Engine if may_be_held => handoff::numbering(number, create),
+            Role::Tagged | Role::Poller | Role::Engine => handoff::marking(create),
         };
         let identity = || self.shared.fields.identify(|visitor| attrs.record(visitor));
         match attrs.parent() {
@@ -91,7 +83,7 @@ where
         };
         if let Some(span) = ctx.span(id) {
             span.extensions_mut()
-                .replace(Pending::new(awaits_what, awaits.run, start));
+                .replace(Pending::new(awaits_what, awaits.run, number));
             self.pending_spans.add(id);
         }
     }
@@ -104,7 +96,13 @@ where
         }
         // If entering starts nothing, the inner layer may be told, for the timings.
         let heard = self.activation.is_off();
-        let entered = self.pending(id, &ctx, Pending::enter);
+        let entered = self.pending(id, &ctx, |pending| {
+            // `Span::context()` has started it.
+            if self.shared.started.contains(pending.number) {
+                pending.is_free.store(true, Relaxed);
+            }
+            pending.enter()
+        });
         if let Some((true, true)) = entered {
             self.shared.counters.deferred.add();
         }
@@ -128,10 +126,11 @@ where
     #[inline(never)]
     pub(super) fn exit(&self, id: &span::Id, ctx: Context<'_, S>) {
         let held = self.pending_spans.take(id);
-        if held.is_none_or(|held| held.is_heard) {
+        let is_told = held.is_none_or(|held| held.is_heard);
+        if is_told {
             self.inner.on_exit(id, ctx.clone());
         }
-        self.pending(id, &ctx, Pending::leave);
+        self.pending(id, &ctx, |pending| pending.leave(is_told));
     }
 
     #[inline(never)]
@@ -177,21 +176,24 @@ where
 
     #[inline(never)]
     pub(super) fn close(&self, id: span::Id, ctx: Context<'_, S>) {
-        let times = self.pending(&id, &ctx, |pending| {
-            pending.is_free.store(true, Relaxed);
-            pending.held_times()
+        let pending = self.pending(&id, &ctx, |pending| {
+            let was_free = pending.is_free.swap(true, Relaxed);
+            (was_free, pending.number, pending.held_times())
         });
-        let Some(times) = times else {
+        let Some((was_free, number, times)) = pending else {
             self.inner.on_close(id, ctx);
             return;
         };
         self.pending_spans.remove(&id);
+        if self.shared.started.contains(number) {
+            self.shared.started.remove(number);
+        }
         handoff::starting(|| {
-            // The inner layer was not told of each entry and exit: its times are replaced by those it would have.
-            if let Some(times) = times {
-                self.with_started(&id, &ctx, |cx| handoff::tell_times(&cx.span(), &times));
+            if !was_free && times.is_some() {
+                self.with_started(&id, &ctx, |_| ());
             }
-            self.inner.on_close(id, ctx);
+            // The inner layer was not told of each entry and exit: its times are replaced by those it would have.
+            handoff::closing(times, || self.inner.on_close(id, ctx));
         });
     }
 

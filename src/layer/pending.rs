@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 use tracing::span;
 
 use crate::lock::lock;
-use crate::tracer::handoff::{self, HeldSpan, HeldTimes, Start};
+use crate::tracer::handoff::{self, HeldSpan, HeldTimes, StartNumber};
 
 /// The state of a span that may be held, or may have to be started by force. Kept in the span's extensions.
 #[derive(Debug)]
@@ -15,7 +15,8 @@ pub(super) struct Pending {
     /// The span is not held when it is entered: it has what it awaited, or was started.
     pub(super) is_free: AtomicBool,
     was_held: AtomicBool,
-    start: Option<Start>,
+    /// The number by which its start is noted.
+    pub(super) number: StartNumber,
     /// A run id is awaited only if the callsite declares one.
     awaits_id: AtomicBool,
     awaits_run: AtomicBool,
@@ -55,11 +56,11 @@ impl Times {
 }
 
 impl Pending {
-    pub(super) fn new(awaits: Awaits, awaits_run: bool, start: Option<Start>) -> Self {
+    pub(super) fn new(awaits: Awaits, awaits_run: bool, number: StartNumber) -> Self {
         Self {
             is_free: AtomicBool::new(awaits == Awaits::Nothing),
             was_held: AtomicBool::new(false),
-            start,
+            number,
             awaits_id: AtomicBool::new(true),
             awaits_run: AtomicBool::new(awaits_run),
             events: AtomicU32::new(0),
@@ -75,9 +76,6 @@ impl Pending {
 
     /// Notes that the span is entered. Returns whether it is to be held, and whether that is so for the first time.
     pub(super) fn enter(&self) -> (bool, bool) {
-        if self.start.as_ref().is_some_and(Start::has_happened) {
-            self.is_free.store(true, Relaxed);
-        }
         let holds = !self.is_free.load(Relaxed);
         let is_first = holds && !self.was_held.swap(true, Relaxed);
         if self.was_held.load(Relaxed) {
@@ -91,13 +89,13 @@ impl Pending {
         (holds, is_first)
     }
 
-    /// Notes that the span is exited.
-    pub(super) fn leave(&self) {
+    /// Notes that the span is exited, and whether the inner layer is told so.
+    pub(super) fn leave(&self, is_told: bool) {
         if !self.was_held.load(Relaxed) {
             return;
         }
         let mut times = self.times();
-        times.left = Some(SystemTime::now());
+        times.left = (!is_told).then(SystemTime::now);
         times.entered = times.entered.saturating_sub(1);
         if times.entered == 0 {
             let lap = times.lap();

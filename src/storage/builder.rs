@@ -342,6 +342,7 @@ impl WorkflowContextStorageBuilder {
                 counters: Arc::default(),
                 stand_ins: Default::default(),
                 poller_traces: Default::default(),
+                started: Default::default(),
                 shared_traces: Default::default(),
                 warnings,
                 authors: Authors::default(),

@@ -22,6 +22,7 @@ use crate::fields::{Fields, Tag};
 #[cfg(feature = "metrics")]
 use crate::stats::Registrations;
 use crate::stats::{Counters, Stats};
+use crate::tracer::handoff::StartNumber;
 use crate::tracer::live_ids::LiveIds;
 use crate::tracer::shared_traces::SharedTraces;
 use crate::warnings::Warnings;
@@ -35,6 +36,8 @@ pub(crate) struct Shared {
     pub(crate) counters: Arc<Counters>,
     pub(crate) stand_ins: LiveIds<SpanId>,
     pub(crate) poller_traces: LiveIds<TraceId>,
+    /// The open spans that may be held and were started without the layer, by `Span::context()`.
+    pub(crate) started: LiveIds<StartNumber>,
     pub(crate) shared_traces: SharedTraces,
     pub(crate) warnings: Arc<Warnings>,
     pub(super) authors: Authors,

@@ -1,14 +1,16 @@
-//! The hand-over between the layer and the tracer: all thread-locals, and one attribute.
+//! The hand-over between the layer and the tracer: all thread-locals.
 //!
 //! tracing-opentelemetry calls the tracer somewhere inside the layer's callbacks, with no argument of ours. So the layer
 //! leaves word in thread-locals, and the tracer reads them in the same call, on the same thread:
 //!
 //! | thread-local | set by | read by | for the time of |
 //! |---|---|---|---|
-//! | `MARKING` | layer, `on_new_span` | tracer, `span_builder` | one call of the inner layer |
+//! | `MARKING`, `NUMBER` | layer, `on_new_span` | tracer, `span_builder` | one call of the inner layer |
 //! | `ADOPTION`, `ADOPTS` | layer, for a held span and its first child | tracer, `build_with_context`, once | one start |
 //! | `HELD`, `DEPTH` | layer, `on_enter` and `on_exit` | layer | as long as a span is held on this thread |
 //! | `FLOOR` | layer, while it starts a span | layer | one start |
+//! | `STARTS` | layer, while it starts a span | tracer, `build_with_context` | one start |
+//! | `TIMES` | layer, `on_close` of a span that was held | span, `set_attribute` and `end` | one close |
 //! | `ASKING`, `ANSWER` | tracer, `build_with_context` | stand-in, `is_recording` | one question |
 //! | `IS_TAGGED` | a tagged span, `is_recording` | tracer, for a first span | one question |
 //! | `MUST_NOT_ASK` | span, `end` | tracer | one export |
@@ -17,11 +19,10 @@
 
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, SystemTime};
 
-use opentelemetry::trace::SpanRef;
-use opentelemetry::{Array, Context, KeyValue, Value};
+use opentelemetry::{KeyValue, Value};
 use tracing::span;
 
 use crate::fields::identity::Identity;
@@ -52,6 +53,7 @@ pub(crate) type ReplayFlag = Arc<AtomicBool>;
 
 thread_local! {
     static MARKING: Cell<bool> = const { Cell::new(false) };
+    static NUMBER: Cell<StartNumber> = const { Cell::new(0) };
     static ADOPTS: Cell<bool> = const { Cell::new(false) };
     static ADOPTION: RefCell<Option<(StorageId, Identity)>> = const { RefCell::new(None) };
     /// Outermost first, of all layers.
@@ -60,6 +62,8 @@ thread_local! {
     static DEPTH: Cell<usize> = const { Cell::new(0) };
     /// What lies beneath in `HELD` is out of reach.
     static FLOOR: Cell<usize> = const { Cell::new(0) };
+    static STARTS: Cell<bool> = const { Cell::new(false) };
+    static TIMES: Cell<Option<HeldTimes>> = const { Cell::new(None) };
     static ASKING: Cell<Option<StorageId>> = const { Cell::new(None) };
     static ANSWER: RefCell<Option<ReplayFlag>> = const { RefCell::new(None) };
     static IS_TAGGED: Cell<bool> = const { Cell::new(false) };
@@ -167,7 +171,12 @@ pub(crate) fn is_held(layer: usize, id: &span::Id) -> bool {
 /// Runs `start`, which starts a span. A sampler, an id generator and a processor may open spans meanwhile: those must
 /// not release what is held beneath, and so start it in the wrong order.
 pub(crate) fn starting<R>(start: impl FnOnce() -> R) -> R {
-    scoped::with(&FLOOR, DEPTH.get(), start)
+    scoped::with(&FLOOR, DEPTH.get(), || scoped::with(&STARTS, true, start))
+}
+
+/// Returns `true` if the layer itself starts a span on this thread.
+pub(super) fn is_starting() -> bool {
+    STARTS.get()
 }
 
 fn edit_held<R>(edit: impl FnOnce(&mut Vec<HeldSpan>) -> R) -> Option<R> {
@@ -180,36 +189,26 @@ fn edit_held<R>(edit: impl FnOnce(&mut Vec<HeldSpan>) -> R) -> Option<R> {
     .ok()
 }
 
-// Starts that the layer is not told of: `Span::context()` starts a held span too. The context in which a span is created
-// stays with it until it starts, so a value in it comes back to us then.
+// Starts that the layer is not told of: `Span::context()` starts a held span too. The builder of a span that may be held
+// carries a number until then.
 
-/// Whether a span has started. A value of the context in which the span was created, if that was the current one, and so
-/// also of the contexts beneath it.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Start(Arc<AtomicBool>);
+/// The number of a span that may be held, never zero.
+pub(crate) type StartNumber = u64;
 
-impl Start {
-    /// Creates a span in the current context, or in none, so that its start is noted.
-    pub(crate) fn noting<R>(&self, is_root: bool, create: impl FnOnce() -> R) -> R {
-        let cx = match is_root {
-            true => Context::new(),
-            false => Context::current(),
-        };
-        let _attached = cx.with_value(self.clone()).attach();
-        create()
-    }
+/// Returns a number that no other span of this process has.
+pub(crate) fn next_number() -> StartNumber {
+    static LAST: AtomicU64 = AtomicU64::new(0);
+    LAST.fetch_add(1, Relaxed) + 1
+}
 
-    /// Notes the start of a span with this parent.
-    #[inline]
-    pub(super) fn note(parent: &Context) {
-        if let Some(Self(has_started)) = parent.get() {
-            has_started.store(true, Relaxed);
-        }
-    }
+/// Marks the span builder as [`marking`] does, with a number by which the span's start can be noted.
+pub(crate) fn numbering<R>(number: StartNumber, create: impl FnOnce() -> R) -> R {
+    scoped::with(&NUMBER, number, || marking(create))
+}
 
-    pub(crate) fn has_happened(&self) -> bool {
-        self.0.load(Relaxed)
-    }
+#[inline]
+pub(super) fn number() -> StartNumber {
+    NUMBER.get()
 }
 
 // Asking: OpenTelemetry hides the type of the span in a context, and a stand-in has the ids of a real span. But its
@@ -252,67 +251,52 @@ pub(super) fn without_asking<R>(run: impl FnOnce() -> R) -> R {
 }
 
 // Held times: the times of a span that was held, as the inner layer would have counted them had it been told of each entry
-// and exit. They travel as an attribute, since the layer reaches a started span in no other way.
+// and exit. The inner layer sets the attributes and ends the span in one call, on one thread.
 
 /// The times of a span until its last exit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct HeldTimes {
     pub(crate) busy: Duration,
     pub(crate) idle: Duration,
-    /// Its last exit; `None` if it is still entered.
+    /// Its last exit, if the inner layer was not told of it.
     pub(crate) end: Option<SystemTime>,
 }
 
-/// The attribute: nanoseconds busy, idle, and, if known, from the epoch to the end. It is never exported.
-const HELD_TIMES: &str = "tracing-workflow-context.held_times";
+/// Lets `close` end a started span with these times.
+pub(crate) fn closing<R>(times: Option<HeldTimes>, close: impl FnOnce() -> R) -> R {
+    match times {
+        None => close(),
+        Some(_) => scoped::with(&TIMES, times, close),
+    }
+}
 
-/// Tells a started span its times.
-pub(crate) fn tell_times(span: &SpanRef<'_>, times: &HeldTimes) {
-    let end = (times.end).and_then(|end| end.duration_since(SystemTime::UNIX_EPOCH).ok());
-    let nanos: Vec<i64> = [Some(times.busy), Some(times.idle), end]
-        .into_iter()
-        .flatten()
-        .map(nanos)
-        .collect();
-    span.set_attribute(KeyValue::new(HELD_TIMES, Value::Array(nanos.into())));
+/// The attributes that tracing-opentelemetry 0.34 sets when a span closes (src/layer.rs, `on_close`).
+const BUSY: &str = "busy_ns";
+const IDLE: &str = "idle_ns";
+
+/// Returns `false` if the attribute certainly is not a time to be replaced.
+#[inline]
+pub(super) fn may_be_time(name: &str) -> bool {
+    name.len() == BUSY.len() && TIMES.get().is_some()
+}
+
+/// Replaces a time of the span that closes, if it was held.
+pub(super) fn correct_times(attribute: &mut KeyValue) {
+    if let (Some(times), Value::I64(value)) = (TIMES.get(), &mut attribute.value) {
+        match attribute.key.as_str() {
+            BUSY => *value = nanos(times.busy),
+            IDLE => *value = nanos(times.idle),
+            _ => {}
+        }
+    }
+}
+
+/// Takes the times of the span that ends now: an exporter may end others meanwhile.
+#[inline]
+pub(super) fn take_times() -> Option<HeldTimes> {
+    TIMES.take()
 }
 
 fn nanos(time: Duration) -> i64 {
     i64::try_from(time.as_nanos()).unwrap_or(i64::MAX)
-}
-
-/// Returns `false` if the attribute certainly is not the held times.
-#[inline]
-pub(super) fn may_be_held_times(name: &str) -> bool {
-    name.len() == HELD_TIMES.len()
-}
-
-/// Returns the held times, if the attribute is those.
-#[inline]
-pub(super) fn held_times(attribute: &KeyValue) -> Option<HeldTimes> {
-    match &attribute.value {
-        Value::Array(Array::I64(nanos)) if attribute.key.as_str() == HELD_TIMES => {
-            let at = |n: usize| {
-                let nanos = nanos.get(n).copied()?;
-                Some(Duration::from_nanos(u64::try_from(nanos).ok()?))
-            };
-            Some(HeldTimes {
-                busy: at(0)?,
-                idle: at(1)?,
-                end: at(2).and_then(|end| SystemTime::UNIX_EPOCH.checked_add(end)),
-            })
-        }
-        _ => None,
-    }
-}
-
-/// Replaces `busy_ns` and `idle_ns`, which tracing-opentelemetry sets when the span closes.
-pub(super) fn correct_times(attribute: &mut KeyValue, times: &HeldTimes) {
-    if let Value::I64(value) = &mut attribute.value {
-        match attribute.key.as_str() {
-            "busy_ns" => *value = nanos(times.busy),
-            "idle_ns" => *value = nanos(times.idle),
-            _ => {}
-        }
-    }
 }

@@ -1,4 +1,4 @@
-//! The ids that are in use at this moment: the span ids of stand-ins, the trace ids of pollers.
+//! The ids that are in use at this moment: the span ids of stand-ins, the trace ids of pollers, the numbers of started spans.
 
 use std::hash::Hash;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};

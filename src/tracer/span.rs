@@ -8,7 +8,7 @@ use std::time::SystemTime;
 use opentelemetry::trace::{Span, SpanContext, Status};
 use opentelemetry::{KeyValue, TraceId};
 
-use super::handoff::{self, HeldTimes};
+use super::handoff;
 use super::replay::{self, StandIn};
 use crate::context::WorkflowContext;
 use crate::decision::relation::Relation;
@@ -50,10 +50,10 @@ impl<S: Span> WorkflowSpan<S> {
     fn set_watched(&mut self, mut attribute: KeyValue) {
         match &mut self.0 {
             State::Live { span, watch } => {
-                let watch = watch.as_mut();
-                if watch.is_none_or(|watch| watch.observe(span, &mut attribute)) {
-                    span.set_attribute(attribute);
+                if let Some(watch) = watch {
+                    watch.observe(span, &mut attribute);
                 }
+                span.set_attribute(attribute);
             }
             State::StandIn(stand_in) => stand_in.observe(&attribute),
         }
@@ -201,8 +201,6 @@ pub(super) struct Memo {
     late_winner: Option<LateWinner>,
     /// Set if it is a poller, as long as it lives.
     poller: Option<PollerTrace>,
-    /// Set when it ends, if its start was deferred.
-    times: Option<HeldTimes>,
 }
 
 /// The trace of a live poller.
@@ -283,23 +281,14 @@ impl Watch {
     #[inline]
     fn wants(&self, attribute: &KeyValue) -> bool {
         let name = attribute.key.as_str();
-        let may_mean = self.shared.fields.may_mean(name);
-        may_mean || handoff::may_be_held_times(name) || self.memo.is_some()
+        self.shared.fields.may_mean(name) || self.memo.is_some() || handoff::may_be_time(name)
     }
 
-    /// Reads an attribute; `false` if it is not for the span itself.
-    fn observe<S: Span>(&mut self, span: &mut S, attribute: &mut KeyValue) -> bool {
-        if let Some(times) = handoff::held_times(attribute) {
-            self.memo().times = Some(times);
-            return false;
-        }
-        if let Some(times) = self.memo.as_ref().and_then(|memo| memo.times.as_ref()) {
-            handoff::correct_times(attribute, times);
-        }
+    fn observe<S: Span>(&mut self, span: &mut S, attribute: &mut KeyValue) {
+        handoff::correct_times(attribute);
         if self.shared.fields.may_mean(attribute.key.as_str()) {
             self.read(span, attribute);
         }
-        true
     }
 
     #[inline(never)]
@@ -336,16 +325,24 @@ impl Watch {
         self.complete_if(self.shared.fields.tag_of(attributes).terminal);
     }
 
+    #[inline]
     pub(super) fn complete_if(&mut self, terminal: bool) {
-        let memo = self.memo.as_mut().filter(|_| terminal);
+        if terminal {
+            self.complete();
+        }
+    }
+
+    #[cold]
+    fn complete(&mut self) {
+        let memo = self.memo.as_mut();
         if let Some(unnamed) = memo.and_then(|memo| memo.unnamed.as_mut()) {
             unnamed.is_terminal = true;
         }
         let identity = self.memo.as_ref().and_then(|memo| memo.identity.as_ref());
-        match (terminal, identity, self.instance) {
-            (false, ..) | (_, _, None) => {}
-            (true, Some(identity), _) => self.shared.complete(identity),
-            (true, None, Some(instance)) => {
+        match (identity, self.instance) {
+            (_, None) => {}
+            (Some(identity), _) => self.shared.complete(identity),
+            (None, Some(instance)) => {
                 self.shared.tier.cache().complete_hashed(instance);
             }
         }
@@ -388,17 +385,16 @@ impl Watch {
     }
 
     /// Leaves the last links. Returns the time of the end, if that is not the one the inner layer knows.
+    #[inline]
     fn end<S: Span>(&mut self, span: &mut S) -> Option<SystemTime> {
         self.observes = false;
         if let Some(memo) = &mut self.memo {
             memo.poller = None;
+            if let Some(winner) = memo.late_winner.as_ref().and_then(|winner| winner.get()) {
+                link_unless_in_trace(span, winner);
+            }
         }
-        let memo = self.memo.as_ref();
-        let late_winner = memo.and_then(|memo| memo.late_winner.as_ref());
-        if let Some(winner) = late_winner.and_then(|winner| winner.get()) {
-            link_unless_in_trace(span, winner);
-        }
-        memo.and_then(|memo| memo.times?.end)
+        handoff::take_times()?.end
     }
 }
 
