@@ -6,8 +6,6 @@
 //! its id, by its first child, or by its 129th event. Exits do not release it, since a handler may await before it
 //! records its id: what is still held when it closes starts then. `Span::context()` starts it too, behind our back.
 
-use std::sync::atomic::Ordering::Relaxed;
-
 use opentelemetry::Context as OtelContext;
 use opentelemetry::trace::Tracer;
 use tracing::dispatcher::{self, WeakDispatch};
@@ -99,7 +97,7 @@ where
         let entered = self.pending(id, &ctx, |pending| {
             // `Span::context()` has started it.
             if self.shared.started.contains(pending.number) {
-                pending.is_free.store(true, Relaxed);
+                pending.set_free();
             }
             pending.enter()
         });
@@ -137,8 +135,10 @@ where
     pub(super) fn record(&self, id: &span::Id, values: &span::Record<'_>, ctx: Context<'_, S>) {
         self.inner.on_record(id, values, ctx.clone());
         let recorded = self.shared.fields.recorded(values);
-        let knows_all = self.pending(id, &ctx, |pending| pending.learn(recorded.id, recorded.run));
-        if knows_all == Some(true) && self.set_free(id, &ctx) && self.pending_spans.holds(id) {
+        let is_free_now = self.pending(id, &ctx, |pending| {
+            pending.learn(recorded.id, recorded.run) && pending.set_free()
+        });
+        if is_free_now == Some(true) && self.pending_spans.holds(id) {
             // The span itself reads its ids from its attributes; those beneath join it.
             let identity = self
                 .shared
@@ -177,10 +177,9 @@ where
     #[inline(never)]
     pub(super) fn close(&self, id: span::Id, ctx: Context<'_, S>) {
         let pending = self.pending(&id, &ctx, |pending| {
-            let was_free = pending.is_free.swap(true, Relaxed);
-            (was_free, pending.number, pending.held_times())
+            (pending.set_free(), pending.number, pending.held_times())
         });
-        let Some((was_free, number, times)) = pending else {
+        let Some((is_held, number, times)) = pending else {
             self.inner.on_close(id, ctx);
             return;
         };
@@ -189,7 +188,7 @@ where
             self.shared.started.remove(number);
         }
         handoff::starting(|| {
-            if !was_free && times.is_some() {
+            if is_held && times.is_some() {
                 self.with_started(&id, &ctx, |_| ());
             }
             // The inner layer was not told of each entry and exit: its times are replaced by those it would have.
@@ -209,7 +208,7 @@ where
 
     fn start(&self, held: &HeldSpan, identity: Option<Identity>, ctx: &Context<'_, S>) {
         let id = &held.id;
-        self.pending(id, ctx, |pending| pending.is_free.store(true, Relaxed));
+        self.pending(id, ctx, Pending::set_free);
         let start = || {
             let enter = || self.inner.on_enter(id, ctx.clone());
             if held.is_heard || !self.activation.observe(enter) {
@@ -276,6 +275,6 @@ where
 
     /// Makes the span one that is not held when it is entered. Returns `true` if it would have been.
     fn set_free(&self, id: &span::Id, ctx: &Context<'_, S>) -> bool {
-        self.pending(id, ctx, |pending| !pending.is_free.swap(true, Relaxed)) == Some(true)
+        self.pending(id, ctx, Pending::set_free) == Some(true)
     }
 }

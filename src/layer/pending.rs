@@ -13,7 +13,7 @@ use crate::tracer::handoff::{self, HeldSpan, HeldTimes, StartNumber};
 #[derive(Debug)]
 pub(super) struct Pending {
     /// The span is not held when it is entered: it has what it awaited, or was started.
-    pub(super) is_free: AtomicBool,
+    is_free: AtomicBool,
     was_held: AtomicBool,
     /// The number by which its start is noted.
     pub(super) number: StartNumber,
@@ -72,6 +72,11 @@ impl Pending {
                 left: None,
             }),
         }
+    }
+
+    /// Makes the span one that is not held when it is entered. Returns `true` if it would have been.
+    pub(super) fn set_free(&self) -> bool {
+        !self.is_free.swap(true, Relaxed)
     }
 
     /// Notes that the span is entered. Returns whether it is to be held, and whether that is so for the first time.
