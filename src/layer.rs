@@ -25,7 +25,7 @@ use self::activation::Activation;
 use self::pending::PendingSpans;
 use crate::fields::callsite::{Callsite, Callsites};
 use crate::storage::shared::Shared;
-use crate::tracer::WorkflowTracer;
+use crate::tracer::{WorkflowTracer, handoff};
 
 /// The OpenTelemetry layer, extended by what keeps a workflow instance in one trace.
 ///
@@ -157,6 +157,9 @@ where
             self.inner.on_close(id, ctx);
         } else {
             self.close(id, ctx);
+        }
+        if handoff::take_panic() {
+            self.shared.count_panic_at_end();
         }
     }
 

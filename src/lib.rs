@@ -110,6 +110,8 @@
 //!   [`lookup_budget`](WorkflowContextStorageBuilder::lookup_budget), which `stats` counts in
 //!   [`lookup_timeouts`](Stats::lookup_timeouts), and is recorded anew; writes are queued. If one node of several is down,
 //!   this concerns the instances there only.
+//! - **A sampler, id generator, span processor or exporter panics** while a span starts or ends: that span is lost, the panic is
+//!   caught and counted in [`panics`](Stats::panics), and what is opened beneath continues the parent's trace.
 //! - **The layer's filter hides a span**: it is neither recorded nor continued, as if it were not there.
 //! - **The sampler drops the first span**: it is recorded as unsampled, and a parent-based sampler drops the rest.
 //!
@@ -141,6 +143,7 @@
 
 pub mod backend;
 mod cache;
+mod caught;
 mod clock;
 mod context;
 mod decision;

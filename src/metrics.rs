@@ -25,6 +25,7 @@ impl WorkflowContextStorage {
     /// | `workflow.context.span.deferred` | counter | `{span}` | | `deferred` |
     /// | `workflow.context.span.adopted` | counter | `{span}` | | `adopted` |
     /// | `workflow.context.trace.shared` | counter | `{trace}` | | `shared_traces` |
+    /// | `workflow.context.panic.caught` | counter | `{panic}` | | `panics` |
     /// | `workflow.context.event.replayed` | counter | `{event}` | | `replayed_events` |
     /// | `workflow.context.backend.record.malformed` | counter | `{record}` | | `malformed` |
     /// | `workflow.context.backend.write.dropped` | counter | `{write}` | | `dropped_writes` |
@@ -143,7 +144,7 @@ const RESULT: &str = "workflow.context.result";
 
 /// The instruments. Counters whose sum means something share one, told apart by an attribute; the others have one each,
 /// since a span can be both late and deferred.
-static INSTRUMENTS: [Instrument; 15] = [
+static INSTRUMENTS: [Instrument; 16] = [
     Instrument {
         name: "workflow.context.instance.count",
         unit: "{instance}",
@@ -219,6 +220,13 @@ static INSTRUMENTS: [Instrument; 15] = [
         description: "Traces that many workflow instances share, which is a sign of a poller that is not named.",
         kind: Kind::Counter,
         points: &[Point::new(|stats| stats.shared_traces)],
+    },
+    Instrument {
+        name: "workflow.context.panic.caught",
+        unit: "{panic}",
+        description: "Panics of a sampler, id generator, span processor or exporter that were caught.",
+        kind: Kind::Counter,
+        points: &[Point::new(|stats| stats.panics)],
     },
     Instrument {
         name: "workflow.context.event.replayed",

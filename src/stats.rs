@@ -42,6 +42,9 @@ pub struct Stats {
     /// Traces that more than 16 instances share although none is known as another one's child: the trace of a poller that
     /// [`poller_spans`](crate::WorkflowContextStorageBuilder::poller_spans) does not name.
     pub shared_traces: u64,
+    /// Panics of a sampler, id generator, span processor or exporter that were caught while a span started or ended. The
+    /// span is not exported.
+    pub panics: u64,
 }
 
 /// The counters that spans increment. Those of the cache and of the backend are kept there.
@@ -55,6 +58,7 @@ pub(crate) struct Counters {
     pub(crate) deferred: Counter,
     pub(crate) adopted: Counter,
     pub(crate) shared_traces: Counter,
+    pub(crate) panics: Counter,
 }
 
 #[derive(Debug, Default)]

@@ -2,6 +2,7 @@
 
 pub(crate) mod handoff;
 pub(crate) mod live_ids;
+mod lost;
 mod recording;
 mod replay;
 pub(crate) mod shared_traces;
@@ -22,6 +23,7 @@ use opentelemetry::{Context, KeyValue, SpanId, TraceId};
 pub use self::span::WorkflowSpan;
 
 use self::handoff::{StartNumber, StorageId};
+use self::lost::Lost;
 use self::recording::Recording;
 use self::replay::{Replay, StandIn};
 use self::span::{Memo, State, Unnamed, Watch, link_unless_in_trace, relation_attribute};
@@ -186,10 +188,8 @@ where
 
     #[inline]
     fn build_ordinary(&self, builder: SpanBuilder, parent: &Context) -> WorkflowSpan<T::Span> {
-        WorkflowSpan(State::Live {
-            span: self.inner.build_with_context(builder, parent),
-            watch: None,
-        })
+        let build = || self.inner.build_with_context(builder, parent);
+        WorkflowSpan::start(None, build, || Lost::new(&self.shared, parent))
     }
 
     /// An ordinary span, which may be beneath a replayed one.
@@ -201,8 +201,7 @@ where
     ) -> WorkflowSpan<T::Span> {
         match Replay::beneath(&self.shared, parent) {
             Some(replay) if !replay.is_over() => self.stand_in(None, replay, builder, parent),
-            Some(_) => self.build_ordinary(builder, &past_replay(parent)),
-            None => self.build_ordinary(builder, parent),
+            Some(_) | None => self.build_ordinary(builder, &past_stand_in(parent)),
         }
     }
 
@@ -262,7 +261,7 @@ where
         let events = builder.events.as_deref();
         let is_terminal = tag.terminal || events.is_some_and(|e| shared.fields.any_terminal(e));
         let beneath = Replay::beneath(shared, parent);
-        let past_replay = beneath.as_ref().map(|_| past_replay(parent));
+        let is_after_replay = beneath.is_some();
         let replay = match tag.replaying {
             Some(replaying) => replaying.then(Replay::default),
             None => beneath.filter(|replay| !replay.is_over()),
@@ -270,16 +269,20 @@ where
         if let Some(replay) = replay {
             let identity = tag.names().map(Names::to_identity).or(adopted);
             let stand_in = self.stand_in(identity, replay, builder, parent);
-            if let (true, State::StandIn(stand_in)) = (is_terminal, &stand_in.0) {
+            if let (true, State::StandIn(stand_in)) = (is_terminal, &stand_in.state) {
                 stand_in.complete();
             }
             return stand_in;
         }
-        let moment = match past_replay {
-            Some(_) => Moment::StartAfterReplay,
-            None => Moment::Start,
+        let moment = match is_after_replay {
+            true => Moment::StartAfterReplay,
+            false => Moment::Start,
         };
-        let parent = past_replay.as_deref().unwrap_or(parent);
+        let parent = match shared.stand_ins.is_empty() {
+            true => Cow::Borrowed(parent),
+            false => past_stand_in(parent),
+        };
+        let parent = &*parent;
         let own = tag.names();
         // A span that has not named itself may still do so, and be recorded late.
         let unnamed = own.is_none().then(|| {
@@ -292,15 +295,14 @@ where
         match own.or(adopted.as_ref().map(Identity::names)) {
             None => {
                 let is_poller = shared.fields.is_poller(&builder);
-                let span = self.inner.build_with_context(builder, parent);
-                let mut watch = self.watch(None, Some(Memo::new(None, unnamed)));
-                if is_poller {
+                let watch = self.watch(None, Some(Memo::new(None, unnamed)));
+                let build = || self.inner.build_with_context(builder, parent);
+                let lose = || Lost::new(shared, parent);
+                let mut started = WorkflowSpan::start(Some(watch), build, lose);
+                if let Some((span, watch)) = started.watched().filter(|_| is_poller) {
                     watch.set_poller(span.span_context().trace_id());
                 }
-                WorkflowSpan(State::Live {
-                    span,
-                    watch: Some(watch),
-                })
+                started
             }
             Some(names) => {
                 let key = shared.key(names.instance_id, names.run_id);
@@ -436,28 +438,23 @@ where
             (Parent::Nothing | Parent::Stored, _) => Some(without_span(parent)),
         };
         let name = builder.name.clone();
-        let mut span = (self.inner).build_with_context(builder, chosen.as_ref().unwrap_or(parent));
-        let mut watch = self.watch(Some(instance), memo);
-        let outcome = match recording {
-            None => decision.outcome,
-            Some(recording) => self
-                .record(&mut span, &mut watch, *recording)
-                .unwrap_or(decision.outcome),
-        };
-        let after_end = decision.after_end;
-        shared.note_decision(
-            instance,
-            name,
-            span.span_context(),
-            natural,
-            outcome,
-            after_end,
-        );
-        watch.complete_if(is_terminal);
-        WorkflowSpan(State::Live {
-            span,
-            watch: Some(watch),
-        })
+        let parent = chosen.as_ref().unwrap_or(parent);
+        let watch = self.watch(Some(instance), memo);
+        let build = || self.inner.build_with_context(builder, parent);
+        let lose = || Lost::new(shared, parent);
+        let mut started = WorkflowSpan::start(Some(watch), build, lose);
+        if let Some((span, watch)) = started.watched() {
+            let outcome = match recording {
+                None => decision.outcome,
+                Some(recording) => self
+                    .record(span, watch, *recording)
+                    .unwrap_or(decision.outcome),
+            };
+            let (own, after_end) = (span.span_context(), decision.after_end);
+            shared.note_decision(instance, name, own, natural, outcome, after_end);
+            watch.complete_if(is_terminal);
+        }
+        started
     }
 
     /// Records a started span. Returns what became of it, if that is not what was decided.
@@ -531,7 +528,7 @@ where
             observes,
         );
         stand_in.drop_events(builder.events.map_or(0, |events| events.len()));
-        WorkflowSpan(State::StandIn(Box::new(stand_in)))
+        WorkflowSpan::new(State::StandIn(Box::new(stand_in)))
     }
 }
 
@@ -586,8 +583,9 @@ fn decide_again(
     decision
 }
 
-/// Work past a replay attaches to the recorded span; if nothing is recorded, to nothing.
-fn past_replay(parent: &Context) -> Cow<'_, Context> {
+/// Work past a replay attaches to the recorded span; if nothing is recorded, to nothing. Work beneath a lost span attaches to
+/// that one's parent.
+fn past_stand_in(parent: &Context) -> Cow<'_, Context> {
     if parent.span().span_context().is_valid() {
         Cow::Borrowed(parent)
     } else {

@@ -31,6 +31,7 @@ pub(crate) struct Warnings {
     unreachable: Cause,
     backend_failed: Cause,
     shared_trace: Cause,
+    panicked: Cause,
 }
 
 #[derive(Debug, Default)]
@@ -72,6 +73,11 @@ impl Warnings {
     pub(crate) fn shared_trace(&self, trace: TraceId, span: SpanId) {
         self.shared_trace
             .note(|| format!("trace {trace}, span {span}"));
+    }
+
+    /// Notes a panic that was caught.
+    pub(crate) fn panicked(&self, when: &str) {
+        self.panicked.note(|| when.to_owned());
     }
 
     /// Notes a failure of the backend.
@@ -129,6 +135,13 @@ impl OnTick for Warnings {
                 times,
                 "more than 16 workflow instances share one trace: name the span in which the worker waits for work in \
                  poller_spans: {details}"
+            );
+        }
+        if let Some((times, details)) = self.panicked.take(now) {
+            tracing::warn!(
+                target: LOG_TARGET,
+                times,
+                "a sampler, id generator, span processor or exporter panicked when {details}; the span is not exported"
             );
         }
         if let Some((times, details)) = self.unreachable.take(now) {

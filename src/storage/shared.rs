@@ -87,6 +87,20 @@ impl Shared {
         self.tier.cache().note(instance, Event::Started(note));
     }
 
+    /// Counts a panic of a sampler, id generator or processor.
+    #[cold]
+    pub(crate) fn count_panic_at_start(&self) {
+        self.counters.panics.add();
+        self.warnings.panicked("a span was started");
+    }
+
+    /// Counts a panic of a processor or exporter.
+    #[cold]
+    pub(crate) fn count_panic_at_end(&self) {
+        self.counters.panics.add();
+        self.warnings.panicked("a span ended");
+    }
+
     pub(crate) fn complete(&self, identity: &Identity) {
         let (id, run_id) = (&identity.instance_id, identity.run_id.as_deref());
         self.tier.complete(self.key(id, run_id));
@@ -143,6 +157,7 @@ impl Shared {
             deferred: counters.deferred.get(),
             adopted: counters.adopted.get(),
             shared_traces: counters.shared_traces.get(),
+            panics: counters.panics.get(),
         }
     }
 }

@@ -14,6 +14,7 @@
 //! | `ASKING`, `ANSWER` | tracer, `build_with_context` | stand-in, `is_recording` | one question |
 //! | `IS_TAGGED` | a tagged span, `is_recording` | tracer, for a first span | one question |
 //! | `MUST_NOT_ASK` | span, `end` | tracer | one export |
+//! | `HAS_PANICKED` | ordinary span, `end` | layer, `on_close` | one close |
 //!
 //! None is borrowed while foreign code runs. A thread past the destruction of its thread-locals does without them.
 
@@ -68,6 +69,7 @@ thread_local! {
     static ANSWER: RefCell<Option<ReplayFlag>> = const { RefCell::new(None) };
     static IS_TAGGED: Cell<bool> = const { Cell::new(false) };
     static MUST_NOT_ASK: Cell<bool> = const { Cell::new(false) };
+    static HAS_PANICKED: Cell<bool> = const { Cell::new(false) };
 }
 
 // Marking: the layer looks at each span's callsite, and marks the builders of those that matter.
@@ -295,6 +297,18 @@ pub(super) fn correct_times(attribute: &mut KeyValue) {
 #[inline]
 pub(super) fn take_times() -> Option<HeldTimes> {
     TIMES.take()
+}
+
+// Panics at the end of an ordinary span, which does not know its storage.
+
+pub(super) fn leave_panic() {
+    HAS_PANICKED.set(true);
+}
+
+/// Returns `true` if a span that ended on this thread has left word of a panic.
+#[inline]
+pub(crate) fn take_panic() -> bool {
+    HAS_PANICKED.get() && HAS_PANICKED.replace(false)
 }
 
 fn nanos(time: Duration) -> i64 {

@@ -9,7 +9,9 @@ use opentelemetry::trace::{Span, SpanContext, Status};
 use opentelemetry::{KeyValue, TraceId};
 
 use super::handoff;
+use super::lost::Lost;
 use super::replay::{self, StandIn};
+use crate::caught::caught;
 use crate::context::WorkflowContext;
 use crate::decision::relation::Relation;
 use crate::decision::{Arrival, Decision, Moment, Record, decide};
@@ -24,7 +26,10 @@ use crate::storage::shared::Shared;
 ///
 /// Both look the same from outside. A stand-in has the span context of the instance's recorded span, so that
 /// whatever is injected or started from it attaches there.
-pub struct WorkflowSpan<S>(pub(super) State<S>);
+pub struct WorkflowSpan<S: Span> {
+    pub(super) state: State<S>,
+    has_ended: bool,
+}
 
 pub(super) enum State<S> {
     Live {
@@ -33,22 +38,54 @@ pub(super) enum State<S> {
     },
     /// Boxed, so that an ordinary span is hardly larger than the inner one: it is moved several times.
     StandIn(Box<StandIn>),
-}
-
-impl<S> WorkflowSpan<S> {
-    #[inline]
-    fn inner(&mut self) -> Option<&mut S> {
-        match &mut self.0 {
-            State::Live { span, .. } => Some(span),
-            State::StandIn(_) => None,
-        }
-    }
+    Lost(Box<Lost>),
 }
 
 impl<S: Span> WorkflowSpan<S> {
+    /// Starts a span, or a lost one if `build` panics. That panic must not unwind further: tracing-opentelemetry holds a lock,
+    /// and panics wherever it is poisoned, in a destructor too.
+    #[inline]
+    pub(super) fn start(
+        watch: Option<Watch>,
+        build: impl FnOnce() -> S,
+        lose: impl FnOnce() -> Box<Lost>,
+    ) -> Self {
+        let start = || {
+            Self::new(State::Live {
+                span: build(),
+                watch,
+            })
+        };
+        caught(start).unwrap_or_else(|| Self::new(State::Lost(lose())))
+    }
+
+    #[inline]
+    pub(super) fn new(state: State<S>) -> Self {
+        Self {
+            state,
+            has_ended: false,
+        }
+    }
+
+    #[inline]
+    pub(super) fn watched(&mut self) -> Option<(&mut S, &mut Watch)> {
+        match &mut self.state {
+            State::Live { span, watch } => Some((span, watch.as_mut()?)),
+            State::StandIn(_) | State::Lost(_) => None,
+        }
+    }
+
+    #[inline]
+    fn inner(&mut self) -> Option<&mut S> {
+        match &mut self.state {
+            State::Live { span, .. } => Some(span),
+            State::StandIn(_) | State::Lost(_) => None,
+        }
+    }
+
     #[inline(never)]
     fn set_watched(&mut self, mut attribute: KeyValue) {
-        match &mut self.0 {
+        match &mut self.state {
             State::Live { span, watch } => {
                 if let Some(watch) = watch {
                     watch.observe(span, &mut attribute);
@@ -56,6 +93,7 @@ impl<S: Span> WorkflowSpan<S> {
                 span.set_attribute(attribute);
             }
             State::StandIn(stand_in) => stand_in.observe(&attribute),
+            State::Lost(_) => {}
         }
     }
 }
@@ -70,7 +108,7 @@ impl<S: Span> Span for WorkflowSpan<S> {
     ) where
         T: Into<Cow<'static, str>>,
     {
-        match &mut self.0 {
+        match &mut self.state {
             State::Live { span, watch } => {
                 if let Some(watch) = watch {
                     watch.observe_event(&attributes);
@@ -78,14 +116,16 @@ impl<S: Span> Span for WorkflowSpan<S> {
                 span.add_event_with_timestamp(name, timestamp, attributes);
             }
             State::StandIn(stand_in) => stand_in.observe_event(&attributes),
+            State::Lost(_) => {}
         }
     }
 
     #[inline]
     fn span_context(&self) -> &SpanContext {
-        match &self.0 {
+        match &self.state {
             State::Live { span, .. } => span.span_context(),
             State::StandIn(stand_in) => stand_in.context(),
+            State::Lost(lost) => lost.context(),
         }
     }
 
@@ -93,7 +133,7 @@ impl<S: Span> Span for WorkflowSpan<S> {
     /// attributes to recording spans only.
     #[inline]
     fn is_recording(&self) -> bool {
-        match &self.0 {
+        match &self.state {
             State::Live { span, watch } => {
                 let watch = watch.as_ref();
                 if watch.is_some_and(|watch| watch.instance.is_some()) {
@@ -103,13 +143,14 @@ impl<S: Span> Span for WorkflowSpan<S> {
                 span.is_recording() || (observes && span.span_context().is_valid())
             }
             State::StandIn(stand_in) => stand_in.is_recording(),
+            State::Lost(_) => false,
         }
     }
 
     #[inline]
     fn set_attribute(&mut self, attribute: KeyValue) {
         // An attribute that is only handed on is not borrowed mutably here: it would be copied.
-        match &mut self.0 {
+        match &mut self.state {
             State::Live { span, watch: None } => span.set_attribute(attribute),
             State::Live {
                 span,
@@ -121,7 +162,7 @@ impl<S: Span> Span for WorkflowSpan<S> {
 
     #[inline]
     fn set_attributes(&mut self, attributes: impl IntoIterator<Item = KeyValue>) {
-        match &mut self.0 {
+        match &mut self.state {
             State::Live { span, watch: None } => span.set_attributes(attributes),
             _ => attributes
                 .into_iter()
@@ -155,27 +196,47 @@ impl<S: Span> Span for WorkflowSpan<S> {
 
     #[inline]
     fn end_with_timestamp(&mut self, timestamp: SystemTime) {
-        match &mut self.0 {
+        self.has_ended = true;
+        match &mut self.state {
             State::Live { span, watch: None } if !replay::is_any() => {
-                span.end_with_timestamp(timestamp);
+                if caught(|| span.end_with_timestamp(timestamp)).is_none() {
+                    handoff::leave_panic();
+                }
             }
             State::Live { span, watch } => {
                 let last_exit = watch.as_mut().and_then(|watch| watch.end(span));
                 let timestamp = last_exit.unwrap_or(timestamp);
                 // An exporter may open spans beneath this one while OpenTelemetry has it locked.
-                handoff::without_asking(|| span.end_with_timestamp(timestamp));
+                let end = || handoff::without_asking(|| span.end_with_timestamp(timestamp));
+                match (caught(end), watch) {
+                    (Some(()), _) => {}
+                    (None, Some(watch)) => watch.shared.count_panic_at_end(),
+                    (None, None) => handoff::leave_panic(),
+                }
             }
             State::StandIn(stand_in) => stand_in.end(),
+            State::Lost(_) => {}
         }
     }
 }
 
-impl<S: fmt::Debug> fmt::Debug for WorkflowSpan<S> {
+impl<S: Span> Drop for WorkflowSpan<S> {
+    #[inline]
+    fn drop(&mut self) {
+        // The span of the SDK would end itself, and its processor might panic while the thread unwinds.
+        if !self.has_ended {
+            self.end();
+        }
+    }
+}
+
+impl<S: Span + fmt::Debug> fmt::Debug for WorkflowSpan<S> {
     #[inline]
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.0 {
+        match &self.state {
             State::Live { span, .. } => f.debug_tuple("WorkflowSpan").field(span).finish(),
             State::StandIn(stand_in) => f.debug_tuple("WorkflowSpan").field(stand_in).finish(),
+            State::Lost(lost) => f.debug_tuple("WorkflowSpan").field(lost.context()).finish(),
         }
     }
 }

@@ -1,7 +1,6 @@
 //! One trace is bounded in age and in spans: past the bounds the next span opens a new root, linked to the old one.
 
 use std::collections::HashMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Barrier, Mutex};
@@ -462,8 +461,7 @@ fn a_panic_in_the_sampler_does_not_keep_later_spans_from_opening_the_next_root()
     step(&worker, "first");
     step(&worker, "full");
     for _ in 0..3 {
-        let panicked = catch_unwind(AssertUnwindSafe(|| step(&worker, "panics")));
-        panicked.expect_err("the sampler panics");
+        step(&worker, "panics");
         assert_stored(&worker, "first");
     }
     for name in ["second", "in the second", "third"] {

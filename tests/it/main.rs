@@ -16,6 +16,7 @@
 //! | filters, other layers, reload, two subscribers | `stacking` |
 //! | ids of any type, size and content; nothing is stored beyond the limit | `hostile` |
 //! | what becomes of the first span of an instance: requests, pollers, many instances in one trace | `first_spans` |
+//! | a panic in a sampler, processor or exporter costs one span | `panics` |
 //! | random sequences of span operations match the documented behaviour | `model` |
 //! | workers that share a backend agree; a slow or failing backend costs continuity only | `shared` |
 //! | every `StorageBackend` fulfils the written contract | `store_contract` |
@@ -43,6 +44,7 @@ mod lifecycle;
 #[cfg(feature = "metrics")]
 mod metrics;
 mod model;
+mod panics;
 mod policy;
 mod propagation;
 #[cfg(feature = "redis")]

@@ -19,7 +19,7 @@ use tracing_workflow_context::backend::{
 use tracing_workflow_context::{Stats, WorkflowContextStorage};
 
 /// The documented instruments, and the counter that each time series reads.
-const INSTRUMENTS: [(&str, Kind, &str, &[Series]); 15] = [
+const INSTRUMENTS: [(&str, Kind, &str, &[Series]); 16] = [
     (
         COUNT,
         Kind::UpDownCounter,
@@ -85,6 +85,12 @@ const INSTRUMENTS: [(&str, Kind, &str, &[Series]); 15] = [
         Kind::Counter,
         "{trace}",
         &[("", |stats| stats.shared_traces)],
+    ),
+    (
+        "workflow.context.panic.caught",
+        Kind::Counter,
+        "{panic}",
+        &[("", |stats| stats.panics)],
     ),
     (
         "workflow.context.event.replayed",
@@ -355,6 +361,7 @@ impl Busy {
             if name == "beaten" {
                 racing.store("contended", context(8)).unwrap();
             }
+            assert_ne!(name, "panics", "the sampler's own panic");
         });
         let worker = Worker::with_sampler(storage, true, sampler);
         let storage = &worker.storage;
@@ -375,6 +382,9 @@ impl Busy {
             for _ in 0..3 {
                 info_span!("beaten", workflow.instance_id = "contended").in_scope(|| {});
                 storage.cleanup("contended").unwrap();
+            }
+            for _ in 0..13 {
+                info_span!("panics").in_scope(|| {});
             }
             for events in [0, 1, 1, 1, 2, 2] {
                 let span = info_span!(

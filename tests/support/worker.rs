@@ -203,6 +203,11 @@ impl Worker {
         }
     }
 
+    /// Makes spans in that way.
+    pub(crate) fn made_by(self, via: Via) -> Self {
+        Self { via, ..self }
+    }
+
     pub(crate) fn tracer(&self) -> SdkTracer {
         self.provider.tracer("test")
     }
