@@ -2,6 +2,7 @@
 
 pub(crate) mod handoff;
 pub(crate) mod live_ids;
+mod provider;
 mod recording;
 mod replay;
 pub(crate) mod shared_traces;
@@ -19,6 +20,7 @@ use opentelemetry::trace::{
 };
 use opentelemetry::{Context, KeyValue};
 
+pub use self::provider::WorkflowTracerProvider;
 pub use self::span::WorkflowSpan;
 
 use self::handoff::{Start, StorageId};
@@ -30,7 +32,7 @@ use crate::cache::entry::Entry;
 use crate::context::WorkflowContext;
 use crate::decision::{Arrival, Decision, Links, Moment, Parent, Record, decide};
 use crate::explain::author::Author;
-use crate::explain::trail::Outcome;
+use crate::explain::trail::{Event, Outcome};
 use crate::fields;
 use crate::fields::identity::{Identity, Names};
 use crate::storage::shared::Shared;
@@ -535,6 +537,9 @@ fn decide_again(
     }
     if let Some(id) = parent_instance_id.filter(|_| decision.is_first()) {
         let parent_instance = shared.tier.peek_within(id);
+        if parent_instance.is_none() {
+            shared.note(key.hash, || Event::UnknownParent(id.into()));
+        }
         let arrival = Arrival {
             parent_instance: parent_instance.as_ref(),
             ..arrival
