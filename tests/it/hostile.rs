@@ -190,6 +190,29 @@ fn a_field_without_a_value_names_no_instance() {
     }
 }
 
+#[test]
+fn a_held_span_that_records_no_id_still_waits_for_one() {
+    let none: [&dyn Value; 5] = [
+        &"",
+        &"None",
+        &tracing::field::debug(""),
+        &tracing::field::debug(None::<&str>),
+        &tracing::field::debug(Some("")),
+    ];
+    for value in none {
+        for worker in both_activations(WorkflowContextStorage::new) {
+            worker.run(|| {
+                info_span!("first", workflow.instance_id = "order").in_scope(|| {});
+                let span = info_span!("tagged", workflow.instance_id = Empty).entered();
+                span.record("workflow.instance_id", value);
+                span.record("workflow.instance_id", tracing::field::debug(Some("order")));
+            });
+            let first = worker.span("first").span_context;
+            assert_continues(&worker.span("tagged"), &first);
+        }
+    }
+}
+
 const ODD_TEXTS: [&str; 24] = [
     "注文-42",
     "заказ",
