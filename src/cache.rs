@@ -358,7 +358,7 @@ impl Cache {
             found.map(|entry| (entry.summary(wall), entry.latest().author))
         };
         let recorded = found.map(|(mut recorded, author)| {
-            recorded.author = author.and_then(|number| authors.get(number));
+            recorded.writer = authors.writer(author);
             recorded
         });
         let steps = self.trail.steps_of(hash);

@@ -12,8 +12,8 @@ pub const MAX_INSTANCE_ID_BYTES: usize = 1024;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum InvalidInstanceId {
-    /// The id is the empty string.
-    #[error("an instance id must not be empty")]
+    /// The id is the empty string, or `None`, the `Debug` form of no id.
+    #[error("an instance id must not be empty; the text `None` counts as empty")]
     Empty,
     /// The id is longer than [`MAX_INSTANCE_ID_BYTES`].
     #[error(
@@ -75,7 +75,7 @@ impl From<InvalidInstanceId> for CreateResumedError {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum BuildError {
-    /// A field name or span name is empty.
+    /// The name of a field or span is empty.
     #[error("{setting}: a name must not be empty")]
     EmptyName {
         /// The method of the builder.
@@ -84,6 +84,18 @@ pub enum BuildError {
     /// `instance_id_fields` was called without a name, so no span could ever be tagged.
     #[error("instance_id_fields: at least one field name is needed")]
     NoInstanceIdField,
+    /// A field name has two meanings: it is in two settings, or reserved for another one.
+    #[error(
+        "{setting}: the field {name:?} belongs to {owner}; a field has one meaning, choose another name"
+    )]
+    TwoMeanings {
+        /// The method of the builder.
+        setting: &'static str,
+        /// The field.
+        name: String,
+        /// The method of the builder to which it belongs already, or whoever else uses it.
+        owner: &'static str,
+    },
     /// A number or a duration is zero.
     #[error("{setting}: must be more than zero")]
     Zero {

@@ -9,7 +9,7 @@ use std::time::SystemTime;
 
 use opentelemetry::TraceId;
 
-use self::author::Author;
+use self::author::Writer;
 use self::trail::{Event, Step};
 use crate::clock::TICK;
 use crate::context::WorkflowContext;
@@ -35,7 +35,7 @@ pub struct Explanation {
 #[derive(Clone, Debug)]
 pub(crate) struct Summary {
     pub(crate) context: WorkflowContext,
-    pub(crate) author: Option<Author>,
+    pub(crate) writer: Writer,
     pub(crate) generation: u32,
     pub(crate) run_id: Option<String>,
     pub(crate) completed: bool,
@@ -108,11 +108,13 @@ impl Explanation {
             Event::CleanedUp => Some(Absence::CleanedUp),
             _ => None,
         });
+        let is_outranked = |step: &Step| matches!(step.event, Event::Outranked(_));
         Some(match removed {
             Some(reason) => reason,
             None if self.backend_is_down => Absence::BackendDown,
-            None if !self.steps.is_empty() => Absence::NotRecorded,
-            None => Absence::NeverSeen,
+            None if self.steps.is_empty() => Absence::NeverSeen,
+            None if self.steps.iter().all(is_outranked) => Absence::Outranked,
+            None => Absence::NotRecorded,
         })
     }
 }
@@ -133,6 +135,8 @@ pub enum Absence {
     CleanedUp,
     /// Its spans were replays, or had no valid span context: the provider is shut down, or the tracer does nothing.
     NotRecorded,
+    /// Its spans belong to other instances, which they name in id fields that rank higher.
+    Outranked,
     /// The backend, which may hold it, does not respond.
     BackendDown,
     /// The id is empty, or longer than [`MAX_INSTANCE_ID_BYTES`].
@@ -150,6 +154,7 @@ impl fmt::Display for Absence {
             Self::Completed => "completed: its grace after a terminal workflow.status is over",
             Self::CleanedUp => "cleaned up by a call",
             Self::NotRecorded => "its spans were replays, or had no valid span context",
+            Self::Outranked => "its spans name another instance in an id field that ranks higher",
             Self::BackendDown => "the backend, which may know it, does not answer",
             Self::InvalidId => "the id is empty or too long",
         })
@@ -201,16 +206,9 @@ impl fmt::Display for Summary {
             self.context.span_id()
         )?;
         write!(f, "\n  recorded {:.1}s ago ", age.as_secs_f64())?;
-        match &self.author {
-            _ if self.context.is_remote() => f.write_str("by another process")?,
-            Some(by) if by.target.is_empty() => write!(f, "by span {:?}", by.span_name)?,
-            Some(by) => write!(
-                f,
-                "by span {:?} of {}",
-                by.span_name,
-                by.target.escape_debug()
-            )?,
-            None => f.write_str("by a call")?,
+        match self.context.is_remote() {
+            true => f.write_str("by another process")?,
+            false => write!(f, "{}", self.writer)?,
         }
         if !self.context.is_remote() {
             write!(f, ", process {} on {}", std::process::id(), host())?;

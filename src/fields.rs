@@ -4,7 +4,8 @@ pub(crate) mod callsite;
 pub(crate) mod engine;
 pub(crate) mod identity;
 mod meaning;
-mod value;
+pub(crate) mod names;
+pub(crate) mod value;
 mod visit;
 
 use std::borrow::Cow;
@@ -18,20 +19,11 @@ use self::callsite::{Callsite, Role};
 use self::engine::Engine;
 use self::identity::{Identity, Names};
 use self::meaning::{IdFields, Meaning, Meanings};
+use self::names::FieldNames;
+pub(crate) use self::names::{AGENT_NAME, GEN_AI_AGENT_NAME, INSTANCE_ID, RELATION, RESUMED};
 use self::value::{is_terminal, printed, truth};
 use self::visit::{HasValue, IdentityVisitor, IsThere};
 use crate::error::InvalidInstanceId;
-
-// Read from spans.
-pub(crate) const INSTANCE_ID: &str = "workflow.instance_id";
-pub(crate) const RUN_ID: &str = "workflow.run_id";
-pub(crate) const PARENT_INSTANCE_ID: &str = "workflow.parent_instance_id";
-pub(crate) const REPLAYING: &str = "workflow.replaying";
-pub(crate) const STATUS: &str = "workflow.status";
-// Written to spans and links.
-pub(crate) const RESUMED: &str = "workflow.resumed";
-pub(crate) const RELATION: &str = "workflow.relation";
-pub(crate) const AGENT_NAME: &str = "agent.name";
 
 /// The fields and engine spans that one storage knows.
 #[derive(Clone, Debug)]
@@ -56,15 +48,22 @@ impl SpanPattern {
 }
 
 impl Fields {
-    pub(crate) fn new(instance_ids: Vec<Cow<'static, str>>) -> Self {
+    pub(crate) fn new(names: FieldNames) -> Self {
         let mut meanings = Meanings::default();
-        for name in instance_ids {
+        for name in names.instance_ids {
             meanings.add_instance_id(name);
         }
-        meanings.add(RUN_ID.into(), Meaning::RunId);
-        meanings.add(PARENT_INSTANCE_ID.into(), Meaning::ParentInstanceId);
-        meanings.add(REPLAYING.into(), Meaning::Replaying);
-        meanings.add(STATUS.into(), Meaning::Status);
+        let others = [
+            (names.run_ids, Meaning::RunId),
+            (names.parent_instance_ids, Meaning::ParentInstanceId),
+            (names.replaying, Meaning::Replaying),
+            (names.statuses, Meaning::Status),
+        ];
+        for (names, meaning) in others {
+            names
+                .into_iter()
+                .for_each(|name| meanings.add(name, meaning));
+        }
         Self {
             meanings,
             engine_spans: Vec::new(),
@@ -118,10 +117,6 @@ impl Fields {
         }
         let target = target_of(span);
         (self.pollers.iter()).any(|poller| poller.matches(&span.name, target.as_deref()))
-    }
-
-    pub(crate) fn add_replaying(&mut self, name: Cow<'static, str>) {
-        self.meanings.add(name, Meaning::Replaying);
     }
 
     /// Reads what the spans of a callsite have in common.
@@ -244,6 +239,8 @@ pub(crate) struct Tag<'a> {
     pub(crate) terminal: bool,
     /// An id longer than [`MAX_INSTANCE_ID_BYTES`](crate::MAX_INSTANCE_ID_BYTES), which is ignored.
     pub(crate) oversized: Option<Cow<'a, str>>,
+    /// The ids of further id fields, which do not count.
+    pub(crate) outranked: Vec<Cow<'a, str>>,
     rank: u16,
 }
 
@@ -262,11 +259,16 @@ impl<'a> Tag<'a> {
             Meaning::Replaying => self.replaying = truth(value).or(self.replaying),
             Meaning::Status => self.terminal |= is_terminal(value),
             Meaning::InstanceId { rank } => {
-                if self.instance_id.is_none() || rank <= self.rank {
-                    if let Some(id) = self.id(value) {
-                        self.instance_id = Some(id);
-                        self.rank = rank;
-                    }
+                let Some(id) = self.id(value) else {
+                    return;
+                };
+                if self.instance_id.is_some() && rank > self.rank {
+                    self.outranked.push(id);
+                } else {
+                    let known = self.instance_id.replace(id);
+                    // A second value of the same field replaces the first.
+                    self.outranked.extend(known.filter(|_| rank != self.rank));
+                    self.rank = rank;
                 }
             }
             Meaning::RunId => self.run_id = self.id(value).or(self.run_id.take()),
@@ -295,7 +297,10 @@ mod tests {
 
     #[test]
     fn of_several_ids_the_first_in_order_with_a_value_counts() {
-        let fields = Fields::new(vec!["a".into(), "b".into()]);
+        let fields = Fields::new(FieldNames {
+            instance_ids: vec!["a".into(), "b".into()],
+            ..FieldNames::default()
+        });
         let id =
             |attributes: &[KeyValue]| fields.tag_of(attributes).instance_id.map(Cow::into_owned);
         let (a, b) = (KeyValue::new("a", "1"), KeyValue::new("b", 2));

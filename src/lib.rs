@@ -52,12 +52,14 @@
 //! # Concepts
 //!
 //! - An **instance** is one execution of a workflow from start to end, named by a field of its spans. Ids are compared by
-//!   their formatted value: `order`, `%order`, and `?order` without its quotes name the same instance.
+//!   their formatted value: `order`, `%order`, and `?order` without its quotes name the same instance, and so do
+//!   `Some(order)` and `?Some(order)`. An empty text and `None`, in whatever form, name none. The calls of the explicit API
+//!   read ids by the same rule.
 //! - [`WorkflowContextStorage`] keeps one [`WorkflowContext`] for each instance. It is a cheap handle with an
 //!   [explicit API](WorkflowContextStorage::store) beside the layer, and there is a
 //!   [process-wide default](WorkflowContextStorage::global) with four free functions.
 //! - [`WorkflowContextLayer`] is the OpenTelemetry layer, extended. Spans that are made through the OpenTelemetry API
-//!   alone go through a [`WorkflowTracer`].
+//!   alone go through a [`WorkflowTracer`]; a [`WorkflowTracerProvider`] has such tracers only, and may be the global one.
 //! - A [`Relation`] says how a span relates to the stored context, and a [`Continuation`] what is done; the defaults are
 //!   in one table, and each can be overridden.
 //!
@@ -65,16 +67,19 @@
 //!
 //! | field | on | meaning |
 //! |---|---|---|
-//! | `workflow.instance_id` | a span | its instance; [engines](Engine) and [the builder](WorkflowContextStorageBuilder::instance_id_fields) add other names |
+//! | `workflow.instance_id` | a span | its instance; of several such fields the first in the order of [`instance_id_fields`](WorkflowContextStorageBuilder::instance_id_fields) counts |
 //! | `workflow.run_id` | a span | the run of that instance, for engines that use an id again: each run has a trace of its own |
 //! | `workflow.parent_instance_id` | the first span of an instance | the instance that started it, whose trace it continues |
 //! | `workflow.replaying` | a span | `true`: the code has run before, and nothing is exported |
-//! | `workflow.status` | a span or an event in it | `completed`, `failed`, `terminated`, `canceled`, `cancelled` or `timed_out`, in any letter case: the instance is complete |
+//! | `workflow.status` | a span or an event in it | `completed`, `success`, `failed`, `failure`, `error`, `terminated`, `canceled`, `cancelled`, `cancellation`, `timed_out` or `timeout`, in any letter case, alone or as in `Failed { .. }` and `Failed(..)`: the instance is complete |
 //! | `workflow.resumed` | written | on the first span in this process whose context another process recorded, and on a resumed agent's |
 //! | `workflow.resumed_after` | written | beside it, the seconds since that recording |
 //! | `workflow.relation` | written on links | the [`Relation`] that is the reason of the link |
 //! | `workflow.generation` | written | on the first span of a second, third, ... trace of an instance |
-//! | `agent.name` | written | on the span of a resumed agent |
+//! | `agent.name`, `gen_ai.agent.name` | written | on the span of a resumed agent |
+//!
+//! [Engines](Engine) and [the builder](WorkflowContextStorageBuilder) give the fields that are read other names. A name has
+//! one meaning: the builder refuses a second one.
 //!
 //! # What happens when
 //!
@@ -185,7 +190,7 @@ pub use storage::global::{
     store_workflow_context,
 };
 pub use traceparent::ParseContextError;
-pub use tracer::{WorkflowSpan, WorkflowTracer};
+pub use tracer::{WorkflowSpan, WorkflowTracer, WorkflowTracerProvider};
 
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]

@@ -12,7 +12,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use opentelemetry::Context;
-use opentelemetry::trace::Tracer;
+use opentelemetry::trace::{Tracer, TracerProvider};
 use tracing::Subscriber;
 use tracing_opentelemetry::OpenTelemetryLayer;
 use tracing_subscriber::registry::LookupSpan;
@@ -22,7 +22,7 @@ use crate::error::{CreateResumedError, StorageError};
 use crate::explain::Explanation;
 use crate::layer::WorkflowContextLayer;
 use crate::stats::Stats;
-use crate::tracer::WorkflowTracer;
+use crate::tracer::{WorkflowTracer, WorkflowTracerProvider};
 use crate::warnings::LOG_TARGET;
 use shared::Shared;
 
@@ -30,6 +30,9 @@ use shared::Shared;
 ///
 /// This is a handle: clones are cheap and share everything. When the last one is dropped, the layers and tracers made
 /// from it included, the contexts in memory are gone.
+///
+/// Its calls read an id as it is read from a span: a string in quotes, which is how `?order` formats it, is the id without
+/// them, `Some(..)` is what is in it, and `None` is no id, as the empty string is none.
 ///
 /// ```
 /// use tracing_workflow_context::{WorkflowContext, WorkflowContextStorage};
@@ -82,7 +85,7 @@ impl WorkflowContextStorage {
         ) -> OpenTelemetryLayer<S, WorkflowTracer<T>>,
     {
         let tracer =
-            WorkflowTracer::for_layer(self.shared.agent_tracer.set(tracer), self.shared.clone());
+            WorkflowTracer::for_layer(self.shared.share_tracer(tracer), self.shared.clone());
         let otel = settings(OpenTelemetryLayer::new(tracer));
         WorkflowContextLayer::new(otel, self.shared.clone())
     }
@@ -96,7 +99,33 @@ impl WorkflowContextStorage {
         T: Tracer + Send + Sync + 'static,
         T::Span: Send + Sync + 'static,
     {
-        WorkflowTracer::for_api(self.shared.agent_tracer.set(tracer), self.shared.clone())
+        WorkflowTracer::for_api(self.shared.share_tracer(tracer), self.shared.clone())
+    }
+
+    /// Creates a tracer provider each of whose tracers is one of [`tracer`](Self::tracer): for libraries that get theirs
+    /// from `opentelemetry::global`, past every layer.
+    ///
+    /// The spans of a layer go through the tracer that the layer was given; give that one of the undecorated provider.
+    ///
+    /// ```
+    /// use opentelemetry::global;
+    /// use opentelemetry::trace::TracerProvider as _;
+    /// use opentelemetry_sdk::trace::SdkTracerProvider;
+    /// use tracing_subscriber::prelude::*;
+    /// use tracing_workflow_context::WorkflowContextStorage;
+    ///
+    /// let provider = SdkTracerProvider::builder().build();
+    /// let storage = WorkflowContextStorage::new();
+    /// global::set_tracer_provider(storage.tracer_provider(provider.clone()));
+    /// tracing_subscriber::registry().with(storage.layer(provider.tracer("orders"))).init();
+    /// ```
+    pub fn tracer_provider<P>(&self, provider: P) -> WorkflowTracerProvider<P>
+    where
+        P: TracerProvider,
+        P::Tracer: Send + Sync + 'static,
+        <P::Tracer as Tracer>::Span: Send + Sync + 'static,
+    {
+        WorkflowTracerProvider::new(provider, self.shared.clone())
     }
 
     /// Stores the context of an instance; the last write wins, over what a span recorded too.
@@ -105,10 +134,10 @@ impl WorkflowContextStorage {
     ///
     /// # Errors
     ///
-    /// [`StorageError::InvalidInstanceId`] if the id is empty or longer than 1,024 bytes.
+    /// [`StorageError::InvalidInstanceId`] if the id is empty, `None`, or longer than 1,024 bytes.
     pub fn store(&self, instance_id: &str, context: WorkflowContext) -> Result<(), StorageError> {
-        self.shared.check(instance_id)?;
-        self.shared.tier.store(instance_id, context);
+        let instance_id = self.shared.read_id(instance_id)?;
+        self.shared.tier.store(&instance_id, context);
         Ok(())
     }
 
@@ -118,10 +147,10 @@ impl WorkflowContextStorage {
     ///
     /// # Errors
     ///
-    /// [`StorageError::InvalidInstanceId`] if the id is empty or longer than 1,024 bytes.
+    /// [`StorageError::InvalidInstanceId`] if the id is empty, `None`, or longer than 1,024 bytes.
     pub fn get(&self, instance_id: &str) -> Result<Option<WorkflowContext>, StorageError> {
-        self.shared.check(instance_id)?;
-        let found = self.shared.tier.get(instance_id);
+        let instance_id = self.shared.read_id(instance_id)?;
+        let found = self.shared.tier.get(&instance_id);
         if found.is_none() {
             tracing::debug!(target: LOG_TARGET, instance_id = ?instance_id, "no context is stored for this workflow instance");
         }
@@ -134,19 +163,20 @@ impl WorkflowContextStorage {
     ///
     /// # Errors
     ///
-    /// [`StorageError::InvalidInstanceId`] if the id is empty or longer than 1,024 bytes.
+    /// [`StorageError::InvalidInstanceId`] if the id is empty, `None`, or longer than 1,024 bytes.
     pub fn cleanup(&self, instance_id: &str) -> Result<bool, StorageError> {
-        self.shared.check(instance_id)?;
-        Ok(self.shared.tier.cleanup(instance_id))
+        let instance_id = self.shared.read_id(instance_id)?;
+        Ok(self.shared.tier.cleanup(&instance_id))
     }
 
     /// Opens and ends the span of a resumed agent, and stores its context, marked resumed.
     ///
     /// The span is called `{agent_name or DurableAgent}.ToolCallingWorkflow` and carries
-    /// `openinference.span.kind = AGENT`, `workflow.instance_id`, `workflow.resumed = true` and `agent.name`.
-    /// The context stored for the instance becomes its parent; without one it is the root of a new trace. The
-    /// tracer is the one last given to [`layer`](Self::layer) or [`tracer`](Self::tracer) while that lives,
-    /// else the global tracer provider's. No lock is held while the span is made.
+    /// `openinference.span.kind = AGENT`, `workflow.instance_id`, `workflow.resumed = true`, `agent.name` and
+    /// `gen_ai.agent.name`. The context stored for the instance becomes its parent; without one it is the root of a new
+    /// trace. Of the tracers given to [`layer`](Self::layer), [`tracer`](Self::tracer) and made by a
+    /// [`tracer_provider`](Self::tracer_provider), it goes through the last one that lives; if there is none, through the
+    /// global tracer provider's. No lock is held while the span is made.
     ///
     /// # Errors
     ///
@@ -157,15 +187,15 @@ impl WorkflowContextStorage {
         instance_id: &str,
         agent_name: Option<&str>,
     ) -> Result<WorkflowContext, CreateResumedError> {
-        self.shared.check(instance_id)?;
-        let stored = self.shared.tier.peek(instance_id);
+        let instance_id = self.shared.read_id(instance_id)?;
+        let stored = self.shared.tier.peek(&instance_id);
         let parent = stored.map_or_else(Context::new, |stored| stored.to_otel());
-        let span = (self.shared.agent_tracer).end_at_once(instance_id, agent_name, &parent);
+        let span = (self.shared.agent_tracers).end_at_once(&instance_id, agent_name, &parent);
         let context = span
             .and_then(|span| WorkflowContext::from_span(&span, self.shared.clock.now()))
             .ok_or(CreateResumedError::NoRecordingSpan)?
             .into_resumed();
-        self.store(instance_id, context.clone())?;
+        self.shared.tier.store(&instance_id, context.clone());
         Ok(context)
     }
 

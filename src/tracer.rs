@@ -3,6 +3,7 @@
 pub(crate) mod handoff;
 pub(crate) mod live_ids;
 mod lost;
+mod provider;
 mod recording;
 mod replay;
 pub(crate) mod shared_traces;
@@ -20,6 +21,7 @@ use opentelemetry::trace::{
 };
 use opentelemetry::{Context, KeyValue, SpanId, TraceId};
 
+pub use self::provider::WorkflowTracerProvider;
 pub use self::span::WorkflowSpan;
 
 use self::handoff::{StartNumber, StorageId};
@@ -32,7 +34,7 @@ use crate::cache::entry::Entry;
 use crate::context::WorkflowContext;
 use crate::decision::{Arrival, Decision, Links, Moment, Parent, Record, decide};
 use crate::explain::author::Author;
-use crate::explain::trail::Outcome;
+use crate::explain::trail::{Event, Outcome};
 use crate::fields;
 use crate::fields::identity::{Identity, Names};
 use crate::storage::shared::Shared;
@@ -574,6 +576,9 @@ fn decide_again(
     }
     if let Some(id) = parent_instance_id.filter(|_| decision.is_first()) {
         let parent_instance = shared.tier.peek_within(id);
+        if parent_instance.is_none() {
+            shared.note(key.hash, || Event::UnknownParent(id.into()));
+        }
         let arrival = Arrival {
             parent_instance: parent_instance.as_ref(),
             ..arrival

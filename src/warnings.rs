@@ -81,7 +81,7 @@ impl Warnings {
     }
 
     /// Notes a failure of the backend.
-    pub(crate) fn backend_refused(&self, error: &BackendError) {
+    pub(crate) fn backend_failed(&self, error: &BackendError) {
         self.backend_failed.note(|| {
             let cause = error.source().map(|cause| format!(": {cause}"));
             let text = format!("{error}{}", cause.unwrap_or_default());

@@ -39,7 +39,7 @@ impl Guarded {
     /// Counts and logs a failure. [`call`](Self::call) does so for the error it returns.
     pub(super) fn report(&self, error: &BackendError) {
         self.failures.add();
-        self.warnings.backend_refused(error);
+        self.warnings.backend_failed(error);
     }
 
     pub(super) fn failures(&self) -> u64 {

@@ -11,6 +11,7 @@ use opentelemetry::trace::TraceState;
 use super::inline_str::InlineStr;
 use crate::context::{Packed, WorkflowContext};
 use crate::explain::Summary;
+use crate::explain::author::Writer;
 use crate::explain::trail::Event;
 
 /// The number of runs that are kept besides the latest, for their late spans.
@@ -152,11 +153,11 @@ impl Entry {
         is_first
     }
 
-    /// Returns a summary of the latest run, without its author.
+    /// Returns a summary of the latest run, without its writer.
     pub(super) fn summary(&self, now: SystemTime) -> Summary {
         Summary {
             context: self.latest.context(),
-            author: None,
+            writer: Writer::Call,
             generation: self.latest.generation,
             run_id: self.latest.run_id().map(|id| id.as_str().to_owned()),
             completed: self.completed.get() != 0,

@@ -1,6 +1,7 @@
 //! The authors of records: the spans that recorded contexts, interned.
 
 use std::borrow::Cow;
+use std::fmt;
 use std::num::NonZeroU16;
 use std::sync::atomic::{AtomicU16, Ordering::Relaxed};
 
@@ -28,6 +29,35 @@ impl Author {
     }
 }
 
+/// The writer of a record.
+#[derive(Clone, Debug)]
+pub(crate) enum Writer {
+    Call,
+    Span(Author),
+    /// A span whose name is one too many to be kept.
+    UnnamedSpan,
+}
+
+impl fmt::Display for Writer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Call => f.write_str("by a call"),
+            Self::Span(by) if by.target.is_empty() => write!(f, "by span {:?}", by.span_name),
+            Self::Span(by) => {
+                let target = by.target.escape_debug();
+                write!(f, "by span {:?} of {target}", by.span_name)
+            }
+            Self::UnnamedSpan => {
+                write!(
+                    f,
+                    "by a span whose name is not kept, after {} others",
+                    Authors::MAX
+                )
+            }
+        }
+    }
+}
+
 /// The authors of a storage, each kept once: the entries of the cache hold its number.
 #[derive(Debug, Default)]
 pub(crate) struct Authors {
@@ -39,21 +69,31 @@ impl Authors {
     /// The maximum number of authors, since span names made at run time have no bound. Further ones are not kept.
     const MAX: u16 = 1024;
 
-    /// Returns the number of an author; `None` if it is one too many.
-    pub(crate) fn number(&self, author: Author) -> Option<NonZeroU16> {
+    /// The number of all authors that are not kept.
+    const UNNAMED: NonZeroU16 = NonZeroU16::MAX;
+
+    /// Returns the number of an author.
+    pub(crate) fn number(&self, author: Author) -> NonZeroU16 {
         if let Some(known) = self.numbers.get(&author) {
-            return Some(*known);
+            return *known;
         }
         let next = |last| (last < Self::MAX).then_some(last + 1);
-        let last = self.last.fetch_update(Relaxed, Relaxed, next).ok()?;
+        let Ok(last) = self.last.fetch_update(Relaxed, Relaxed, next) else {
+            return Self::UNNAMED;
+        };
         let new = NonZeroU16::MIN.saturating_add(last);
         // If another thread inserted the same author meanwhile, this number stays unused.
-        Some(*self.numbers.entry(author).or_insert(new))
+        *self.numbers.entry(author).or_insert(new)
     }
 
-    /// Returns the author with that number.
-    pub(crate) fn get(&self, number: NonZeroU16) -> Option<Author> {
+    /// Returns the writer of a record with the number of its author, if that is a span.
+    pub(crate) fn writer(&self, author: Option<NonZeroU16>) -> Writer {
+        let Some(number) = author else {
+            return Writer::Call;
+        };
         let found = self.numbers.iter().find(|known| *known.value() == number);
-        found.map(|known| known.key().clone())
+        found.map_or(Writer::UnnamedSpan, |known| {
+            Writer::Span(known.key().clone())
+        })
     }
 }

@@ -33,7 +33,7 @@ struct Steps {
 /// One event of an instance.
 #[derive(Clone, Debug)]
 pub(crate) struct Step {
-    /// The hash of the instance's id. The trail holds no string of the caller's.
+    /// The hash of the instance's id, which is shorter than the id.
     pub(crate) instance: u64,
     pub(crate) tick: u32,
     pub(crate) event: Event,
@@ -50,6 +50,12 @@ pub(crate) enum Event {
     /// Its grace after completion ended.
     GraceOver,
     Evicted,
+    /// Its first span named a parent instance of which no context was found.
+    UnknownParent(Box<str>),
+    /// A span of it named this id too, in a field of a lower rank.
+    Outranks(Box<str>),
+    /// A span that named it belongs to this instance, by a field of a higher rank.
+    Outranked(Box<str>),
 }
 
 /// The decision on one span of an instance.
@@ -195,6 +201,17 @@ impl fmt::Display for Event {
             Self::Expired => f.write_str("expired"),
             Self::GraceOver => f.write_str("its grace was over"),
             Self::Evicted => f.write_str("evicted"),
+            Self::UnknownParent(id) => {
+                write!(f, "no context is found for the parent instance {id:?}")
+            }
+            Self::Outranks(id) => write!(
+                f,
+                "ignored the id {id:?}, of a field that ranks lower on the same span"
+            ),
+            Self::Outranked(id) => write!(
+                f,
+                "ignored, the same span names {id:?} in a field that ranks higher"
+            ),
         }
     }
 }

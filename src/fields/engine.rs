@@ -5,18 +5,20 @@
 /// | engine | instance id | run id | status | engine spans that are held |
 /// |---|---|---|---|---|
 /// | `Dapr` | `durabletask.task.instance_id` | | `durabletask.runtime_status` | |
-/// | `Duroxide` | `instance_id` | | | |
+/// | `Duroxide` | | | | |
 /// | `Restate` | | | | `restate_sdk_endpoint_handle` |
 /// | `Temporal` | `temporalWorkflowID` | `temporalRunID` | | `RunWorkflow` |
 ///
-/// None has a replay field: an engine that reports a replay at all goes on to new work in the same span.
+/// None has a replay field: an engine that reports a replay at all goes on to new work in the same span. None reads a
+/// common word, which spans that are not the engine's may use too.
 /// The reserved fields of this crate keep their meaning beside them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Engine {
     /// Dapr Workflow through `dapr-durabletask`.
     Dapr,
-    /// `duroxide`.
+    /// `duroxide`, which opens no span: put `workflow.instance_id` on yours, or name their field in
+    /// [`instance_id_fields`](crate::WorkflowContextStorageBuilder::instance_id_fields).
     Duroxide,
     /// Restate through `restate-sdk`.
     Restate,
@@ -45,9 +47,9 @@ impl Engine {
                 status: Some("durabletask.runtime_status"),
                 span: None,
             },
-            // duroxide 0.1.32 opens no spans; its events, and by its documentation its users, say `instance_id`.
+            // duroxide 0.1.32 opens no spans; its events say `instance_id`, and so do spans of other libraries.
             Self::Duroxide => Preset {
-                instance_id: Some("instance_id"),
+                instance_id: None,
                 run_id: None,
                 status: None,
                 span: None,

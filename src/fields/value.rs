@@ -6,42 +6,78 @@ use opentelemetry::Value;
 
 use crate::error::MAX_INSTANCE_ID_BYTES;
 
-/// The values of `workflow.status` after which an instance does no more work, in any letter case.
-const TERMINAL: [&str; 6] = [
+/// The words that end an instance, in any letter case: those of the engines, and those by which their SDKs' results are
+/// called. A status is terminal if it is such a word, or the `Debug` form of a struct or variant of that name, such as
+/// `Failed { .. }` and `Failed(..)`.
+const TERMINAL: [&str; 11] = [
     "completed",
     "failed",
     "terminated",
     "canceled",
     "cancelled",
     "timed_out",
+    "success",
+    "failure",
+    "error",
+    "timeout",
+    "cancellation",
 ];
 
-/// Formats a value as an id: a string in its `Debug` form loses its quotes.
+/// The longest text that is read as the `Debug` form of an id. The longest escape of one byte is six characters,
+/// `\u{7f}`; the rest is for quotes and `Some()`. A longer text is oversized in any case.
+pub(super) const LONGEST_TEXT: usize = 6 * MAX_INSTANCE_ID_BYTES + 64;
+
+/// Formats a value as an id; empty if it is none.
 pub(super) fn printed(value: &Value) -> Cow<'_, str> {
     match value {
-        Value::String(text) => unquoted(text.as_str()),
+        Value::String(text) => plain(text.as_str()),
         other => Cow::Owned(other.to_string()),
     }
 }
 
-/// Undoes `{:?}` of a string; any other text is left unchanged.
+/// Undoes `{:?}` of strings and options, as often as it was done: quotes and `Some( )` are removed, and `None` is empty.
+/// Any other text is left unchanged.
 ///
-/// Ids are compared by their formatted value, and an attribute does not show whether it was formatted by `%` or `?`.
+/// Ids are compared by their formatted value, and an attribute does not show whether it was text, or formatted by `%` or
+/// `?`. So the text alone decides. The result is unchanged if it is read again: an id that was listed is found.
 #[inline]
-pub(super) fn unquoted(text: &str) -> Cow<'_, str> {
-    if !text.starts_with('"') {
+pub(crate) fn plain(text: &str) -> Cow<'_, str> {
+    match text.as_bytes() {
+        [b'"', ..] | [b'S', b'o', b'm', b'e', b'(', ..] | b"None" => undebugged(text),
+        _ => Cow::Borrowed(text),
+    }
+}
+
+#[inline(never)]
+fn undebugged(mut text: &str) -> Cow<'_, str> {
+    if text.len() > LONGEST_TEXT {
         return Cow::Borrowed(text);
     }
-    // The longest escape of one byte is six characters, `\u{7f}`: a longer text is oversized in any case.
-    const LONGEST: usize = 6 * MAX_INSTANCE_ID_BYTES + 2;
-    let inner = text.strip_prefix('"').and_then(|t| t.strip_suffix('"'));
-    let Some(inner) = inner.filter(|_| text.len() <= LONGEST) else {
-        return Cow::Borrowed(text);
-    };
-    if !inner.contains(['"', '\\']) {
-        return Cow::Borrowed(inner);
+    loop {
+        match undebugged_once(text) {
+            None => return Cow::Borrowed(text),
+            Some(Cow::Borrowed(inner)) => text = inner,
+            // Each level of escapes doubles the length, so there are few.
+            Some(Cow::Owned(inner)) => return Cow::Owned(undebugged(&inner).into_owned()),
+        }
     }
-    unescaped(inner).map_or(Cow::Borrowed(text), Cow::Owned)
+}
+
+/// Returns `None` for a text that is not the `Debug` form of a string or an option.
+fn undebugged_once(text: &str) -> Option<Cow<'_, str>> {
+    let within = |before, after| text.strip_prefix(before)?.strip_suffix(after);
+    if text == "None" {
+        return Some(Cow::Borrowed(""));
+    }
+    if let Some(inner) = within("Some(", ")") {
+        return Some(Cow::Borrowed(inner));
+    }
+    let inner = within("\"", "\"")?;
+    if inner.contains(['"', '\\']) {
+        unescaped(inner).map(Cow::Owned)
+    } else {
+        Some(Cow::Borrowed(inner))
+    }
 }
 
 /// Returns `None` if the text has a quote or a backslash that `str::escape_debug` would not have written.
@@ -73,7 +109,7 @@ fn unescaped(text: &str) -> Option<String> {
 pub(super) fn truth(value: &Value) -> Option<bool> {
     match value {
         Value::Bool(truth) => Some(*truth),
-        Value::String(text) => match unquoted(text.as_str()) {
+        Value::String(text) => match plain(text.as_str()) {
             text if text.eq_ignore_ascii_case("true") => Some(true),
             text if text.eq_ignore_ascii_case("false") => Some(false),
             _ => None,
@@ -86,8 +122,12 @@ pub(super) fn is_terminal(value: &Value) -> bool {
     let Value::String(text) = value else {
         return false;
     };
-    let status = unquoted(text.as_str());
-    TERMINAL.iter().any(|t| status.eq_ignore_ascii_case(t))
+    let status = plain(text.as_str());
+    let is_word = |c: char| c.is_alphanumeric() || c == '_';
+    let (word, rest) = status.split_at(status.find(|c| !is_word(c)).unwrap_or(status.len()));
+    let is_debug = |open, close| rest.starts_with(open) && rest.ends_with(close);
+    let is_alone = rest.is_empty() || is_debug(" {", "}") || is_debug("(", ")");
+    is_alone && TERMINAL.iter().any(|t| word.eq_ignore_ascii_case(t))
 }
 
 #[cfg(test)]
@@ -95,7 +135,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_the_debug_form_of_a_string_is_unquoted() {
+    fn only_the_debug_forms_of_strings_and_options_are_undone() {
         for text in [
             "",
             "a",
@@ -104,7 +144,15 @@ mod tests {
             "'",
             "\u{10ffff}",
         ] {
-            assert_eq!(unquoted(&format!("{text:?}")), text);
+            let forms = [
+                format!("{text:?}"),
+                format!("{:?}", Some(text)),
+                format!("{:?}", format!("{text:?}")),
+                format!("{:?}", Some(Some(format!("{text:?}")))),
+            ];
+            for form in forms {
+                assert_eq!(plain(&form), text, "{form}");
+            }
         }
         for text in [
             "\"",
@@ -114,8 +162,25 @@ mod tests {
             "\"\\x\"",
             "\"\\\"",
             "\"\\u{110000}\"",
+            "Some",
+            "Some(",
+            "Some(a",
+            "Something(a)",
+            "Nonesuch",
+            "none",
         ] {
-            assert_eq!(unquoted(text), text);
+            assert_eq!(plain(text), text);
         }
+        for text in ["None", "\"None\"", "Some(None)", "Some(\"\")"] {
+            assert_eq!(plain(text), "");
+        }
+    }
+
+    #[test]
+    fn deeply_nested_text_is_undone_without_recursion() {
+        let nested = "Some(".repeat(1_000) + "a" + &")".repeat(1_000);
+        assert_eq!(plain(&nested), "a");
+        let nested = "Some(".repeat(1_000_000) + "a" + &")".repeat(1_000_000);
+        assert_eq!(plain(&nested), nested);
     }
 }

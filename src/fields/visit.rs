@@ -5,8 +5,8 @@ use std::fmt::{self, Write as _};
 use tracing::field::{Field, Visit};
 
 use super::meaning::{IdFields, Meaning, Meanings};
-use super::value::unquoted;
-use crate::error::{InvalidInstanceId, MAX_INSTANCE_ID_BYTES};
+use super::value::{LONGEST_TEXT, plain};
+use crate::error::InvalidInstanceId;
 
 pub(super) struct IdentityVisitor<'a> {
     pub(super) meanings: &'a Meanings,
@@ -32,7 +32,7 @@ impl IdentityVisitor<'_> {
         if text.write_fmt(value).is_err() {
             return;
         }
-        let id = unquoted(&text.0);
+        let id = plain(&text.0);
         if InvalidInstanceId::check(&id).is_ok() {
             *slot = Some(id.into());
             if let Some(Meaning::InstanceId { rank }) = self.meanings.get(field.name()) {
@@ -62,7 +62,7 @@ struct Bounded(String);
 
 impl fmt::Write for Bounded {
     fn write_str(&mut self, text: &str) -> fmt::Result {
-        if self.0.len() + text.len() > 6 * MAX_INSTANCE_ID_BYTES + 2 {
+        if self.0.len() + text.len() > LONGEST_TEXT {
             return Err(fmt::Error);
         }
         self.0.push_str(text);
@@ -108,16 +108,17 @@ impl Visit for HasValue<'_> {
     }
 }
 
-/// The first bytes of a text: enough to tell an empty one, in quotes or without.
+/// The first bytes of a text: enough to tell one that is no id, such as `""`, `None` and `Some("")`.
 #[derive(Default)]
 struct Beginning {
-    bytes: [u8; 3],
+    bytes: [u8; 16],
     len: usize,
 }
 
 impl Beginning {
     fn is_empty(&self) -> bool {
-        matches!(&self.bytes[..self.len], b"" | b"\"\"")
+        let text = std::str::from_utf8(&self.bytes[..self.len]);
+        self.len < self.bytes.len() && text.is_ok_and(|text| plain(text).is_empty())
     }
 }
 

@@ -14,19 +14,28 @@ const SCOPE: &str = env!("CARGO_PKG_NAME");
 /// The name of an agent without one, as in dapr-agents.
 const DEFAULT_AGENT: &str = "DurableAgent";
 
-/// The tracer that was last given to `layer` or `tracer`, not kept alive.
+/// The tracers that were given to `layer`, `tracer` or made by a provider, oldest first, not kept alive. The last one that
+/// lives is used, so that a short-lived one does not take the place of the layer's for good.
 #[derive(Default)]
-pub(super) struct AgentTracer(Mutex<Option<Weak<dyn EndAtOnce>>>);
+pub(super) struct AgentTracers(Mutex<Vec<Weak<dyn EndAtOnce>>>);
 
-impl AgentTracer {
-    pub(super) fn set<T>(&self, tracer: T) -> Arc<T>
+impl AgentTracers {
+    /// The most tracers that are remembered.
+    const MAX: usize = 16;
+
+    pub(super) fn add<T>(&self, tracer: T) -> Arc<T>
     where
         T: Tracer + Send + Sync + 'static,
         T::Span: Send + Sync + 'static,
     {
         let tracer = Arc::new(tracer);
         let weak: Weak<dyn EndAtOnce> = Arc::downgrade(&(tracer.clone() as Arc<dyn EndAtOnce>));
-        *lock(&self.0) = Some(weak);
+        let mut tracers = lock(&self.0);
+        tracers.retain(|tracer| tracer.strong_count() > 0);
+        // The oldest are the likeliest to live on, the layer's among them.
+        tracers.truncate(Self::MAX - 1);
+        tracers.push(weak);
+        drop(tracers);
         tracer
     }
 
@@ -46,9 +55,10 @@ impl AgentTracer {
                 KeyValue::new(fields::INSTANCE_ID, instance_id.to_owned()),
                 KeyValue::new(fields::RESUMED, true),
                 KeyValue::new(fields::AGENT_NAME, agent.to_owned()),
+                KeyValue::new(fields::GEN_AI_AGENT_NAME, agent.to_owned()),
             ]);
-        let ours = lock(&self.0).clone();
-        match ours.and_then(|tracer| tracer.upgrade()) {
+        let ours = lock(&self.0).iter().rev().find_map(Weak::upgrade);
+        match ours {
             Some(tracer) => tracer.end_at_once(span, parent),
             None => global::tracer(SCOPE).end_at_once(span, parent),
         }

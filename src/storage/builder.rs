@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::WorkflowContextStorage;
-use super::agent::AgentTracer;
+use super::agent::AgentTracers;
 use super::refresh::Lifetimes;
 use super::remote::{Remote, Settings};
 use super::shared::Shared;
@@ -18,8 +18,9 @@ use crate::decision::Policy;
 use crate::decision::relation::{Continuation, Relation};
 use crate::error::BuildError;
 use crate::explain::author::Authors;
+use crate::fields::Fields;
 use crate::fields::engine::Engine;
-use crate::fields::{self, Fields};
+use crate::fields::names::FieldNames;
 use crate::warnings::Warnings;
 
 const IDLE_TTL: Duration = Duration::from_secs(24 * 60 * 60);
@@ -30,10 +31,13 @@ const COMPLETED_GRACE: Duration = Duration::from_secs(5 * 60);
 /// | setting | default |
 /// |---|---|
 /// | [`instance_id_fields`](Self::instance_id_fields) | `workflow.instance_id` |
+/// | [`run_id_fields`](Self::run_id_fields) | `workflow.run_id` |
+/// | [`parent_instance_id_fields`](Self::parent_instance_id_fields) | `workflow.parent_instance_id` |
+/// | [`status_fields`](Self::status_fields) | `workflow.status` |
+/// | [`replay_field`](Self::replay_field) | `workflow.replaying` |
 /// | [`engine`](Self::engine) | none |
 /// | [`adopt_spans`](Self::adopt_spans) | none |
 /// | [`poller_spans`](Self::poller_spans) | none |
-/// | [`replay_field`](Self::replay_field) | `workflow.replaying` |
 /// | [`max_instances`](Self::max_instances) | 1,000,000 |
 /// | [`idle_ttl`](Self::idle_ttl) | 24 hours |
 /// | [`completed_grace`](Self::completed_grace) | 5 minutes |
@@ -49,11 +53,10 @@ const COMPLETED_GRACE: Duration = Duration::from_secs(5 * 60);
 #[derive(Debug)]
 #[must_use = "a builder does nothing until build() is called"]
 pub struct WorkflowContextStorageBuilder {
-    instance_id_fields: Vec<Cow<'static, str>>,
+    names: FieldNames,
     engines: Vec<Engine>,
     adopted_spans: Vec<Cow<'static, str>>,
     poller_spans: Vec<Cow<'static, str>>,
-    replay_fields: Vec<Cow<'static, str>>,
     policy: Policy,
     limits: Limits,
     recent_decisions: usize,
@@ -67,11 +70,10 @@ pub struct WorkflowContextStorageBuilder {
 impl Default for WorkflowContextStorageBuilder {
     fn default() -> Self {
         Self {
-            instance_id_fields: vec![fields::INSTANCE_ID.into()],
+            names: FieldNames::default(),
             engines: Vec::new(),
             adopted_spans: Vec::new(),
             poller_spans: Vec::new(),
-            replay_fields: Vec::new(),
             policy: Policy::default(),
             limits: Limits {
                 max_instances: 1_000_000,
@@ -100,7 +102,44 @@ impl WorkflowContextStorageBuilder {
         I: IntoIterator,
         I::Item: Into<Cow<'static, str>>,
     {
-        self.instance_id_fields = names.into_iter().map(Into::into).collect();
+        self.names.instance_ids = names.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Sets the fields that name the run of an instance. Those of an [`engine`](Self::engine) are read beside them.
+    ///
+    /// By default, `workflow.run_id`; the names given replace it, and without a name none is read.
+    pub fn run_id_fields<I>(mut self, names: I) -> Self
+    where
+        I: IntoIterator,
+        I::Item: Into<Cow<'static, str>>,
+    {
+        self.names.run_ids = names.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Sets the fields that name the instance that started this one, whose trace the first span continues.
+    ///
+    /// By default, `workflow.parent_instance_id`; the names given replace it, and without a name none is read.
+    pub fn parent_instance_id_fields<I>(mut self, names: I) -> Self
+    where
+        I: IntoIterator,
+        I::Item: Into<Cow<'static, str>>,
+    {
+        self.names.parent_instance_ids = names.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Sets the fields, of spans and of events in them, that tell the end of an instance by a terminal status. Those of an
+    /// [`engine`](Self::engine) are read beside them.
+    ///
+    /// By default, `workflow.status`; the names given replace it, and without a name none is read.
+    pub fn status_fields<I>(mut self, names: I) -> Self
+    where
+        I: IntoIterator,
+        I::Item: Into<Cow<'static, str>>,
+    {
+        self.names.statuses = names.into_iter().map(Into::into).collect();
         self
     }
 
@@ -144,7 +183,7 @@ impl WorkflowContextStorageBuilder {
     ///
     /// By default, none.
     pub fn replay_field(mut self, name: impl Into<Cow<'static, str>>) -> Self {
-        self.replay_fields.push(name.into());
+        self.names.replaying.push(name.into());
         self
     }
 
@@ -248,7 +287,7 @@ impl WorkflowContextStorageBuilder {
     /// switches it off. From 256 on they are kept in groups of 128 or more, those of one instance all in one group, so
     /// that a busy one leaves room for the others.
     ///
-    /// By default, 1024, which take about 150 KiB.
+    /// By default, 1024, which take about 150 KiB, and more where they name a second id.
     pub fn recent_decisions(mut self, decisions: usize) -> Self {
         self.recent_decisions = decisions;
         self
@@ -268,14 +307,10 @@ impl WorkflowContextStorageBuilder {
     ///
     /// [`BuildError`] for settings that contradict themselves, each with a sentence that says why.
     pub fn build(self) -> Result<WorkflowContextStorage, BuildError> {
-        if self.instance_id_fields.is_empty() {
-            return Err(BuildError::NoInstanceIdField);
-        }
+        self.names.check(&self.engines)?;
         let names = [
-            ("instance_id_fields", &self.instance_id_fields),
             ("adopt_spans", &self.adopted_spans),
             ("poller_spans", &self.poller_spans),
-            ("replay_field", &self.replay_fields),
         ];
         for (setting, names) in names {
             if names.iter().any(|name| name.is_empty()) {
@@ -308,7 +343,7 @@ impl WorkflowContextStorageBuilder {
 
     /// Fails only where there is a backend, and no thread to use it.
     fn finish(self) -> std::io::Result<WorkflowContextStorage> {
-        let mut fields = Fields::new(self.instance_id_fields);
+        let mut fields = Fields::new(self.names);
         self.engines
             .into_iter()
             .for_each(|engine| fields.add_engine(engine));
@@ -318,9 +353,6 @@ impl WorkflowContextStorageBuilder {
         self.poller_spans
             .into_iter()
             .for_each(|name| fields.add_poller(name));
-        self.replay_fields
-            .into_iter()
-            .for_each(|name| fields.add_replaying(name));
         let warnings = Warnings::new(self.clock.is_none());
         let cache = Cache::new(self.limits, self.clock.clone(), self.recent_decisions);
         let clock = self.clock.unwrap_or_else(|| Arc::new(SystemClock));
@@ -346,7 +378,7 @@ impl WorkflowContextStorageBuilder {
                 shared_traces: Default::default(),
                 warnings,
                 authors: Authors::default(),
-                agent_tracer: AgentTracer::default(),
+                agent_tracers: AgentTracers::default(),
                 #[cfg(feature = "metrics")]
                 registrations: Default::default(),
             }),

@@ -3,10 +3,10 @@
 use std::borrow::Cow;
 use std::sync::Arc;
 
-use opentelemetry::trace::SpanContext;
+use opentelemetry::trace::{SpanContext, Tracer};
 use opentelemetry::{KeyValue, SpanId, TraceId};
 
-use super::agent::AgentTracer;
+use super::agent::AgentTracers;
 use super::remote::LateWinner;
 use super::tier::Tier;
 use crate::cache::Key;
@@ -18,6 +18,7 @@ use crate::explain::Explanation;
 use crate::explain::author::{Author, Authors};
 use crate::explain::trail::{Event, Outcome, SpanNote};
 use crate::fields::identity::Identity;
+use crate::fields::value::plain;
 use crate::fields::{Fields, Tag};
 #[cfg(feature = "metrics")]
 use crate::stats::Registrations;
@@ -41,7 +42,7 @@ pub(crate) struct Shared {
     pub(crate) shared_traces: SharedTraces,
     pub(crate) warnings: Arc<Warnings>,
     pub(super) authors: Authors,
-    pub(super) agent_tracer: AgentTracer,
+    pub(super) agent_tracers: AgentTracers,
     #[cfg(feature = "metrics")]
     pub(crate) registrations: Registrations,
 }
@@ -53,6 +54,24 @@ impl Shared {
         self.tier.cache().key(id, run_id)
     }
 
+    /// Shares a tracer with `create_resumed`, as long as it lives.
+    pub(crate) fn share_tracer<T>(&self, tracer: T) -> Arc<T>
+    where
+        T: Tracer + Send + Sync + 'static,
+        T::Span: Send + Sync + 'static,
+    {
+        self.agent_tracers.add(tracer)
+    }
+
+    /// Notes an event for `explain`, unless that is switched off.
+    #[cold]
+    pub(crate) fn note(&self, instance: u64, event: impl FnOnce() -> Event) {
+        let cache = self.tier.cache();
+        if !cache.trail.is_off() {
+            cache.note(instance, event());
+        }
+    }
+
     /// Records the context of a span, unless another span was faster.
     pub(crate) fn record(
         &self,
@@ -61,7 +80,7 @@ impl Shared {
         context: WorkflowContext,
         author: Author,
     ) -> Result<Option<LateWinner>, WorkflowContext> {
-        let author = self.authors.number(author);
+        let author = Some(self.authors.number(author));
         self.tier
             .record(key, follows, context, author, &self.counters)
     }
@@ -114,20 +133,34 @@ impl Shared {
             self.counters.oversized.add();
             self.warnings.oversized(id);
         }
+        if let (Some(id), [_, ..]) = (&tag.instance_id, &tag.outranked[..]) {
+            self.note_outranked(id, &tag.outranked);
+        }
         tag
     }
 
-    /// Checks an id that a call was given; one that is too long is counted.
-    pub(super) fn check(&self, id: &str) -> Result<(), InvalidInstanceId> {
-        let checked = InvalidInstanceId::check(id);
+    /// Notes the ids of other fields of the same span, which do not count, for themselves and for the one that does.
+    #[cold]
+    fn note_outranked(&self, id: &str, outranked: &[Cow<'_, str>]) {
+        let hash = |id: &str| self.tier.cache().hash(id);
+        for other in outranked.iter().filter(|other| *other != id) {
+            self.note(hash(id), || Event::Outranks((**other).into()));
+            self.note(hash(other), || Event::Outranked(id.into()));
+        }
+    }
+
+    /// Reads and checks an id that a call was given, as those of spans are; one that is too long is counted.
+    pub(super) fn read_id<'a>(&self, id: &'a str) -> Result<Cow<'a, str>, InvalidInstanceId> {
+        let id = plain(id);
+        let checked = InvalidInstanceId::check(&id);
         if let Err(InvalidInstanceId::TooLong { .. }) = checked {
             self.counters.oversized.add();
         }
-        checked
+        checked.map(|()| id)
     }
 
     pub(super) fn explain(&self, id: &str) -> Explanation {
-        let explanation = (self.tier.cache()).explain(id, self.clock.now(), &self.authors);
+        let explanation = (self.tier.cache()).explain(&plain(id), self.clock.now(), &self.authors);
         let is_shared = |trace| self.shared_traces.contains(trace);
         let explanation = explanation.with_shared_trace(is_shared);
         let client = self.tier.remote().map(|remote| remote.client());

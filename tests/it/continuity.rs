@@ -407,11 +407,13 @@ fn ids_with_different_formatted_values_are_different_instances() {
 
 #[test]
 fn an_id_without_a_value_is_ignored() {
-    let untagged: [fn() -> Span; 6] = [
+    let untagged: [fn() -> Span; 8] = [
         || tagged!("step", ""),
         || tagged!("step", %""),
         || tagged!("step", ?""),
         || tagged!("step", None::<&str>),
+        || tagged!("step", ?None::<&str>),
+        || recorded_before_it_starts(&tracing::field::debug(None::<&str>)),
         || tagged!("step", Empty),
         || recorded_before_it_starts(&""),
     ];

@@ -592,6 +592,118 @@ fn a_completed_instance_is_reported_as_such_until_it_is_used_again() {
     assert_eq!(recorded(&worker)[2], "generation 1");
 }
 
+#[test]
+fn a_span_whose_name_is_not_kept_is_not_reported_as_a_call() {
+    let (worker, _clock) = worker();
+    worker.run(|| {
+        for n in 0..1_100 {
+            let (name, id) = (format!("step {n}"), format!("order-{n}"));
+            info_span!("step", otel.name = name, workflow.instance_id = id).in_scope(|| {});
+        }
+    });
+    let by = |id: &str| {
+        let text = worker.storage.explain(id).to_string();
+        let line = text.lines().nth(2).expect("the line of the author");
+        line.split_once(" ago ").expect("a time").1.to_owned()
+    };
+    let kept = by("order-0");
+    assert!(
+        kept.starts_with("by span \"step 0\" of it::explain, process "),
+        "{kept}"
+    );
+    let too_many = by("order-1099");
+    assert!(
+        too_many.starts_with("by a span whose name is not kept, after 1024 others, process "),
+        "{too_many}"
+    );
+    worker.storage.create_resumed("order-0", None).unwrap();
+    worker.run(|| {
+        info_span!("step", otel.name = "step 1", workflow.instance_id = "new").in_scope(|| {});
+    });
+    assert!(by("order-0").starts_with("by a call, process "));
+    assert!(by("new").starts_with("by span \"step 1\" of "));
+}
+
+// Ids that do not count.
+
+#[test]
+fn an_unknown_parent_instance_is_named() {
+    for made_by_layer in [true, false] {
+        let (worker, _clock) = worker();
+        let child = |name: &'static str, id: &'static str, parent: &'static str| {
+            if made_by_layer {
+                let ids = info_span!(
+                    "child",
+                    otel.name = name,
+                    workflow.instance_id = id,
+                    workflow.parent_instance_id = parent
+                );
+                return worker.run(|| ids.in_scope(|| {}));
+            }
+            let ids = [
+                ("workflow.instance_id", id),
+                ("workflow.parent_instance_id", parent),
+            ];
+            let builder = SpanBuilder::from_name(name);
+            let builder = builder.with_attributes(ids.map(|(key, id)| KeyValue::new(key, id)));
+            drop(worker.storage.tracer(worker.tracer()).build(builder));
+        };
+        worker.run(|| child("child", ID, "order\u{1b}-9"));
+        let text = explained(&worker, ID);
+        let named = "  no context is found for the parent instance \"order\\u{1b}-9\"";
+        assert_eq!(text.matches(named).count(), 1, "{text}");
+        assert!(text.ends_with(
+            "span \"child\" trace-1/<child>: recorded, the first of its instance or run (no natural parent)"
+        ), "{text}");
+
+        // Known, or no longer asked for.
+        worker.storage.store("order-9", context(1)).unwrap();
+        worker.run(|| child("known", "another", "order-9"));
+        worker.run(|| child("later", ID, "order-8"));
+        for id in ["another", ID] {
+            let text = explained(&worker, id);
+            assert!(
+                !text.contains("order-8") && !text.contains("instance \"order-9"),
+                "{text}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_second_id_on_a_span_that_is_ignored_is_named() {
+    let (worker, _clock) =
+        worker_with(|builder| builder.instance_id_fields(["order.id", "cart.id", "id"]));
+    worker.run(|| {
+        info_span!("step", cart.id = "cart-7", order.id = ID, id = "\u{1b}").in_scope(|| {});
+        // The same id twice is none too many.
+        info_span!("step", order.id = "same", id = "same", cart.id = "").in_scope(|| {});
+    });
+
+    let text = explained(&worker, ID);
+    for ignored in ["\"cart-7\"", "\"\\u{1b}\""] {
+        let line =
+            format!("  ignored the id {ignored}, of a field that ranks lower on the same span");
+        assert_eq!(text.matches(&line).count(), 1, "{text}");
+    }
+    assert!(!explained(&worker, "same").contains("ignored"));
+
+    let ignored = worker.storage.explain("cart-7");
+    assert_eq!(ignored.reason(), Some(Absence::Outranked));
+    let text = ignored.to_string();
+    assert!(
+        text.contains(
+            "nothing is recorded: its spans name another instance in an id field that ranks higher"
+        ),
+        "{text}"
+    );
+    assert!(
+        text.ends_with("  ignored, the same span names \"order-42\" in a field that ranks higher"),
+        "{text}"
+    );
+    assert_eq!(worker.storage.explain("same").reason(), None);
+}
+
 // Text from outside.
 
 #[test]
@@ -651,7 +763,7 @@ fn an_invalid_id_is_reported_as_such_and_truncated() {
     assert_eq!(explanation.reason(), Some(Absence::InvalidId));
     assert_eq!(
         explanation.to_string(),
-        "workflow instance \"\"\n  nothing is recorded: an instance id must not be empty"
+        "workflow instance \"\"\n  nothing is recorded: an instance id must not be empty; the text `None` counts as empty"
     );
     assert_eq!(
         Absence::InvalidId.to_string(),

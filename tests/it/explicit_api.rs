@@ -170,7 +170,65 @@ fn the_first_span_of_an_instance_is_a_miss_and_every_later_one_is_a_hit() {
 fn an_empty_id_is_refused() {
     for error in refusals("") {
         assert!(matches!(error, InvalidInstanceId::Empty), "{error:?}");
-        assert_eq!(error.to_string(), "an instance id must not be empty");
+        let text = "an instance id must not be empty; the text `None` counts as empty";
+        assert_eq!(error.to_string(), text);
+    }
+}
+
+#[test]
+fn the_debug_form_of_no_id_is_refused() {
+    for id in ["None", "\"\"", "Some(None)", "Some(\"\")"] {
+        for error in refusals(id) {
+            assert!(matches!(error, InvalidInstanceId::Empty), "{error:?}");
+        }
+    }
+}
+
+#[test]
+fn calls_read_an_id_as_spans_do() {
+    let forms = [
+        "order-42",
+        "\"order-42\"",
+        "Some(\"order-42\")",
+        "Some(order-42)",
+    ];
+    for form in forms {
+        for other in forms {
+            labelled(&format!("{form} and {other}"), || {
+                let worker = Worker::new();
+                let storage = &worker.storage;
+                worker.run(|| info_span!("step", workflow.instance_id = form).in_scope(|| {}));
+                let recorded = storage.get(other).unwrap().expect("was recorded");
+                assert_eq!(recorded.trace_id(), worker.trace_of("step"));
+                assert!(storage.explain(other).is_recorded());
+                let resumed = storage.create_resumed(other, None).unwrap();
+                let agent = worker.span("DurableAgent.ToolCallingWorkflow");
+                assert_eq!(attribute(&agent, "workflow.instance_id"), Some(ID.into()));
+                assert_eq!(storage.get(form).unwrap(), Some(resumed));
+                storage.store(other, context(1)).unwrap();
+                assert_eq!(storage.get(form).unwrap(), Some(context(1)));
+                assert_eq!(storage.instance_ids(), [ID]);
+                assert!(storage.cleanup(other).unwrap());
+                assert_eq!(storage.get(form).unwrap(), None);
+            });
+        }
+    }
+}
+
+#[test]
+fn an_id_that_is_listed_is_found() {
+    let storage = WorkflowContextStorage::new();
+    for id in [
+        r#""\"a\"""#,
+        r#"Some("\"None")"#,
+        r#""\\"#,
+        r#""\"\\\"b\\\"\"""#,
+        "ü\n",
+    ] {
+        storage.store(id, context(1)).unwrap();
+        let listed = storage.instance_ids();
+        assert_eq!(storage.get(&listed[0]).unwrap(), Some(context(1)), "{id}");
+        assert!(storage.cleanup(&listed[0]).unwrap(), "{id}");
     }
 }
 
@@ -218,7 +276,7 @@ fn refusals(id: &str) -> [InvalidInstanceId; 4] {
         resumed,
     ];
     let stats = storage.stats();
-    assert_eq!(stats.oversized, if id.is_empty() { 0 } else { 4 });
+    assert_eq!(stats.oversized, if id.len() > 1024 { 4 } else { 0 });
     assert_eq!(
         (stats.hits, stats.misses, stats.stored_instances),
         (0, 0, 0)
@@ -335,8 +393,9 @@ fn a_resumed_workflow_without_a_stored_context_begins_a_trace_with_an_agent_span
         .map(|kv| (kv.key.as_str(), kv.value.clone()))
         .collect();
     attributes.sort_by_key(|(key, _)| *key);
-    let expected: [(&str, Value); 4] = [
+    let expected: [(&str, Value); 5] = [
         ("agent.name", "Planner".into()),
+        ("gen_ai.agent.name", "Planner".into()),
         ("openinference.span.kind", "AGENT".into()),
         ("workflow.instance_id", ID.into()),
         ("workflow.resumed", true.into()),
@@ -358,7 +417,9 @@ fn a_resumed_workflow_without_an_agent_name_is_a_durable_agent() {
         worker.storage.create_resumed(ID, name).unwrap();
 
         let agent = worker.span("DurableAgent.ToolCallingWorkflow");
-        assert_eq!(attribute(&agent, "agent.name"), Some("DurableAgent".into()));
+        for name in ["agent.name", "gen_ai.agent.name"] {
+            assert_eq!(attribute(&agent, name), Some("DurableAgent".into()));
+        }
     }
 }
 
@@ -461,6 +522,41 @@ fn create_resumed_uses_the_latest_tracer() {
     storage.create_resumed(ID, None).unwrap();
 
     assert_eq!((first.spans().len(), second.spans().len()), (0, 1));
+}
+
+#[test]
+fn create_resumed_uses_the_layers_tracer_again_when_a_later_one_is_dropped() {
+    let (worker, other) = (Worker::new(), Worker::new());
+    let storage = &worker.storage;
+    drop(storage.tracer(other.tracer()));
+    storage.create_resumed("short-lived", None).unwrap();
+    assert_eq!((worker.spans().len(), other.spans().len()), (1, 0));
+
+    // However many live or have lived at once.
+    let later = || storage.tracer(other.tracer());
+    let many: Vec<_> = (0..1_000).map(|_| later()).collect();
+    storage.create_resumed("beside many", None).unwrap();
+    assert_eq!((worker.spans().len(), other.spans().len()), (1, 1));
+    drop(many);
+    storage.create_resumed("after many", None).unwrap();
+    assert_eq!((worker.spans().len(), other.spans().len()), (2, 1));
+}
+
+#[test]
+fn a_workflow_tracer_can_be_cloned_whatever_it_decorates() {
+    // Neither a tracer without `Clone`, nor its storage, is copied.
+    let worker = Worker::new();
+    let boxed = opentelemetry::global::BoxedTracer::new(Box::new(worker.tracer()));
+    let tracer = worker.storage.tracer(boxed);
+    for tracer in [tracer.clone(), tracer] {
+        let builder = tracer.span_builder("step");
+        drop(tracer.build(
+            builder.with_attributes([opentelemetry::KeyValue::new("workflow.instance_id", ID)]),
+        ));
+    }
+
+    assert_eq!(worker.spans().len(), 2);
+    worker.forest().assert_one_trace();
 }
 
 #[test]

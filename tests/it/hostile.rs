@@ -130,7 +130,7 @@ fn an_id_of_any_type_is_its_formatted_value() {
         (&Box::new(String::from("boxed")), "boxed"),
         (&tracing::field::display("displayed"), "displayed"),
         (&tracing::field::debug("debugged"), "debugged"),
-        (&tracing::field::debug(Some("nested")), "Some(\"nested\")"),
+        (&tracing::field::debug(Some("nested")), "nested"),
         (&format_args!("{}-{}", "order", 42), "order-42"),
         (&0_i64, "0"),
         (&-42_i64, "-42"),
@@ -170,16 +170,46 @@ fn a_whole_float_names_one_instance_however_it_is_given() {
 
 #[test]
 fn a_field_without_a_value_names_no_instance() {
-    let values: [&dyn Value; 6] = [
+    let values: [&dyn Value; 12] = [
         &Empty,
         &None::<&str>,
         &None::<u64>,
+        &tracing::field::debug(None::<&str>),
+        &tracing::field::debug(Some("")),
+        &tracing::field::debug(Some(None::<u64>)),
+        // An attribute does not show whether it was formatted, so the text alone decides.
+        &"None",
+        &tracing::field::display("None"),
+        &tracing::field::debug("None"),
         &"",
         &tracing::field::display(""),
         &tracing::field::debug(""),
     ];
     for id in values {
         assert_names(id, None);
+    }
+}
+
+#[test]
+fn a_held_span_that_records_no_id_still_waits_for_one() {
+    let none: [&dyn Value; 5] = [
+        &"",
+        &"None",
+        &tracing::field::debug(""),
+        &tracing::field::debug(None::<&str>),
+        &tracing::field::debug(Some("")),
+    ];
+    for value in none {
+        for worker in both_activations(WorkflowContextStorage::new) {
+            worker.run(|| {
+                info_span!("first", workflow.instance_id = "order").in_scope(|| {});
+                let span = info_span!("tagged", workflow.instance_id = Empty).entered();
+                span.record("workflow.instance_id", value);
+                span.record("workflow.instance_id", tracing::field::debug(Some("order")));
+            });
+            let first = worker.span("first").span_context;
+            assert_continues(&worker.span("tagged"), &first);
+        }
     }
 }
 
@@ -232,8 +262,27 @@ fn text_that_is_the_debug_form_of_a_string_is_unquoted() {
 }
 
 #[test]
-fn text_that_is_almost_the_debug_form_of_a_string_is_the_id() {
+fn text_that_is_the_debug_form_of_an_option_is_what_is_in_it() {
+    assert_names(&tracing::field::debug(Some("some")), Some("some"));
+    assert_names(
+        &tracing::field::debug(Some(String::from("a \"b\""))),
+        Some("a \"b\""),
+    );
+    assert_names(&tracing::field::debug(Some(Some(42))), Some("42"));
+    assert_names(&tracing::field::debug("Some(\"text\")"), Some("text"));
+    assert_names(&"Some(text)", Some("text"));
+    let longest = "\u{7f}".repeat(MAX_INSTANCE_ID_BYTES);
+    assert_names(&tracing::field::debug(Some(&longest)), Some(&longest));
+}
+
+#[test]
+fn text_that_is_almost_the_debug_form_of_a_string_or_option_is_the_id() {
     for text in [
+        "none",
+        "Nonesuch",
+        "Some",
+        "Some(",
+        "Something(a)",
         "\"a\"b\"",
         "\"\\\"",
         "\"\\x\"",

@@ -264,7 +264,29 @@ fn a_terminal_status_applies_on_a_span_whose_id_is_recorded_late() {
 
 #[test]
 fn a_status_is_its_formatted_value() {
-    let spans: [fn() -> tracing::Span; 3] = [
+    #[derive(Debug)]
+    #[allow(dead_code, reason = "printed")]
+    enum Status {
+        Failed { reason: &'static str },
+    }
+    #[derive(Debug)]
+    #[allow(non_camel_case_types, reason = "printed")]
+    struct Timed_Out(#[allow(dead_code, reason = "printed")] u8);
+    let spans: [fn() -> tracing::Span; 8] = [
+        || {
+            let status = Status::Failed { reason: "no stock" };
+            info_span!("step", workflow.instance_id = ID, workflow.status = ?status)
+        },
+        || info_span!("step", workflow.instance_id = ID, workflow.status = ?Timed_Out(1)),
+        || info_span!("step", workflow.instance_id = ID, workflow.status = ?Some("failed")),
+        || info_span!("step", workflow.instance_id = ID, workflow.status = ?Some(Timed_Out(1))),
+        || {
+            info_span!(
+                "step",
+                workflow.instance_id = ID,
+                workflow.status = "failed(no stock)"
+            )
+        },
         || info_span!("step", workflow.instance_id = ID, workflow.status = %"Completed"),
         || info_span!("step", workflow.instance_id = ID, workflow.status = ?"Completed"),
         || {
@@ -290,6 +312,17 @@ fn any_other_status_has_no_effect() {
         "continued_as_new",
         "complete",
         "completed!",
+        "completed_with_warnings",
+        "completed with warnings",
+        "error: no stock, will retry",
+        "failed (will be retried)",
+        "failed-over",
+        "failed(",
+        "failed {",
+        "not failed",
+        "(failed)",
+        "errors",
+        "None",
         "",
     ] {
         for given in STATUS_GIVEN {
@@ -299,6 +332,26 @@ fn any_other_status_has_no_effect() {
                     assert_is_alive(&worker.storage, clock);
                 });
             });
+        }
+    }
+}
+
+#[test]
+fn a_status_may_have_another_field() {
+    for (field, ends) in [
+        ("order.state", true),
+        ("outcome", true),
+        ("workflow.status", false),
+    ] {
+        let (storage, clock) = clocked(|builder| builder.status_fields(["order.state", "outcome"]));
+        let worker = Worker::with_storage(storage);
+        let tracer = worker.storage.tracer(worker.tracer());
+        let attributes = [("workflow.instance_id", ID), (field, "completed")];
+        let attributes = attributes.map(|(key, value)| KeyValue::new(key, value));
+        drop(tracer.build(SpanBuilder::from_name("step").with_attributes(attributes)));
+        match ends {
+            true => assert_go_after(GRACE, &worker.storage, &clock),
+            false => assert_is_alive(&worker.storage, &clock),
         }
     }
 }

@@ -23,9 +23,11 @@
 //! | feature `redb`: contexts survive the process | `restart` |
 //! | feature `redis`, `redis-tls`: contexts on a server or Cluster that many machines share | `redis` |
 //! | feature `metrics`: the counters as OpenTelemetry metrics | `metrics` |
+//! | `tracer_provider` decorates a whole provider | `tracer_provider` |
 //! | feature `testing`: `TraceForest` draws and asserts | `trace_forest` |
 //!
 //! Promises about a whole process have binaries of their own: `global` (the process-wide storage and tracer provider),
+//! `global_provider` (a decorated tracer provider as the process-wide one),
 //! `warnings` (what is logged, and how often), `allocations` and `churn` (counting allocators), and `reentrance` (a
 //! global subscriber).
 
@@ -57,3 +59,4 @@ mod shared;
 mod stacking;
 mod store_contract;
 mod trace_forest;
+mod tracer_provider;

@@ -7,7 +7,7 @@ use opentelemetry::Value;
 use opentelemetry::trace::SpanContext;
 use opentelemetry_sdk::trace::Sampler;
 use tracing_workflow_context::{
-    BuildError, Continuation, Relation, WorkflowContext, WorkflowContextStorage,
+    BuildError, Continuation, Engine, Relation, WorkflowContext, WorkflowContextStorage,
     WorkflowContextStorageBuilder,
 };
 
@@ -607,6 +607,54 @@ fn invalid_settings_are_refused_with_an_explanation() {
             "replay_field: a name must not be empty",
         ),
         (
+            builder().run_id_fields(["run", ""]),
+            "run_id_fields: a name must not be empty",
+        ),
+        (
+            builder().parent_instance_id_fields([""]),
+            "parent_instance_id_fields: a name must not be empty",
+        ),
+        (
+            builder().status_fields([""]),
+            "status_fields: a name must not be empty",
+        ),
+        (
+            builder().instance_id_fields(["workflow.run_id"]),
+            "instance_id_fields: the field \"workflow.run_id\" belongs to run_id_fields; \
+             a field has one meaning, choose another name",
+        ),
+        (
+            builder()
+                .run_id_fields(["run"])
+                .status_fields(["workflow.run_id"]),
+            "status_fields: the field \"workflow.run_id\" belongs to run_id_fields; \
+             a field has one meaning, choose another name",
+        ),
+        (
+            builder().replay_field("workflow.instance_id"),
+            "replay_field: the field \"workflow.instance_id\" belongs to instance_id_fields; \
+             a field has one meaning, choose another name",
+        ),
+        (
+            builder()
+                .instance_id_fields(["order.id"])
+                .parent_instance_id_fields(["parent", "order.id"]),
+            "parent_instance_id_fields: the field \"order.id\" belongs to instance_id_fields; \
+             a field has one meaning, choose another name",
+        ),
+        (
+            builder().instance_id_fields(["workflow.resumed"]),
+            "instance_id_fields: the field \"workflow.resumed\" belongs to the layer, which writes it; \
+             a field has one meaning, choose another name",
+        ),
+        (
+            builder()
+                .instance_id_fields(["temporalRunID"])
+                .engine(Engine::Temporal),
+            "engine: the field \"temporalRunID\" belongs to instance_id_fields; \
+             a field has one meaning, choose another name",
+        ),
+        (
             builder().max_age(Duration::ZERO),
             "max_age: must be more than zero",
         ),
@@ -630,7 +678,12 @@ fn invalid_settings_are_refused_with_an_explanation() {
 #[test]
 fn minimal_valid_settings_are_accepted() {
     let builder = WorkflowContextStorage::builder()
-        .instance_id_fields(["i"])
+        .instance_id_fields(["i", "i", "temporalWorkflowID"])
+        .run_id_fields(["temporalRunID"])
+        .parent_instance_id_fields(Vec::<&str>::new())
+        .status_fields(["workflow.status"])
+        .replay_field("workflow.replaying")
+        .engine(Engine::Temporal)
         .adopt_spans(["e"])
         .replay_field("r")
         .max_age(Duration::from_nanos(1))

@@ -600,3 +600,40 @@ fn an_engine_span_that_is_adopted_by_a_child_workflow_joins_the_parents_trace_wi
         worker.forest().assert_one_trace().assert_no_orphans();
     }
 }
+
+#[test]
+fn run_and_parent_ids_may_have_other_fields() {
+    let make = || {
+        let builder = WorkflowContextStorage::builder()
+            .run_id_fields(["attempt", "order.run"])
+            .parent_instance_id_fields(["order.parent"]);
+        builder.build().unwrap()
+    };
+    everywhere(make, |worker, place| {
+        worker.run_in(place, || {
+            info_span!("first", workflow.instance_id = "order", attempt = 1).in_scope(|| {});
+            info_span!("second", workflow.instance_id = "order", order.run = "2").in_scope(|| {});
+            info_span!("late", workflow.instance_id = "order", order.run = "1").in_scope(|| {});
+            info_span!(
+                "same",
+                workflow.instance_id = "order",
+                workflow.run_id = "3"
+            )
+            .in_scope(|| {});
+            info_span!("child", workflow.instance_id = "c", order.parent = "order").in_scope(|| {});
+            info_span!(
+                "alone",
+                workflow.instance_id = "a",
+                workflow.parent_instance_id = "order"
+            )
+            .in_scope(|| {});
+        });
+
+        let (first, second) = (worker.span("first"), worker.span("second"));
+        assert_ne!(worker.trace_of("first"), worker.trace_of("second"));
+        assert_continues(&worker.span("late"), &first.span_context);
+        assert_continues(&worker.span("same"), &second.span_context);
+        assert_continues(&worker.span("child"), &second.span_context);
+        assert_root(&worker.span("alone"));
+    });
+}

@@ -4,7 +4,6 @@
 //! `dapr-example <a python that has durabletask>`; `scripts/engine-dapr` sets that up.
 
 mod order;
-mod provider;
 mod sidecar;
 
 use std::error::Error;
@@ -20,7 +19,6 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_workflow_context::testing::TraceForest;
 use tracing_workflow_context::{Engine, WorkflowContextStorage};
 
-use crate::provider::WorkflowTracerProvider;
 use crate::sidecar::Sidecar;
 
 type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
@@ -59,10 +57,8 @@ fn set_up_ours(provider: &SdkTracerProvider) -> Result<Dispatch> {
     let storage = WorkflowContextStorage::builder()
         .engine(Engine::Dapr)
         .build()?;
-    global::set_tracer_provider(WorkflowTracerProvider {
-        inner: provider.clone(),
-        storage: storage.clone(),
-    });
+    // The engine makes its spans by a tracer of the global provider, past every `tracing` layer.
+    global::set_tracer_provider(storage.tracer_provider(provider.clone()));
     let layer = storage.layer(provider.tracer("dapr-example"));
     let registry = tracing_subscriber::registry().with(LevelFilter::INFO);
     Ok(registry.with(layer).into())
@@ -137,4 +133,55 @@ fn check(plain: &TraceForest, ours: &TraceForest) -> Result<()> {
 fn parent<'a>(forest: &'a TraceForest, span: Option<&SpanData>) -> Option<&'a str> {
     span.and_then(|span| forest.parent_of(span))
         .map(|parent| parent.name.as_ref())
+}
+
+#[cfg(test)]
+mod tests {
+    use dapr_durabletask::otel;
+    use opentelemetry::Context;
+    use opentelemetry::trace::TraceContextExt;
+
+    use super::*;
+
+    /// By the functions with which the engine opens its spans, so without a sidecar.
+    #[test]
+    fn engine_spans_name_their_instance_and_keep_their_parents() {
+        let exporter = InMemorySpanExporter::default();
+        let inner = SdkTracerProvider::builder()
+            .with_simple_exporter(exporter.clone())
+            .build();
+        let storage = WorkflowContextStorage::builder()
+            .engine(Engine::Dapr)
+            .build()
+            .unwrap();
+        global::set_tracer_provider(storage.tracer_provider(inner));
+        let (nowhere, id) = (Context::new(), "order-42");
+
+        let created = otel::start_create_orchestration_span(&nowhere, "order", id);
+        let stored = storage
+            .get(id)
+            .unwrap()
+            .expect("the first span is recorded");
+        assert_eq!(stored.span_id(), created.span().span_context().span_id());
+
+        let sent = otel::trace_context_from_span_context(created.span().span_context());
+        let received = otel::context_from_trace_context(sent.as_ref());
+        let turn = otel::start_orchestration_span(&received, "order", id);
+        let good_parent = otel::start_activity_span(&turn, "charge_card", id, 0);
+        let no_parent = otel::start_activity_span(&nowhere, "ship", id, 1);
+        for cx in [no_parent, good_parent, turn, created] {
+            otel::end_span(&cx);
+        }
+
+        let forest = TraceForest::from_spans(&exporter.get_finished_spans().unwrap());
+        forest.assert_one_trace().assert_no_orphans();
+        for (span, parent) in [
+            ("orchestration||order", "create_orchestration||order"),
+            ("activity||charge_card", "orchestration||order"),
+            ("activity||ship", "create_orchestration||order"),
+        ] {
+            let found = forest.find(span).and_then(|span| forest.parent_of(span));
+            assert_eq!(found, forest.find(parent), "{span} in\n\n{forest}");
+        }
+    }
 }

@@ -152,7 +152,7 @@ fn several_engines_can_be_configured() {
         let stored = stored_first(worker, "order");
         run_workflow().in_scope(|| tagged_step("workflow code", "order"));
         restate_handle().in_scope(|| {
-            info_span!("handler", instance_id = "order").in_scope(|| ());
+            info_span!("handler", workflow.instance_id = "order").in_scope(|| ());
         });
 
         assert_joined(&worker.span("RunWorkflow:Order"), &stored);
@@ -165,20 +165,55 @@ fn several_engines_can_be_configured() {
 }
 
 #[test]
-fn the_instance_id_field_of_duroxide_is_read() {
-    in_both_modes_of(
-        || knowing(Engine::Duroxide),
-        |worker| {
-            let stored = stored_first(worker, "order");
-            info_span!("given", instance_id = %"order").in_scope(|| ());
-            info_span!("recorded", instance_id = Empty).in_scope(|| {
-                Span::current().record("instance_id", "order");
-            });
+fn no_engine_reads_a_common_word() {
+    for engine in [
+        Engine::Dapr,
+        Engine::Duroxide,
+        Engine::Restate,
+        Engine::Temporal,
+    ] {
+        in_both_modes_of(
+            || knowing(engine),
+            |worker| {
+                for request in ["one", "two"] {
+                    let describe_ec2 = info_span!(
+                        "describe_ec2",
+                        instance_id = "i-0abc",
+                        run_id = "1",
+                        status = "completed",
+                        is_replaying = true
+                    );
+                    info_span!("request", otel.name = request)
+                        .in_scope(|| describe_ec2.in_scope(|| ()));
+                }
 
-            assert_joined(&worker.span("given"), &stored);
-            assert_joined(&worker.span("recorded"), &stored);
-        },
-    );
+                assert!(worker.storage.get("i-0abc").unwrap().is_none());
+                assert_ne!(worker.trace_of("one"), worker.trace_of("two"));
+            },
+        );
+    }
+}
+
+#[test]
+fn spans_of_duroxide_name_their_instance_by_the_reserved_field_or_one_that_is_given() {
+    let given = || {
+        let builder = WorkflowContextStorage::builder()
+            .engine(Engine::Duroxide)
+            .instance_id_fields(["workflow.instance_id", "instance_id"]);
+        builder.build().expect("valid settings")
+    };
+    in_both_modes_of(given, |worker| {
+        let stored = stored_first(worker, "order");
+        info_span!("given", instance_id = %"order").in_scope(|| ());
+        info_span!("recorded", instance_id = Empty).in_scope(|| {
+            Span::current().record("instance_id", "order");
+        });
+        info_span!("reserved", workflow.instance_id = "order").in_scope(|| ());
+
+        for name in ["given", "recorded", "reserved"] {
+            assert_joined(&worker.span(name), &stored);
+        }
+    });
 }
 
 #[test]
