@@ -339,6 +339,14 @@ impl Cache {
         })
     }
 
+    /// Returns the id of the instance whose id has that hash.
+    pub(crate) fn id_of(&self, hash: u64) -> Option<Box<str>> {
+        let is_match = |entry: &Entry| self.shards.hash_of(entry) == hash;
+        self.with_match(hash, is_match, None, |entry, _| {
+            entry.map(|entry| entry.id.as_str().into())
+        })
+    }
+
     /// Explains an instance, which does not count as a use of it.
     pub(crate) fn explain(&self, id: &str, wall: SystemTime, authors: &Authors) -> Explanation {
         let now = self.time.now();

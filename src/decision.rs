@@ -321,7 +321,15 @@ impl Decision {
         relations: &Relations,
     ) -> Self {
         if !is_known {
-            return Self::first(None);
+            // The first span of another run.
+            let links = Links {
+                to_natural: None,
+                to_stored: (!is_nested).then_some(Relation::NewRun),
+            };
+            return Self {
+                links,
+                ..Self::first(Some(stored))
+            };
         }
         let continuation = relations.get(Relation::Late);
         let links = continuation == Continuation::Link && !is_nested;
@@ -623,7 +631,8 @@ mod tests {
             (Row { moment: Late, natural: request, ..row() }, "late: natural + link to stored"),
             (Row { moment: Late, natural: nested, ..row() }, "late: natural"),
             (Row { moment: Late, natural: request, policy: with(Relation::Late, Continuation::Keep), ..row() }, "late: natural"),
-            (Row { moment: Late, natural: request, stored_run: Some("1"), run_id: Some("2"), ..row() }, "first: natural, recorded"),
+            (Row { moment: Late, natural: request, stored_run: Some("1"), run_id: Some("2"), ..row() }, "first: natural + link to stored, recorded"),
+            (Row { moment: Late, natural: nested, stored_run: Some("1"), run_id: Some("2"), ..row() }, "first: natural, recorded"),
             (Row { moment: Late, natural: request, ..full() }, "late: natural + link to stored"),
             // Replays.
             (Row { moment: Replay, ..none() }, "replayed: natural"),

@@ -18,7 +18,8 @@ use tracing::{Metadata, span};
 use self::callsite::{Callsite, Role};
 use self::engine::Engine;
 use self::identity::{Identity, Names};
-use self::meaning::{IdFields, Meaning, Meanings};
+pub(crate) use self::meaning::IdFields;
+use self::meaning::{Meaning, Meanings};
 use self::names::FieldNames;
 pub(crate) use self::names::{AGENT_NAME, GEN_AI_AGENT_NAME, INSTANCE_ID, RELATION, RESUMED};
 use self::value::{is_terminal, printed, truth};
@@ -147,18 +148,18 @@ impl Fields {
         self.meanings.may_have(name)
     }
 
-    /// Returns the instance id if that is the only reserved field among the attributes.
+    /// Returns the instance id and the rank of its field if that is the only reserved field among the attributes.
     #[inline]
-    pub(crate) fn only_id<'a>(&self, attributes: &'a [KeyValue]) -> Option<Cow<'a, str>> {
+    pub(crate) fn only_id<'a>(&self, attributes: &'a [KeyValue]) -> Option<(Cow<'a, str>, u16)> {
         let mut may_mean = (attributes.iter()).filter(|a| self.may_mean(a.key.as_str()));
         let (first, None) = (may_mean.next()?, may_mean.next()) else {
             return None;
         };
         match self.meanings.get(first.key.as_str()) {
-            Some(Meaning::InstanceId { .. }) => Some(printed(&first.value)),
+            Some(Meaning::InstanceId { rank }) => Some((printed(&first.value), rank)),
             _ => None,
         }
-        .filter(|id| InvalidInstanceId::check(id).is_ok())
+        .filter(|(id, _)| InvalidInstanceId::check(id).is_ok())
     }
 
     /// Reads the reserved fields of a span that is about to start.
@@ -204,10 +205,7 @@ impl Fields {
             found: IdFields::default(),
         };
         attributes.record(&mut visitor);
-        IdFields {
-            id: declared.id && !visitor.found.id,
-            run: declared.run && !visitor.found.run,
-        }
+        IdFields::from_bits(declared.bits() & !visitor.found.bits())
     }
 
     /// Returns the id fields that a record gives a value to.
@@ -252,6 +250,14 @@ impl<'a> Tag<'a> {
             run_id: self.run_id.as_deref(),
             parent_instance_id: self.parent_instance_id.as_deref(),
         })
+    }
+
+    /// The rank of the field that names the instance; a lower one counts more.
+    pub(crate) fn rank(&self) -> u16 {
+        match self.instance_id {
+            Some(_) => self.rank,
+            None => u16::MAX,
+        }
     }
 
     fn take(&mut self, meaning: Meaning, value: &'a Value) {

@@ -78,7 +78,7 @@ where
 {
     #[inline]
     fn on_register_dispatch(&self, subscriber: &Dispatch) {
-        let _ = self.dispatch.set(subscriber.downgrade());
+        self.know_dispatch(subscriber);
         self.inner.on_register_dispatch(subscriber);
     }
 

@@ -1,6 +1,8 @@
 //! The tracer: where a span starts. Its parent is [decided](crate::decision), links are added, its context is recorded.
 
 pub(crate) mod handoff;
+pub(crate) mod held_parents;
+pub(crate) mod layers;
 pub(crate) mod live_ids;
 mod lost;
 mod provider;
@@ -24,7 +26,7 @@ use opentelemetry::{Context, KeyValue, SpanId, TraceId};
 pub use self::provider::WorkflowTracerProvider;
 pub use self::span::WorkflowSpan;
 
-use self::handoff::{StartNumber, StorageId};
+use self::handoff::{Adoption, StartNumber, StorageId};
 use self::lost::Lost;
 use self::recording::Recording;
 use self::replay::{Replay, StandIn};
@@ -32,6 +34,7 @@ use self::span::{Memo, State, Unnamed, Watch, link_unless_in_trace, relation_att
 use crate::cache::Key;
 use crate::cache::entry::Entry;
 use crate::context::WorkflowContext;
+use crate::decision::relation::Relation;
 use crate::decision::{Arrival, Decision, Links, Moment, Parent, Record, decide};
 use crate::explain::author::Author;
 use crate::explain::trail::{Event, Outcome};
@@ -169,6 +172,8 @@ where
 struct Plan<'a> {
     /// The hash of the instance's id.
     instance: u64,
+    /// The rank of the field that named it.
+    rank: u16,
     memo: Option<Box<Memo>>,
     /// Boxed, since most spans are not recorded.
     recording: Option<Box<Recording<'a>>>,
@@ -212,13 +217,17 @@ where
         #[cfg(test)]
         tests::MARKED.set(tests::MARKED.get() + 1);
         let shared = &self.shared;
+        let number = take_number(&mut builder);
         let adopted = match self.origin {
-            Origin::Layer => {
-                self.note_start(&mut builder);
-                handoff::take_adoption(StorageId::new(shared))
-            }
+            Origin::Layer => handoff::take_adoption(StorageId::new(shared)),
             Origin::Api => None,
         };
+        let beneath_held = match (number, self.origin) {
+            (0, Origin::Layer) => None,
+            (0, Origin::Api) => self.start_held(&builder, parent),
+            _ => self.start_numbered(number, parent),
+        };
+        let parent = beneath_held.as_ref().unwrap_or(parent);
         let is_special = adopted.is_some()
             || builder.events.is_some()
             || !shared.stand_ins.is_empty()
@@ -226,12 +235,12 @@ where
         let attributes = builder.attributes.as_deref().unwrap_or_default();
         match shared.fields.only_id(attributes).filter(|_| !is_special) {
             // Fast path: only the instance id is present.
-            Some(id) => {
+            Some((id, rank)) => {
                 let names = Names::from_id(&id);
                 let key = shared.key(&id, None);
                 let decision = self.place(key, None, parent, Moment::Start);
                 self.diagnose(&decision, parent);
-                let mut plan = self.plan(key, names, None, false);
+                let mut plan = self.plan(key, rank, names, None, false);
                 plan.recording = self.recording(&builder, key, &decision);
                 self.start(builder, parent, &decision, plan)
             }
@@ -239,13 +248,53 @@ where
         }
     }
 
-    /// Notes the start of a span that may be held, unless the layer starts it.
-    #[inline]
-    fn note_start(&self, builder: &mut SpanBuilder) {
-        let number = take_number(builder);
-        if number != 0 && !handoff::is_starting() {
+    /// Notes the start of a span that may be held, unless the layer starts it. Returns the context beneath its parent if that
+    /// was held when the span was created.
+    #[inline(never)]
+    fn start_numbered(&self, number: StartNumber, given: &Context) -> Option<Context> {
+        if !handoff::is_starting() {
             self.shared.started.add(number);
         }
+        self.shared.held_parents.beneath(number, given)
+    }
+
+    /// Starts the held spans of this thread, outermost first, for a span of the OpenTelemetry API that opens inside them,
+    /// and offers them its instance. Returns the context beneath the innermost of them.
+    #[inline(never)]
+    fn start_held(&self, builder: &SpanBuilder, given: &Context) -> Option<Context> {
+        if !handoff::is_any_held() {
+            return None;
+        }
+        let attributes = builder.attributes.as_deref().unwrap_or_default();
+        let tag = self.shared.fields.tag_of(attributes);
+        let identity = tag.names()?.to_identity();
+        let ids = |cx: &Context| {
+            let span = cx.span();
+            (
+                span.span_context().trace_id(),
+                span.span_context().span_id(),
+            )
+        };
+        // A parent of the caller's own choice is not the current one.
+        if Context::map_current(ids) != ids(given) {
+            return None;
+        }
+        let mut innermost = None;
+        for (layer, id) in handoff::held_spans() {
+            let Some(dispatch) = self.shared.layers.dispatch_of(layer) else {
+                continue;
+            };
+            let offer = Adoption {
+                storage: StorageId::new(&self.shared),
+                identity: identity.clone(),
+                may_name_itself: true,
+            };
+            let start = || tracing_opentelemetry::get_otel_context(&id, &dispatch);
+            let started = handoff::behind_the_layer(|| handoff::adopting(Some(offer), start));
+            innermost = started.or(innermost);
+        }
+        let span = innermost?.span().span_context().clone();
+        Some(given.with_remote_span_context(span))
     }
 
     #[inline(never)]
@@ -253,13 +302,15 @@ where
         &self,
         builder: SpanBuilder,
         parent: &Context,
-        adopted: Option<Identity>,
+        adopted: Option<Adoption>,
     ) -> WorkflowSpan<T::Span> {
         let shared = &self.shared;
         if parent.is_telemetry_suppressed() {
             return self.build_ordinary(builder, parent);
         }
         let tag = shared.tag_of(builder.attributes.as_deref().unwrap_or_default());
+        let may_name_itself = adopted.as_ref().is_some_and(|offer| offer.may_name_itself);
+        let adopted = adopted.map(|offer| offer.identity);
         let events = builder.events.as_deref();
         let is_terminal = tag.terminal || events.is_some_and(|e| shared.fields.any_terminal(e));
         let beneath = Replay::beneath(shared, parent);
@@ -290,6 +341,8 @@ where
         let unnamed = own.is_none().then(|| {
             Box::new(Unnamed {
                 run_id: tag.run_id.as_deref().map(Box::from),
+                parent_instance_id: tag.parent_instance_id.as_deref().map(Box::from),
+                owes_id: may_name_itself,
                 author: Author::from_span(&builder),
                 is_terminal,
             })
@@ -312,7 +365,7 @@ where
                 if names.parent_instance_id.is_none() {
                     self.diagnose(&decision, parent);
                 }
-                let mut plan = self.plan(key, names, unnamed, is_terminal);
+                let mut plan = self.plan(key, tag.rank(), names, unnamed, is_terminal);
                 plan.recording = self.recording(&builder, key, &decision);
                 self.start(builder, parent, &decision, plan)
             }
@@ -352,6 +405,7 @@ where
     fn plan(
         &self,
         key: Key<'_>,
+        rank: u16,
         names: Names<'_>,
         unnamed: Option<Box<Unnamed>>,
         is_terminal: bool,
@@ -360,6 +414,7 @@ where
         let has_memo = unnamed.is_some() || names.run_id.is_some() || shared.tier.has_backend();
         Plan {
             instance: key.hash,
+            rank,
             memo: has_memo.then(|| Memo::new(Some(names), unnamed)),
             recording: None,
             is_terminal,
@@ -418,6 +473,7 @@ where
         let shared = &self.shared;
         let Plan {
             instance,
+            rank,
             memo,
             recording,
             is_terminal,
@@ -427,10 +483,11 @@ where
         if decision.links != Links::default() || recording.is_some() || decision.announce {
             self.annotate(&mut builder, decision, natural);
         }
-        if let Some(id) = memo.as_ref().and_then(|memo| memo.adopted_id()) {
+        if let Some(adopted) = memo.as_ref().filter(|memo| memo.is_adopted()) {
             shared.counters.adopted.add();
-            let id = KeyValue::new(shared.fields.primary_instance_id(), id);
-            builder.attributes.get_or_insert_default().push(id);
+            if let Some(id) = adopted.id_to_give_at_start(&shared.fields) {
+                builder.attributes.get_or_insert_default().push(id);
+            }
         }
         let chosen = match (decision.parent, &decision.stored) {
             (Parent::Natural, _) => None,
@@ -441,7 +498,8 @@ where
         };
         let name = builder.name.clone();
         let parent = chosen.as_ref().unwrap_or(parent);
-        let watch = self.watch(Some(instance), memo);
+        let mut watch = self.watch(Some(instance), memo);
+        watch.rank = rank;
         let build = || self.inner.build_with_context(builder, parent);
         let lose = || Lost::new(shared, parent);
         let mut started = WorkflowSpan::start(Some(watch), build, lose);
@@ -474,7 +532,7 @@ where
                 None
             }
             Err(winner) => {
-                link_unless_in_trace(span, &winner);
+                link_unless_in_trace(span, &winner, Relation::Late);
                 Some(Outcome::LostRace)
             }
         }

@@ -65,6 +65,14 @@ pub enum Continuation {
 }
 
 impl Continuation {
+    /// Returns `true` if a link is among what is done.
+    pub(crate) fn links(self) -> bool {
+        matches!(
+            self,
+            Self::Link | Self::ParentAndLink | Self::NewRootAndLink
+        )
+    }
+
     pub(crate) fn describe(self) -> &'static str {
         match self {
             Self::Keep => "kept its natural parent",

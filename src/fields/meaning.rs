@@ -61,17 +61,36 @@ fn length_bit(name: &str) -> u64 {
     1 << name.len().min(63)
 }
 
-/// The id fields that a callsite declares, a span waits for, or a record gives a value to.
+/// The fields of a span's identity that a callsite declares, a span waits for, or a record gives a value to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct IdFields {
     pub(crate) id: bool,
     pub(crate) run: bool,
+    pub(crate) parent: bool,
 }
 
 impl IdFields {
+    /// The number of bits that [`bits`](Self::bits) takes.
+    pub(crate) const BITS: u32 = 3;
+
     #[inline]
     pub(super) fn add(&mut self, meaning: Option<Meaning>) {
         self.id |= matches!(meaning, Some(Meaning::InstanceId { .. }));
         self.run |= meaning == Some(Meaning::RunId);
+        self.parent |= meaning == Some(Meaning::ParentInstanceId);
+    }
+
+    #[inline]
+    pub(crate) fn bits(self) -> u8 {
+        u8::from(self.id) | u8::from(self.run) << 1 | u8::from(self.parent) << 2
+    }
+
+    #[inline]
+    pub(crate) fn from_bits(bits: u8) -> Self {
+        Self {
+            id: bits & 1 != 0,
+            run: bits & 2 != 0,
+            parent: bits & 4 != 0,
+        }
     }
 }

@@ -15,10 +15,10 @@ use tracing_subscriber::layer::Context;
 use tracing_subscriber::registry::LookupSpan;
 
 use super::WorkflowContextLayer;
-use super::pending::{Awaits, Pending};
+use super::pending::{Awaits, Pending, WaitsNoMore};
 use crate::fields::callsite::{Callsite, Role};
 use crate::fields::identity::Identity;
-use crate::tracer::handoff::{self, HeldSpan, StorageId};
+use crate::tracer::handoff::{self, Adoption, HeldSpan, StartNumber, StorageId};
 
 impl<S, T> WorkflowContextLayer<S, T>
 where
@@ -44,19 +44,26 @@ where
             true => handoff::next_number(),
             false => 0,
         };
-        let create = || self.inner.on_new_span(attrs, id, ctx.clone());
+        let identity = || self.shared.fields.identify(|visitor| attrs.record(visitor));
+        let may_wait = may_be_held && (awaits.id || identity().is_none());
+        let is_inside_held = may_wait && self.note_held_parent(attrs, number, &ctx);
+        // Without activation, and as long as that is unknown, creating a contextual span starts the current one.
+        let as_root = (is_inside_held && !self.activation.is_on())
+            .then(|| span::Attributes::new_root(attrs.metadata(), attrs.values()));
+        let created = as_root.as_ref().unwrap_or(attrs);
+        let create = || self.inner.on_new_span(created, id, ctx.clone());
         let create = || match role {
             Role::Ordinary => create(),
             Role::Tagged | Role::Engine if may_be_held => handoff::numbering(number, create),
             Role::Tagged | Role::Poller | Role::Engine => handoff::marking(create),
         };
-        let identity = || self.shared.fields.identify(|visitor| attrs.record(visitor));
         match attrs.parent() {
             // The parent is held on another thread, or was not entered at all: creating a child starts it.
-            Some(parent) if !self.pending_spans.holds(parent) && self.set_free(parent, &ctx) => {
-                handoff::starting(|| {
-                    handoff::adopting(StorageId::new(&self.shared), identity(), create)
-                });
+            Some(parent) if !self.pending_spans.holds(parent) => {
+                match self.set_free(parent, &ctx) {
+                    Some(held) => self.start_held(&held, identity(), &ctx, create),
+                    None => create(),
+                }
             }
             Some(parent) => {
                 if self.pending_spans.holds(parent) {
@@ -64,24 +71,26 @@ where
                 }
                 create();
             }
+            // Held as its parent is, and released with it.
+            None if is_inside_held => create(),
             None if attrs.is_contextual() && handoff::is_any_held() => {
                 let identity = identity();
                 self.release(None, identity.clone(), &ctx);
                 // If the parent could not be started by force, the inner layer starts it just now.
-                handoff::adopting(StorageId::new(&self.shared), identity, create);
+                let adoption = self.adoption(identity, true);
+                handoff::adopting(adoption, create);
             }
             None => create(),
         }
         let awaits_what = match role {
             Role::Ordinary | Role::Poller => return,
-            Role::Tagged | Role::Engine if awaits.id => Awaits::Identity,
-            Role::Engine if identity().is_none() => Awaits::Identity,
+            Role::Tagged | Role::Engine if may_wait => Awaits::Identity(awaits),
             Role::Tagged | Role::Engine if self.activation.is_on() => return,
             Role::Tagged | Role::Engine => Awaits::Nothing,
         };
         if let Some(span) = ctx.span(id) {
             span.extensions_mut()
-                .replace(Pending::new(awaits_what, awaits.run, number));
+                .replace(Pending::new(awaits_what, number));
             self.pending_spans.add(id);
         }
     }
@@ -135,16 +144,23 @@ where
     pub(super) fn record(&self, id: &span::Id, values: &span::Record<'_>, ctx: Context<'_, S>) {
         self.inner.on_record(id, values, ctx.clone());
         let recorded = self.shared.fields.recorded(values);
-        let is_free_now = self.pending(id, &ctx, |pending| {
-            pending.learn(recorded.id, recorded.run) && pending.set_free()
+        let free_now = self.pending(id, &ctx, |pending| {
+            (pending.learn(recorded) && pending.set_free()).then_some(pending.number)
         });
-        if is_free_now == Some(true) && self.pending_spans.holds(id) {
-            // The span itself reads its ids from its attributes; those beneath join it.
-            let identity = self
-                .shared
-                .fields
-                .identify(|visitor| values.record(visitor));
-            self.release(Some(id), identity, &ctx);
+        let Some(Some(number)) = free_now else {
+            return;
+        };
+        // The span itself reads its ids from its attributes; those around it join it.
+        let identity = || (self.shared.fields).identify(|visitor| values.record(visitor));
+        if self.pending_spans.holds(id) {
+            self.release(Some(id), identity(), &ctx);
+        } else if let Some(parent) = self.shared.held_parents.of(number) {
+            if self.pending_spans.holds(&parent) {
+                self.release(Some(&parent), identity(), &ctx);
+            } else if let Some(waited) = self.set_free(&parent, &ctx) {
+                let start = || self.with_started(&parent, &ctx, |_| ());
+                self.start_held(&waited, identity(), &ctx, start);
+            }
         }
     }
 
@@ -169,7 +185,7 @@ where
         }
         if self.pending_spans.holds(&id) {
             self.release(Some(&id), None, ctx);
-        } else if self.set_free(&id, ctx) {
+        } else if self.set_free(&id, ctx).is_some() {
             handoff::starting(|| self.with_started(&id, ctx, |_| ()));
         }
     }
@@ -184,9 +200,6 @@ where
             return;
         };
         self.pending_spans.remove(&id);
-        if self.shared.started.contains(number) {
-            self.shared.started.remove(number);
-        }
         handoff::starting(|| {
             if is_held && times.is_some() {
                 self.with_started(&id, &ctx, |_| ());
@@ -194,6 +207,10 @@ where
             // The inner layer was not told of each entry and exit: its times are replaced by those it would have.
             handoff::closing(times, || self.inner.on_close(id, ctx));
         });
+        if self.shared.started.contains(number) {
+            self.shared.started.remove(number);
+        }
+        self.shared.held_parents.remove(number);
     }
 
     /// Tells the inner layer of the held spans, outermost first, up to a span or all of them.
@@ -208,14 +225,72 @@ where
 
     fn start(&self, held: &HeldSpan, identity: Option<Identity>, ctx: &Context<'_, S>) {
         let id = &held.id;
-        self.pending(id, ctx, Pending::set_free);
         let start = || {
             let enter = || self.inner.on_enter(id, ctx.clone());
             if held.is_heard || !self.activation.observe(enter) {
                 self.start_if_entering_does_not(id, ctx);
             }
         };
-        handoff::starting(|| handoff::adopting(StorageId::new(&self.shared), identity, start));
+        match self.pending(id, ctx, |pending| {
+            pending.set_free();
+            WaitsNoMore::new(pending)
+        }) {
+            Some(waited) => self.start_held(&waited, identity, ctx, start),
+            None => handoff::starting(start),
+        }
+    }
+
+    /// Runs `start`, which starts a span that waits no more, after its held parents. All are offered the identity.
+    fn start_held(
+        &self,
+        waited: &WaitsNoMore,
+        identity: Option<Identity>,
+        ctx: &Context<'_, S>,
+        start: impl FnOnce(),
+    ) {
+        let mut parents = Vec::new();
+        let mut number = waited.number;
+        while let Some(parent) = self.shared.held_parents.of(number) {
+            let Some(waited) = self.set_free(&parent, ctx) else {
+                break;
+            };
+            number = waited.number;
+            parents.push((parent, waited));
+        }
+        for (parent, waited) in parents.into_iter().rev() {
+            let adoption = self.adoption(identity.clone(), waited.may_name_itself);
+            let start = || self.with_started(&parent, ctx, |_| ());
+            handoff::starting(|| handoff::adopting(adoption, start));
+        }
+        let adoption = self.adoption(identity, waited.may_name_itself);
+        handoff::starting(|| handoff::adopting(adoption, start));
+    }
+
+    fn adoption(&self, identity: Option<Identity>, may_name_itself: bool) -> Option<Adoption> {
+        Some(Adoption {
+            storage: StorageId::new(&self.shared),
+            identity: identity?,
+            may_name_itself,
+        })
+    }
+
+    /// Notes the held span that is the parent of a new span that waits too. Returns `false` if there is none.
+    fn note_held_parent(
+        &self,
+        attrs: &span::Attributes<'_>,
+        number: StartNumber,
+        ctx: &Context<'_, S>,
+    ) -> bool {
+        if !attrs.is_contextual() || !handoff::may_hold_more() {
+            return false;
+        }
+        let current = ctx.lookup_current().map(|span| span.id());
+        let held = current.filter(|id| self.pending_spans.holds(id));
+        let (Some(parent), Some(dispatch)) = (held, self.dispatch.get()) else {
+            return false;
+        };
+        (self.shared.held_parents).add(number, dispatch.clone(), parent);
+        true
     }
 
     fn start_if_entering_does_not(&self, id: &span::Id, ctx: &Context<'_, S>) {
@@ -251,11 +326,18 @@ where
             dispatcher::get_default(|dispatch| {
                 let ours = dispatch.downcast_ref::<Self>();
                 if ours.is_some_and(|ours| std::ptr::eq(ours, self)) {
-                    let _ = self.dispatch.set(dispatch.downgrade());
+                    self.know_dispatch(dispatch);
                 }
             });
             known()
         })
+    }
+
+    pub(super) fn know_dispatch(&self, dispatch: &Dispatch) {
+        if self.dispatch.set(dispatch.downgrade()).is_ok() {
+            let layer = self.pending_spans.layer();
+            self.shared.layers.add(layer, dispatch.downgrade());
+        }
     }
 
     /// Looks at a pending span; `None` if it is not one.
@@ -273,8 +355,9 @@ where
         extensions.get::<Pending>().map(look)
     }
 
-    /// Makes the span one that is not held when it is entered. Returns `true` if it would have been.
-    fn set_free(&self, id: &span::Id, ctx: &Context<'_, S>) -> bool {
-        self.pending(id, ctx, Pending::set_free) == Some(true)
+    /// Makes the span one that is not held when it is entered; `None` if it would not have been.
+    fn set_free(&self, id: &span::Id, ctx: &Context<'_, S>) -> Option<WaitsNoMore> {
+        let waited = |pending: &Pending| pending.set_free().then(|| WaitsNoMore::new(pending));
+        self.pending(id, ctx, waited)?
     }
 }

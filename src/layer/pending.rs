@@ -1,11 +1,12 @@
 //! The state of spans that may be held: what each waits for, its times, and a filter of their ids.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
 use tracing::span;
 
+use crate::fields::IdFields;
 use crate::lock::lock;
 use crate::tracer::handoff::{self, HeldSpan, HeldTimes, StartNumber};
 
@@ -17,9 +18,10 @@ pub(super) struct Pending {
     was_held: AtomicBool,
     /// The number by which its start is noted.
     pub(super) number: StartNumber,
-    /// A run id is awaited only if the callsite declares one.
-    awaits_id: AtomicBool,
-    awaits_run: AtomicBool,
+    /// The fields that it waits for, in the bits of [`IdFields`].
+    awaits: AtomicU8,
+    /// It declares an instance id of its own.
+    may_name_itself: bool,
     /// The number of events that the inner layer may have buffered for the span.
     events: AtomicU32,
     times: Mutex<Times>,
@@ -29,13 +31,29 @@ pub(super) struct Pending {
 /// (`SpanLimits::max_events_per_span`), so that none is lost by waiting; the inner layer, which buffers them, has no limit.
 const MAX_EVENTS: u32 = 128;
 
+/// A span that is no longer held when it is entered.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct WaitsNoMore {
+    pub(super) number: StartNumber,
+    pub(super) may_name_itself: bool,
+}
+
+impl WaitsNoMore {
+    pub(super) fn new(pending: &Pending) -> Self {
+        Self {
+            number: pending.number,
+            may_name_itself: pending.may_name_itself,
+        }
+    }
+}
+
 /// The reason to hold a span.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Awaits {
     /// The span had its id from the start. It is watched only while it is unknown whether entering starts it.
     Nothing,
-    /// The span declares an id without a value, or is an engine's around user code.
-    Identity,
+    /// The span declares these fields without a value, an instance id at least, or is an engine's around user code.
+    Identity(IdFields),
 }
 
 /// The times of a span, counted as the inner layer counts them, which is not told of each entry and exit of a held span.
@@ -56,13 +74,18 @@ impl Times {
 }
 
 impl Pending {
-    pub(super) fn new(awaits: Awaits, awaits_run: bool, number: StartNumber) -> Self {
+    pub(super) fn new(awaits: Awaits, number: StartNumber) -> Self {
+        let fields = match awaits {
+            Awaits::Nothing => IdFields::default(),
+            Awaits::Identity(fields) => fields,
+        };
+        let awaited = IdFields { id: true, ..fields };
         Self {
             is_free: AtomicBool::new(awaits == Awaits::Nothing),
             was_held: AtomicBool::new(false),
             number,
-            awaits_id: AtomicBool::new(true),
-            awaits_run: AtomicBool::new(awaits_run),
+            awaits: AtomicU8::new(awaited.bits()),
+            may_name_itself: fields.id,
             events: AtomicU32::new(0),
             times: Mutex::new(Times {
                 entered: 0,
@@ -129,10 +152,9 @@ impl Pending {
     }
 
     /// Notes which ids were recorded. Returns `true` if the span has all that it awaited.
-    pub(super) fn learn(&self, id: bool, run: bool) -> bool {
-        let awaits_id = self.awaits_id.fetch_and(!id, Relaxed) && !id;
-        let awaits_run = self.awaits_run.fetch_and(!run, Relaxed) && !run;
-        !awaits_id && !awaits_run
+    pub(super) fn learn(&self, recorded: IdFields) -> bool {
+        let others = !recorded.bits();
+        self.awaits.fetch_and(others, Relaxed) & others == 0
     }
 
     fn times(&self) -> MutexGuard<'_, Times> {
@@ -215,6 +237,11 @@ impl PendingSpans {
     /// Takes the outermost entry of this layer from the stack.
     pub(super) fn take_outermost(&self) -> Option<HeldSpan> {
         handoff::remove_outermost_held(self.layer)
+    }
+
+    /// The number of this layer, in the stack of held spans.
+    pub(super) fn layer(&self) -> usize {
+        self.layer
     }
 
     pub(super) fn holds(&self, id: &span::Id) -> bool {

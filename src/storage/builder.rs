@@ -375,6 +375,8 @@ impl WorkflowContextStorageBuilder {
                 stand_ins: Default::default(),
                 poller_traces: Default::default(),
                 started: Default::default(),
+                held_parents: Default::default(),
+                layers: Default::default(),
                 shared_traces: Default::default(),
                 warnings,
                 authors: Authors::default(),

@@ -24,6 +24,8 @@ use crate::fields::{Fields, Tag};
 use crate::stats::Registrations;
 use crate::stats::{Counters, Stats};
 use crate::tracer::handoff::StartNumber;
+use crate::tracer::held_parents::HeldParents;
+use crate::tracer::layers::Layers;
 use crate::tracer::live_ids::LiveIds;
 use crate::tracer::shared_traces::SharedTraces;
 use crate::warnings::Warnings;
@@ -39,6 +41,8 @@ pub(crate) struct Shared {
     pub(crate) poller_traces: LiveIds<TraceId>,
     /// The open spans that may be held and were started without the layer, by `Span::context()`.
     pub(crate) started: LiveIds<StartNumber>,
+    pub(crate) held_parents: HeldParents,
+    pub(crate) layers: Layers,
     pub(crate) shared_traces: SharedTraces,
     pub(crate) warnings: Arc<Warnings>,
     pub(super) authors: Authors,

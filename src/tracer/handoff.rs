@@ -56,7 +56,7 @@ thread_local! {
     static MARKING: Cell<bool> = const { Cell::new(false) };
     static NUMBER: Cell<StartNumber> = const { Cell::new(0) };
     static ADOPTS: Cell<bool> = const { Cell::new(false) };
-    static ADOPTION: RefCell<Option<(StorageId, Identity)>> = const { RefCell::new(None) };
+    static ADOPTION: RefCell<Option<Adoption>> = const { RefCell::new(None) };
     /// Outermost first, of all layers.
     static HELD: RefCell<Vec<HeldSpan>> = const { RefCell::new(Vec::new()) };
     /// The length of `HELD`, in a cell without a destructor.
@@ -86,23 +86,28 @@ pub(super) fn is_marking() -> bool {
 
 // Adoption: a span without an id of its own joins the instance of its first child.
 
+/// An instance that is offered to a span.
+#[derive(Debug)]
+pub(crate) struct Adoption {
+    pub(crate) storage: StorageId,
+    pub(crate) identity: Identity,
+    /// The span declares an id of its own, which may still be recorded.
+    pub(crate) may_name_itself: bool,
+}
+
 /// Offers an instance to the span that starts within `start`, if that names none itself.
-pub(crate) fn adopting<R>(
-    storage: StorageId,
-    identity: Option<Identity>,
-    start: impl FnOnce() -> R,
-) -> R {
+pub(crate) fn adopting<R>(offer: Option<Adoption>, start: impl FnOnce() -> R) -> R {
     struct Clear;
     impl Drop for Clear {
         fn drop(&mut self) {
             end_adoption();
         }
     }
-    let Some(identity) = identity else {
+    if offer.is_none() {
         return start();
-    };
+    }
     let _clear = Clear;
-    let offered = ADOPTION.try_with(|adoption| adoption.replace(Some((storage, identity))));
+    let offered = ADOPTION.try_with(|adoption| adoption.replace(offer));
     ADOPTS.set(offered.is_ok());
     start()
 }
@@ -117,16 +122,15 @@ pub(super) fn end_adoption() {
 
 /// Takes the offer, which holds once and for one storage.
 #[inline]
-pub(super) fn take_adoption(storage: StorageId) -> Option<Identity> {
+pub(super) fn take_adoption(storage: StorageId) -> Option<Adoption> {
     if !ADOPTS.get() {
         return None;
     }
-    let (offered_by, identity) = adoption()?;
-    (offered_by == storage).then_some(identity)
+    adoption().filter(|offer| offer.storage == storage)
 }
 
 #[inline(never)]
-fn adoption() -> Option<(StorageId, Identity)> {
+fn adoption() -> Option<Adoption> {
     ADOPTS.set(false);
     ADOPTION.try_with(|adoption| adoption.take()).ok()?
 }
@@ -138,6 +142,15 @@ fn adoption() -> Option<(StorageId, Identity)> {
 #[inline]
 pub(crate) fn is_any_held() -> bool {
     DEPTH.get() != 0
+}
+
+/// The number of held spans inside each other from which on the next one releases them: a span starts its held parents, so
+/// that many calls are on the stack.
+const MAX_DEPTH: usize = 32;
+
+/// Returns `true` if this thread is inside a held span, and may hold another one inside it.
+pub(crate) fn may_hold_more() -> bool {
+    (1..MAX_DEPTH).contains(&DEPTH.get())
 }
 
 /// Pushes a span; `false` if the thread is past its thread-locals.
@@ -162,6 +175,16 @@ pub(crate) fn remove_outermost_held(layer: usize) -> Option<HeldSpan> {
     })?
 }
 
+/// Returns the layers and ids of the held spans of this thread, outermost first.
+pub(super) fn held_spans() -> Vec<(usize, span::Id)> {
+    let held = edit_held(|held| {
+        let reachable = held.get(FLOOR.get()..).unwrap_or_default();
+        let ids = reachable.iter().map(|span| (span.layer, span.id.clone()));
+        ids.collect()
+    });
+    held.unwrap_or_default()
+}
+
 pub(crate) fn is_held(layer: usize, id: &span::Id) -> bool {
     let is_held = edit_held(|held| {
         let reachable = held.get(FLOOR.get()..).unwrap_or_default();
@@ -174,6 +197,11 @@ pub(crate) fn is_held(layer: usize, id: &span::Id) -> bool {
 /// not release what is held beneath, and so start it in the wrong order.
 pub(crate) fn starting<R>(start: impl FnOnce() -> R) -> R {
     scoped::with(&FLOOR, DEPTH.get(), || scoped::with(&STARTS, true, start))
+}
+
+/// Runs `start` as [`starting`] does, for a span whose start the layer is not told of.
+pub(super) fn behind_the_layer<R>(start: impl FnOnce() -> R) -> R {
+    scoped::with(&FLOOR, DEPTH.get(), || scoped::with(&STARTS, false, start))
 }
 
 /// Returns `true` if the layer itself starts a span on this thread.

@@ -16,8 +16,9 @@ use crate::context::WorkflowContext;
 use crate::decision::relation::Relation;
 use crate::decision::{Arrival, Decision, Moment, Record, decide};
 use crate::explain::author::Author;
-use crate::fields;
+use crate::explain::trail::Event;
 use crate::fields::identity::{Identity, Names};
+use crate::fields::{self, Fields};
 use crate::storage::remote::LateWinner;
 use crate::storage::shared::Shared;
 
@@ -247,6 +248,8 @@ pub(super) struct Watch {
     /// The hash of its instance's id; `None` as long as no instance is named.
     instance: Option<u64>,
     memo: Option<Box<Memo>>,
+    /// The rank of the field that named its instance; a lower one counts more.
+    pub(super) rank: u16,
     /// Its attributes are read whether it records or not.
     observes: bool,
 }
@@ -280,6 +283,9 @@ impl Drop for PollerTrace {
 #[derive(Default)]
 pub(super) struct Unnamed {
     pub(super) run_id: Option<Box<str>>,
+    pub(super) parent_instance_id: Option<Box<str>>,
+    /// The id of the instance that it was adopted into becomes an attribute when it ends, unless it names itself.
+    pub(super) owes_id: bool,
     pub(super) author: Author,
     /// A terminal status was told, which counts for the instance that it names later.
     pub(super) is_terminal: bool,
@@ -295,12 +301,26 @@ impl Memo {
         })
     }
 
-    /// The id that was given to a span without one of its own.
-    pub(super) fn adopted_id(&self) -> Option<String> {
-        let (Some(identity), Some(_)) = (&self.identity, &self.unnamed) else {
-            return None;
-        };
-        Some(identity.instance_id.to_string())
+    /// Returns `true` for a span without an id of its own that has joined an instance.
+    pub(super) fn is_adopted(&self) -> bool {
+        self.identity.is_some() && self.unnamed.is_some()
+    }
+
+    /// Returns the id of an adopted span that certainly does not name itself.
+    pub(super) fn id_to_give_at_start(&self, fields: &Fields) -> Option<KeyValue> {
+        self.id_to_give(fields, false)
+    }
+
+    /// Returns the id of an adopted span that could have named itself, and has not.
+    fn id_to_give_at_end(&self, fields: &Fields) -> Option<KeyValue> {
+        self.id_to_give(fields, true)
+    }
+
+    fn id_to_give(&self, fields: &Fields, at_end: bool) -> Option<KeyValue> {
+        let identity = self.identity.as_ref()?;
+        (self.unnamed.as_ref()).filter(|unnamed| unnamed.owes_id == at_end)?;
+        let id = identity.instance_id.to_string();
+        Some(KeyValue::new(fields.primary_instance_id(), id))
     }
 }
 
@@ -316,6 +336,7 @@ impl Watch {
             shared: shared.clone(),
             instance,
             memo,
+            rank: u16::MAX,
             observes,
         }
     }
@@ -356,30 +377,106 @@ impl Watch {
     fn read<S: Span>(&mut self, span: &mut S, attribute: &KeyValue) {
         let shared = self.shared.clone();
         let tag = shared.tag_of(std::slice::from_ref(attribute));
-        // The first id counts; one that a span was only adopted into gives way to its own.
-        let memo = self.memo.as_mut().filter(|memo| memo.unnamed.is_some());
-        match (memo, tag.names(), &tag.run_id) {
-            (Some(memo), Some(names), _) => {
-                let Unnamed {
-                    run_id,
-                    author,
-                    is_terminal,
-                } = *memo.unnamed.take().unwrap_or_default();
-                let hash = shared.key(names.instance_id, None).hash;
-                if self.instance != Some(hash) {
-                    let run_id = run_id.as_deref();
-                    self.join_late(span, Names { run_id, ..names }, author);
-                }
-                self.complete_if(is_terminal);
-            }
-            (Some(memo), None, Some(run_id)) => {
-                if let Some(unnamed) = &mut memo.unnamed {
-                    unnamed.run_id = Some((**run_id).into());
-                }
-            }
-            _ => {}
+        if let Some(id) = &tag.instance_id {
+            self.learn_id(span, id, tag.rank());
+        }
+        if let Some(run_id) = &tag.run_id {
+            self.learn_run(span, run_id);
+        }
+        if let Some(id) = &tag.parent_instance_id {
+            self.learn_parent(span, id);
         }
         self.complete_if(tag.terminal);
+    }
+
+    /// An instance id was recorded after the start. The first one counts, unless the field of this one ranks higher; one that
+    /// a span was only adopted into gives way to its own.
+    fn learn_id<S: Span>(&mut self, span: &mut S, id: &str, rank: u16) {
+        let hash = self.shared.key(id, None).hash;
+        let unnamed = self.memo.as_mut().and_then(|memo| memo.unnamed.take());
+        let is_named = unnamed.is_none();
+        if is_named && self.instance == Some(hash) {
+            return;
+        }
+        if is_named && rank >= self.rank {
+            self.shared.counters.late.add();
+            let stored = self.shared.tier.peek(id);
+            return self.link(span, stored.as_ref(), Relation::Late);
+        }
+        self.rank = rank;
+        let Unnamed {
+            run_id,
+            parent_instance_id,
+            author,
+            is_terminal,
+            ..
+        } = *unnamed.unwrap_or_default();
+        let names = Names {
+            instance_id: id,
+            run_id: run_id.as_deref(),
+            parent_instance_id: None,
+        };
+        if self.instance != Some(hash) {
+            self.join_late(span, names, author);
+        } else if run_id.is_some() {
+            self.memo().identity = Some(names.to_identity());
+        }
+        if let Some(parent) = parent_instance_id {
+            self.learn_parent(span, &parent);
+        }
+        self.complete_if(is_terminal);
+    }
+
+    /// A run id was recorded after the start.
+    fn learn_run<S: Span>(&mut self, span: &mut S, run_id: &str) {
+        let Some(instance) = self.instance else {
+            if let Some(unnamed) = self.memo().unnamed.as_mut() {
+                unnamed.run_id = Some(run_id.into());
+            }
+            return;
+        };
+        let identity = self.memo.as_ref().and_then(|memo| memo.identity.clone());
+        let known_run = identity.as_ref().and_then(|known| known.run_id.as_deref());
+        if known_run == Some(run_id) {
+            return;
+        }
+        let id = identity.as_ref().map(|known| known.instance_id.clone());
+        let id = id.or_else(|| self.shared.tier.cache().id_of(instance));
+        let (Some(id), None) = (&id, known_run) else {
+            // A second run id names no other run of a span, and an instance that is forgotten has none.
+            return self.shared.counters.late.add();
+        };
+        let names = Names {
+            instance_id: id,
+            run_id: Some(run_id),
+            parent_instance_id: None,
+        };
+        self.join_late(span, names, Author::default());
+    }
+
+    /// A parent instance id was recorded after the start: only a link is left.
+    fn learn_parent<S: Span>(&mut self, span: &mut S, id: &str) {
+        let Some(instance) = self.instance else {
+            if let Some(unnamed) = self.memo().unnamed.as_mut() {
+                unnamed.parent_instance_id = Some(id.into());
+            }
+            return;
+        };
+        self.shared.counters.late.add();
+        let parent = self.shared.tier.peek(id);
+        if parent.is_none() {
+            self.shared
+                .note(instance, || Event::UnknownParent(id.into()));
+        }
+        self.link(span, parent.as_ref(), Relation::Child);
+    }
+
+    /// Leaves a link to a stored context that the span could not follow, if its relation is to be linked at all.
+    fn link<S: Span>(&self, span: &mut S, stored: Option<&WorkflowContext>, relation: Relation) {
+        let links = self.shared.policy.relations.get(relation).links();
+        if let Some(stored) = stored.filter(|_| links) {
+            link_unless_in_trace(span, stored, relation);
+        }
     }
 
     fn observe_event(&mut self, attributes: &[KeyValue]) {
@@ -437,8 +534,8 @@ impl Watch {
         }
         let outcome = decision.outcome;
         shared.note_decision(key.hash, name, own, &SpanContext::NONE, outcome, false);
-        if let (Some(_), Some(stored)) = (decision.links.to_stored, &decision.stored) {
-            link_unless_in_trace(span, stored);
+        if let Some(relation) = decision.links.to_stored {
+            self.link(span, decision.stored.as_ref(), relation);
         }
         self.instance = Some(key.hash);
         self.memo().identity = Some(names.to_identity());
@@ -452,7 +549,10 @@ impl Watch {
         if let Some(memo) = &mut self.memo {
             memo.poller = None;
             if let Some(winner) = memo.late_winner.as_ref().and_then(|winner| winner.get()) {
-                link_unless_in_trace(span, winner);
+                link_unless_in_trace(span, winner, Relation::Late);
+            }
+            if let Some(id) = memo.id_to_give_at_end(&self.shared.fields) {
+                span.set_attribute(id);
             }
         }
         handoff::take_times()?.end
@@ -460,10 +560,13 @@ impl Watch {
 }
 
 /// Links a started span to the stored context that it could not follow.
-pub(super) fn link_unless_in_trace<S: Span>(span: &mut S, stored: &WorkflowContext) {
+pub(super) fn link_unless_in_trace<S: Span>(
+    span: &mut S,
+    stored: &WorkflowContext,
+    relation: Relation,
+) {
     if span.span_context().trace_id() != stored.trace_id() {
-        let relation = relation_attribute(Relation::Late);
-        span.add_link(stored.to_span_context(), vec![relation]);
+        span.add_link(stored.to_span_context(), vec![relation_attribute(relation)]);
     }
 }
 

@@ -184,8 +184,6 @@ fn open(number: Number, kind: Kind, parent: Option<Option<tracing::Id>>) -> Span
 /// The expected state of one layer in one activation mode.
 struct Model {
     activation: bool,
-    /// The layer has seen whether entering a span starts it.
-    knows_activation: bool,
     spans: Vec<Modelled>,
     /// The enterings of each thread, outermost first.
     entered: [Vec<Entering>; THREADS],
@@ -204,8 +202,8 @@ struct Modelled {
     keeps_open: Option<Number>,
     /// Entering it does not start it, yet.
     held_back: bool,
-    /// The layer learns that it was started by asking for its context.
-    notes_start: bool,
+    /// Its natural parent was held when it was opened, and had not started.
+    in_held: bool,
     deferred: bool,
     /// The id that was given to it or recorded on it.
     id: Option<&'static str>,
@@ -244,7 +242,6 @@ impl Model {
     fn new(activation: bool) -> Self {
         Self {
             activation,
-            knows_activation: false,
             spans: Vec::new(),
             entered: Default::default(),
             stored: BTreeMap::new(),
@@ -289,8 +286,16 @@ impl Model {
             Kind::Tagged(id) => Some(id),
             _ => None,
         };
+        let waits = matches!(kind, Kind::Awaiting | Kind::Engine);
+        let current = self.current_in_tracing(thread);
+        let held = current.filter(|&span| waits && self.is_held(thread, span));
+        let mut in_held = false;
         let (natural, keeps_open) = match parent {
             ParentOf::None => (None, None),
+            ParentOf::Contextual if held.is_some() => {
+                in_held = true;
+                (held, held)
+            }
             ParentOf::Contextual => {
                 self.release(thread, None, id);
                 let keeps_open = self.current_in_tracing(thread);
@@ -304,13 +309,12 @@ impl Model {
                 if self.is_held(thread, parent) {
                     self.release(thread, Some(parent), id);
                 } else if self.spans[parent].held_back {
-                    self.spans[parent].held_back = false;
-                    self.start(parent, id);
+                    self.start_by_layer(parent, id);
                 }
                 (Some(parent), Some(parent))
             }
         };
-        if let Some(natural) = natural {
+        if let Some(natural) = natural.filter(|_| !in_held) {
             self.start(natural, None);
         }
         if let Some(kept) = keeps_open {
@@ -320,12 +324,8 @@ impl Model {
             kind,
             natural,
             keeps_open,
-            held_back: matches!(kind, Kind::Awaiting | Kind::Engine),
-            notes_start: match parent {
-                ParentOf::Contextual => true,
-                ParentOf::None => self.knows_activation,
-                ParentOf::Explicit(_) => false,
-            },
+            held_back: waits,
+            in_held,
             deferred: false,
             id,
             adopted_by: None,
@@ -340,7 +340,7 @@ impl Model {
 
     fn enter(&mut self, thread: usize, span: Number) {
         let modelled = &mut self.spans[span];
-        if self.activation && modelled.started.is_some() && modelled.notes_start {
+        if modelled.started.is_some() {
             modelled.held_back = false;
         }
         let held = modelled.held_back;
@@ -348,7 +348,6 @@ impl Model {
             // Contexts are a stack: spans held below this one are released first.
             self.release(thread, None, None);
             self.start(span, None);
-            self.knows_activation |= self.spans[span].kind != Kind::Ordinary;
         } else if !self.spans[span].deferred {
             self.spans[span].deferred = true;
             self.deferred += 1;
@@ -374,9 +373,34 @@ impl Model {
             self.join_late(span, id);
         }
         self.spans[span].id = Some(id);
-        if std::mem::take(&mut self.spans[span].held_back) && self.is_held(thread, span) {
-            self.release(thread, Some(span), Some(id));
+        if !std::mem::take(&mut self.spans[span].held_back) {
+            return;
         }
+        if self.is_held(thread, span) {
+            self.release(thread, Some(span), Some(id));
+        } else if let Some(parent) = self.spans[span]
+            .natural
+            .filter(|_| self.spans[span].in_held)
+        {
+            // The held spans around it join its instance too.
+            if self.is_held(thread, parent) {
+                self.release(thread, Some(parent), Some(id));
+            } else if self.spans[parent].held_back {
+                self.start_by_layer(parent, Some(id));
+            }
+        }
+    }
+
+    /// Starts a span that waits, after the held spans around it. All may be adopted.
+    fn start_by_layer(&mut self, span: Number, adopted_by: Option<&'static str>) {
+        self.spans[span].held_back = false;
+        let parent = self.spans[span]
+            .natural
+            .filter(|_| self.spans[span].in_held);
+        if let Some(parent) = parent.filter(|&parent| self.spans[parent].held_back) {
+            self.start_by_layer(parent, adopted_by);
+        }
+        self.start(span, adopted_by);
     }
 
     /// Starts the spans held on the thread, outermost first, up to the last entering of a span or all of it.
@@ -390,9 +414,7 @@ impl Model {
         let released = entered[..=last].iter_mut();
         let released = released.filter_map(|e| std::mem::take(&mut e.held).then_some(e.span));
         for span in released.collect::<Vec<_>>() {
-            self.spans[span].held_back = false;
-            self.start(span, id);
-            self.knows_activation = true;
+            self.start_by_layer(span, id);
         }
     }
 
@@ -402,6 +424,9 @@ impl Model {
             return;
         }
         let natural = self.spans[span].natural;
+        if let Some(parent) = natural {
+            self.start(parent, None);
+        }
         let by_nature = match natural {
             Some(natural) => Started {
                 parent: Origin::Natural(natural),

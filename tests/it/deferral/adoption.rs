@@ -206,17 +206,187 @@ fn an_explicit_child_does_not_affect_the_held_spans_inside_its_parent() {
 }
 
 #[test]
-fn a_held_span_releases_the_held_span_around_it() {
+fn an_engine_span_is_held_together_with_a_first_child_whose_id_comes_late() {
     in_both_modes(|worker| {
-        engine("outer").in_scope(|| learns_its_id("order"));
+        for _ in 0..10 {
+            engine("outer").in_scope(|| learns_its_id("order"));
+        }
+
+        let spans = worker.spans();
+        let named = |name| spans.iter().filter(move |span| span.name == name);
+        for inner in named("learns_its_id") {
+            let mut outers = named("outer");
+            let outer = outers.find(|outer| outer.span_context.span_id() == inner.parent_span_id);
+            let outer = outer.expect("nested in its engine span");
+            assert_id(outer, "order");
+            assert_eq!(outer.span_context.trace_id(), worker.stored_trace("order"));
+            assert_unlinked(inner);
+        }
+        assert_eq!(named("learns_its_id").count(), 10);
+        let stats = worker.storage.stats();
+        assert_eq!((stats.deferred, stats.adopted, stats.late), (20, 10, 0));
+    });
+}
+
+#[test]
+fn two_engine_levels_are_adopted_together_outermost_first() {
+    for activation in [true, false] {
+        let (worker, starts) = noting_starts(activation);
+        worker.run(|| {
+            engine("outer").in_scope(|| {
+                engine("inner").in_scope(|| tagged_step("child", "order"));
+            });
+        });
+
+        assert_eq!(*starts.lock().unwrap(), ["outer", "inner", "child"]);
+        let (outer, inner) = (worker.span("outer"), worker.span("inner"));
+        assert_root(&outer);
+        assert_same_span(&worker.stored("order"), &outer.span_context);
+        assert_nested(&inner, &outer);
+        assert_nested(&worker.span("child"), &inner);
+        assert_id(&outer, "order");
+        assert_id(&inner, "order");
+        assert_eq!(worker.storage.stats().adopted, 2);
+    }
+}
+
+#[test]
+fn held_spans_inside_each_other_that_never_learn_an_id_are_exported_as_they_were_opened() {
+    in_both_modes(|worker| {
+        engine("outer").in_scope(|| awaiting("inner").in_scope(|| ()));
+        engine("second outer").in_scope(|| {
+            awaiting("second inner").in_scope(|| ());
+            step("second child");
+        });
+
+        for (outer, inner) in [("outer", "inner"), ("second outer", "second inner")] {
+            assert_unchanged_root(&worker.span(outer));
+            assert_nested(&worker.span(inner), &worker.span(outer));
+        }
+        assert_nested(&worker.span("second child"), &worker.span("second outer"));
+        assert_eq!(worker.storage.stats().adopted, 0);
+    });
+}
+
+#[test]
+fn a_span_that_leaves_its_held_engine_span_takes_it_along() {
+    in_both_modes(|worker| {
+        let stored = stored_first(worker, "order");
+        let outer = engine("outer");
+        let inner = outer.in_scope(|| awaiting("inner"));
+        elsewhere(worker, || {
+            inner.in_scope(|| {
+                record_id("order");
+                step("child");
+            });
+        });
+        outer.in_scope(|| step("later"));
+        drop((inner, outer));
 
         let outer = worker.span("outer");
-        assert_unchanged_root(&outer);
-        let inner = worker.span("learns_its_id");
+        assert_joined(&outer, &stored);
+        assert_nested(&worker.span("inner"), &outer);
+        assert_nested(&worker.span("child"), &worker.span("inner"));
+        assert_nested(&worker.span("later"), &outer);
+    });
+}
+
+#[test]
+fn a_span_inside_a_held_one_is_nested_in_it_whoever_starts_it() {
+    in_both_modes(|worker| {
+        engine("outer").in_scope(|| {
+            let inner = awaiting("inner").entered();
+            let asked = inner.context().span().span_context().clone();
+            inner.record(ID, "order");
+            drop(inner);
+            assert_same_span(&worker.span("inner").span_context, &asked);
+        });
+
+        let (outer, inner) = (worker.span("outer"), worker.span("inner"));
         assert_nested(&inner, &outer);
-        assert_unlinked(&inner);
-        assert_nested(&worker.span("child"), &inner);
         assert_same_span(&worker.stored("order"), &inner.span_context);
+    });
+}
+
+#[test]
+fn many_held_spans_inside_each_other_overflow_no_stack() {
+    in_both_modes(|worker| {
+        let spans: Vec<_> = (0..1_000).map(|_| engine("engine").entered()).collect();
+        tagged_step("child", "order");
+        spans.into_iter().rev().for_each(drop);
+
+        let child = worker.span("child");
+        let engines = worker.spans();
+        let engines = engines.iter().filter(|span| span.name == "engine");
+        let is_joined =
+            |span: &&SpanData| span.span_context.trace_id() == child.span_context.trace_id();
+        assert_eq!(engines.filter(is_joined).count(), 1_000);
+    });
+}
+
+#[test]
+fn a_span_of_the_opentelemetry_api_adopts_as_one_of_tracing_does() {
+    in_both_modes(|worker| {
+        let stored = stored_first(worker, "order");
+        let tracer = worker.storage.tracer(worker.tracer());
+        let step = |name: &'static str| {
+            let id = vec![KeyValue::new(ID, "order")];
+            let builder = tracer.span_builder(name).with_attributes(id);
+            tracer
+                .build_with_context(builder, &Context::current())
+                .end();
+        };
+        engine("outer").in_scope(|| {
+            engine("inner").in_scope(|| {
+                step("first");
+                tagged_step("second", "order");
+            });
+        });
+
+        let (outer, inner) = (worker.span("outer"), worker.span("inner"));
+        assert_joined(&outer, &stored);
+        assert_nested(&inner, &outer);
+        assert_nested(&worker.span("first"), &inner);
+        assert_nested(&worker.span("second"), &inner);
+        assert_eq!(worker.storage.stats().adopted, 2);
+    });
+}
+
+#[test]
+fn a_span_of_the_api_with_a_parent_of_its_own_adopts_nothing() {
+    in_both_modes(|worker| {
+        let tracer = worker.storage.tracer(worker.tracer());
+        let foreign = worker.tracer().start("foreign");
+        let parent = Context::new().with_span(foreign);
+        engine("engine").in_scope(|| {
+            let id = vec![KeyValue::new(ID, "order")];
+            let builder = tracer.span_builder("api").with_attributes(id);
+            tracer.build_with_context(builder, &parent).end();
+        });
+
+        assert_unchanged_root(&worker.span("engine"));
+        assert_eq!(worker.storage.stats().adopted, 0);
+    });
+}
+
+#[test]
+fn a_late_span_whose_first_child_is_of_another_instance_keeps_its_own_identity() {
+    in_both_modes(|worker| {
+        let stored = stored_first(worker, "order");
+        let other = stored_first(worker, "other order");
+        awaiting("span").in_scope(|| {
+            tagged_step("child", "other order");
+            record_id("order");
+        });
+        awaiting("never named").in_scope(|| tagged_step("last child", "other order"));
+
+        let span = worker.span("span");
+        assert_continues(&span, &other);
+        assert_linked(&span, "late", &stored);
+        let ids = span.attributes.iter().filter(|kv| kv.key.as_str() == ID);
+        let ids: Vec<_> = ids.map(|kv| kv.value.to_string()).collect();
+        assert_eq!(ids, ["order"], "it is not renamed");
+        assert_id(&worker.span("never named"), "other order");
     });
 }
 

@@ -259,18 +259,196 @@ fn a_span_created_with_an_empty_id_awaits_one() {
 }
 
 #[test]
-fn the_first_id_of_a_started_span_is_used() {
+fn a_second_id_of_a_started_span_is_linked() {
     in_both_modes(|worker| {
         let stored = stored_first(worker, "order");
-        stored_first(worker, "other order");
+        let other = stored_first(worker, "other order");
         awaiting("span").in_scope(|| {
             record_id("order");
             step("child");
             record_id("other order");
+            // Recorded again, it tells nothing new.
+            record_id("order");
         });
 
-        assert_joined(&worker.span("span"), &stored);
+        let span = worker.span("span");
+        assert_continues(&span, &stored);
+        assert_linked(&span, "late", &other);
+        assert_eq!(worker.storage.stats().late, 1);
+    });
+}
+
+/// A storage with two id fields, the first of which counts more.
+fn two_id_fields() -> WorkflowContextStorage {
+    let builder = WorkflowContextStorage::builder();
+    builder
+        .instance_id_fields([ID, "order.id"])
+        .build()
+        .unwrap()
+}
+
+#[test]
+fn of_two_id_fields_recorded_before_the_start_the_first_in_order_counts() {
+    in_both_modes_of(two_id_fields, |worker| {
+        let stored = stored_first(worker, "order");
+        stored_first(worker, "other order");
+        for order in [[ID, "order.id"], ["order.id", ID]] {
+            let span = info_span!("span", workflow.instance_id = Empty, order.id = Empty);
+            for field in order {
+                span.record(field, if field == ID { "order" } else { "other order" });
+            }
+            span.in_scope(|| ());
+        }
+        for span in worker.spans().iter().filter(|span| span.name == "span") {
+            assert_joined(span, &stored);
+        }
         assert_eq!(worker.storage.stats().late, 0);
+    });
+}
+
+#[test]
+fn a_second_id_field_recorded_after_the_start_is_linked_and_counts_if_it_is_the_first_in_order() {
+    in_both_modes_of(two_id_fields, |worker| {
+        let ours = stored_first(worker, "order");
+        let other = stored_first(worker, "other order");
+        for (name, first, second) in [("lower", ID, "order.id"), ("higher", "order.id", ID)] {
+            let span = info_span!(
+                "span",
+                otel.name = name,
+                workflow.instance_id = Empty,
+                order.id = Empty,
+                workflow.status = Empty
+            );
+            span.record(first, "order");
+            span.in_scope(|| step("child"));
+            span.record(second, "other order");
+            span.record("workflow.status", "completed");
+            drop(span);
+            let span = worker.span(name);
+            assert_continues(&span, &ours);
+            assert_linked(&span, "late", &other);
+        }
+        assert_eq!(worker.storage.stats().late, 2);
+        // Each status is that of the instance which counts.
+        let completed = |id| worker.storage.explain(id).to_string().contains("completed");
+        assert!(completed("order") && completed("other order"));
+    });
+}
+
+const RUN: &str = "workflow.run_id";
+const PARENT: &str = "workflow.parent_instance_id";
+
+#[test]
+fn a_span_that_declares_a_parent_instance_id_waits_for_it_too() {
+    in_both_modes(|worker| {
+        let parent = stored_first(worker, "parent order");
+        let orders = [[ID, PARENT], [PARENT, ID]];
+        for (id, fields) in ["first", "second"].into_iter().zip(orders) {
+            let span = info_span!(
+                "span",
+                otel.name = id,
+                workflow.instance_id = Empty,
+                workflow.parent_instance_id = Empty
+            );
+            span.in_scope(|| {
+                for field in fields {
+                    span.record(field, if field == ID { id } else { "parent order" });
+                }
+                step("child");
+            });
+            drop(span);
+            assert_joined(&worker.span(id), &parent);
+        }
+        assert_eq!(worker.storage.stats().late, 0);
+    });
+}
+
+#[test]
+fn a_parent_instance_id_recorded_after_the_start_is_linked() {
+    in_both_modes(|worker| {
+        let parent = stored_first(worker, "parent order");
+        let known = info_span!(
+            "known",
+            workflow.instance_id = "child order",
+            workflow.parent_instance_id = Empty
+        );
+        known.in_scope(|| {
+            step("child of the known");
+            known.record(PARENT, "parent order");
+        });
+        drop(known);
+        let late = info_span!(
+            "late",
+            workflow.instance_id = Empty,
+            workflow.parent_instance_id = Empty
+        );
+        late.in_scope(|| {
+            step("child of the late");
+            late.record(PARENT, "parent order");
+            late.record(ID, "another child order");
+        });
+        drop(late);
+
+        for name in ["known", "late"] {
+            let span = worker.span(name);
+            assert_root(&span);
+            assert_linked(&span, "child", &parent);
+        }
+        let unknown = info_span!(
+            "unknown",
+            workflow.instance_id = "x",
+            workflow.parent_instance_id = Empty
+        );
+        unknown.in_scope(|| step("child of the unknown"));
+        unknown.record(PARENT, "never seen");
+        drop(unknown);
+        assert!(
+            worker
+                .storage
+                .explain("x")
+                .to_string()
+                .contains("never seen")
+        );
+    });
+}
+
+#[test]
+fn a_run_id_recorded_after_the_start_names_the_run_or_is_linked() {
+    in_both_modes(|worker| {
+        let span = |name: &str| {
+            info_span!(
+                "span",
+                otel.name = name,
+                workflow.instance_id = "order",
+                workflow.run_id = Empty
+            )
+        };
+        let first = span("first");
+        first.in_scope(|| step("child"));
+        first.record(RUN, "1");
+        drop(first);
+        let second = span("second");
+        second.in_scope(|| step("child of the second"));
+        second.record(RUN, "1");
+        drop(second);
+        let first = worker.span("first");
+        assert_unlinked(&first);
+        assert_joined(&worker.span("second"), &first.span_context);
+
+        // Another run, in a trace of its own: recorded for it, and linked to the old one.
+        let started_elsewhere = info_span!(
+            "elsewhere",
+            workflow.instance_id = Empty,
+            workflow.run_id = Empty
+        );
+        started_elsewhere.in_scope(|| step("child elsewhere"));
+        started_elsewhere.record(RUN, "2");
+        started_elsewhere.record(ID, "order");
+        drop(started_elsewhere);
+        let elsewhere = worker.span("elsewhere");
+        assert_root(&elsewhere);
+        assert_linked(&elsewhere, "new_run", &first.span_context);
+        assert_same_span(&worker.stored("order"), &elsewhere.span_context);
     });
 }
 
