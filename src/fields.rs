@@ -128,7 +128,7 @@ impl Fields {
         for field in metadata.fields() {
             let meaning = self.meanings.get(field.name());
             is_tagged |= meaning.is_some();
-            declares.add(meaning);
+            declares = declares.with(IdFields::from_meaning(meaning));
         }
         let role = if self.engine_spans.iter().any(named) {
             Role::Engine
@@ -205,7 +205,7 @@ impl Fields {
             found: IdFields::default(),
         };
         attributes.record(&mut visitor);
-        IdFields::from_bits(declared.bits() & !visitor.found.bits())
+        declared.without(visitor.found)
     }
 
     /// Returns the id fields that a record gives a value to.

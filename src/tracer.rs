@@ -498,8 +498,7 @@ where
         };
         let name = builder.name.clone();
         let parent = chosen.as_ref().unwrap_or(parent);
-        let mut watch = self.watch(Some(instance), memo);
-        watch.rank = rank;
+        let watch = self.watch(Some((instance, rank)), memo);
         let build = || self.inner.build_with_context(builder, parent);
         let lose = || Lost::new(shared, parent);
         let mut started = WorkflowSpan::start(Some(watch), build, lose);
@@ -566,7 +565,7 @@ where
     }
 
     #[inline]
-    fn watch(&self, instance: Option<u64>, memo: Option<Box<Memo>>) -> Watch {
+    fn watch(&self, instance: Option<(u64, u16)>, memo: Option<Box<Memo>>) -> Watch {
         let observes = self.origin == Origin::Layer;
         Watch::new(&self.shared, instance, memo, observes)
     }

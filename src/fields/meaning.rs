@@ -61,36 +61,51 @@ fn length_bit(name: &str) -> u64 {
     1 << name.len().min(63)
 }
 
-/// The fields of a span's identity that a callsite declares, a span waits for, or a record gives a value to.
+/// The fields of a span's identity that a callsite declares, a span waits for, or a record gives a value to: a set.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct IdFields {
-    pub(crate) id: bool,
-    pub(crate) run: bool,
-    pub(crate) parent: bool,
-}
+pub(crate) struct IdFields(u8);
 
 impl IdFields {
-    /// The number of bits that [`bits`](Self::bits) takes.
+    pub(crate) const NONE: Self = Self(0);
+    pub(crate) const INSTANCE_ID: Self = Self(1);
+    const RUN_ID: Self = Self(2);
+    const PARENT_INSTANCE_ID: Self = Self(4);
+
+    /// The number of bits of a set.
     pub(crate) const BITS: u32 = 3;
 
     #[inline]
-    pub(super) fn add(&mut self, meaning: Option<Meaning>) {
-        self.id |= matches!(meaning, Some(Meaning::InstanceId { .. }));
-        self.run |= meaning == Some(Meaning::RunId);
-        self.parent |= meaning == Some(Meaning::ParentInstanceId);
+    pub(super) fn from_meaning(meaning: Option<Meaning>) -> Self {
+        match meaning {
+            Some(Meaning::InstanceId { .. }) => Self::INSTANCE_ID,
+            Some(Meaning::RunId) => Self::RUN_ID,
+            Some(Meaning::ParentInstanceId) => Self::PARENT_INSTANCE_ID,
+            _ => Self::NONE,
+        }
+    }
+
+    #[inline]
+    pub(crate) fn has_id(self) -> bool {
+        self.0 & Self::INSTANCE_ID.0 != 0
+    }
+
+    #[inline]
+    pub(crate) fn with(self, others: Self) -> Self {
+        Self(self.0 | others.0)
+    }
+
+    #[inline]
+    pub(crate) fn without(self, others: Self) -> Self {
+        Self(self.0 & !others.0)
     }
 
     #[inline]
     pub(crate) fn bits(self) -> u8 {
-        u8::from(self.id) | u8::from(self.run) << 1 | u8::from(self.parent) << 2
+        self.0
     }
 
     #[inline]
     pub(crate) fn from_bits(bits: u8) -> Self {
-        Self {
-            id: bits & 1 != 0,
-            run: bits & 2 != 0,
-            parent: bits & 4 != 0,
-        }
+        Self(bits)
     }
 }

@@ -76,14 +76,22 @@ pub(super) struct IsThere<'a> {
     pub(super) found: IdFields,
 }
 
+impl IsThere<'_> {
+    #[inline]
+    fn add(&mut self, field: &Field) {
+        let meaning = self.meanings.get(field.name());
+        self.found = self.found.with(IdFields::from_meaning(meaning));
+    }
+}
+
 impl Visit for IsThere<'_> {
     fn record_debug(&mut self, field: &Field, _: &dyn fmt::Debug) {
-        self.found.add(self.meanings.get(field.name()));
+        self.add(field);
     }
 
     fn record_str(&mut self, field: &Field, value: &str) {
         if !value.is_empty() {
-            self.found.add(self.meanings.get(field.name()));
+            self.add(field);
         }
     }
 }
@@ -96,18 +104,13 @@ pub(super) struct HasValue<'a> {
 
 impl Visit for HasValue<'_> {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        let meaning = self.meanings.get(field.name());
-        let is_id = |meaning| {
-            let mut fields = IdFields::default();
-            fields.add(Some(meaning));
-            fields != IdFields::default()
-        };
-        if meaning.is_some_and(is_id) {
+        let id = IdFields::from_meaning(self.meanings.get(field.name()));
+        if id != IdFields::NONE {
             let mut beginning = Beginning::default();
             // Fails, and so stops formatting, as soon as that is known.
             let _ = write!(beginning, "{value:?}");
             if !beginning.is_empty() {
-                self.found.add(meaning);
+                self.found = self.found.with(id);
             }
         }
     }
@@ -122,8 +125,14 @@ struct Beginning {
 
 impl Beginning {
     fn is_empty(&self) -> bool {
-        let text = std::str::from_utf8(&self.bytes[..self.len]);
-        self.len < self.bytes.len() && text.is_ok_and(|text| plain(text).is_empty())
+        match self.bytes[..self.len] {
+            [] => true,
+            [b'"' | b'N' | b'S', ..] if self.len < self.bytes.len() => {
+                let text = std::str::from_utf8(&self.bytes[..self.len]);
+                text.is_ok_and(|text| plain(text).is_empty())
+            }
+            _ => false,
+        }
     }
 }
 

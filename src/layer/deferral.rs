@@ -35,17 +35,21 @@ where
         ctx: Context<'_, S>,
     ) {
         let Callsite { role, declares } = self.callsite(attrs.metadata());
-        let awaits = match declares.id {
+        let awaits = match declares.has_id() {
             true => self.shared.fields.awaits(declares, attrs),
             false => declares,
         };
-        let may_be_held = awaits.id || role == Role::Engine;
+        let may_be_held = awaits.has_id() || role == Role::Engine;
+        let is_plain = role == Role::Tagged && attrs.is_contextual() && !handoff::is_any_held();
+        if is_plain && !may_be_held && self.activation.is_on() {
+            return handoff::marking(|| self.inner.on_new_span(attrs, id, ctx));
+        }
         let number = match may_be_held {
             true => handoff::next_number(),
             false => 0,
         };
         let identity = || self.shared.fields.identify(|visitor| attrs.record(visitor));
-        let may_wait = may_be_held && (awaits.id || identity().is_none());
+        let may_wait = may_be_held && (awaits.has_id() || identity().is_none());
         let is_inside_held = may_wait && self.note_held_parent(attrs, number, &ctx);
         // Without activation, and as long as that is unknown, creating a contextual span starts the current one.
         let as_root = (is_inside_held && !self.activation.is_on())

@@ -76,16 +76,16 @@ impl Times {
 impl Pending {
     pub(super) fn new(awaits: Awaits, number: StartNumber) -> Self {
         let fields = match awaits {
-            Awaits::Nothing => IdFields::default(),
+            Awaits::Nothing => IdFields::NONE,
             Awaits::Identity(fields) => fields,
         };
-        let awaited = IdFields { id: true, ..fields };
+        let awaited = fields.with(IdFields::INSTANCE_ID);
         Self {
             is_free: AtomicBool::new(awaits == Awaits::Nothing),
             was_held: AtomicBool::new(false),
             number,
             awaits: AtomicU8::new(awaited.bits()),
-            may_name_itself: fields.id,
+            may_name_itself: fields.has_id(),
             events: AtomicU32::new(0),
             times: Mutex::new(Times {
                 entered: 0,

@@ -249,7 +249,7 @@ pub(super) struct Watch {
     instance: Option<u64>,
     memo: Option<Box<Memo>>,
     /// The rank of the field that named its instance; a lower one counts more.
-    pub(super) rank: u16,
+    rank: u16,
     /// Its attributes are read whether it records or not.
     observes: bool,
 }
@@ -328,15 +328,15 @@ impl Watch {
     #[inline]
     pub(super) fn new(
         shared: &Arc<Shared>,
-        instance: Option<u64>,
+        instance: Option<(u64, u16)>,
         memo: Option<Box<Memo>>,
         observes: bool,
     ) -> Self {
         Self {
             shared: shared.clone(),
-            instance,
+            instance: instance.map(|(hash, _)| hash),
             memo,
-            rank: u16::MAX,
+            rank: instance.map_or(u16::MAX, |(_, rank)| rank),
             observes,
         }
     }
