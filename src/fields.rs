@@ -18,7 +18,7 @@ use tracing::{Metadata, span};
 use self::callsite::{Callsite, Role};
 use self::engine::Engine;
 use self::identity::{Identity, Names};
-pub(crate) use self::meaning::IdFields;
+pub(crate) use self::meaning::ReservedFields;
 use self::meaning::{Meaning, Meanings};
 use self::names::FieldNames;
 pub(crate) use self::names::{AGENT_NAME, GEN_AI_AGENT_NAME, INSTANCE_ID, RELATION, RESUMED};
@@ -123,12 +123,12 @@ impl Fields {
     /// Reads what the spans of a callsite have in common.
     pub(crate) fn callsite(&self, metadata: &Metadata<'_>) -> Callsite {
         let named = |span: &SpanPattern| span.matches(metadata.name(), Some(metadata.target()));
-        let mut declares = IdFields::default();
+        let mut declares = ReservedFields::default();
         let mut is_tagged = false;
         for field in metadata.fields() {
             let meaning = self.meanings.get(field.name());
             is_tagged |= meaning.is_some();
-            declares = declares.with(IdFields::from_meaning(meaning));
+            declares = declares.with(ReservedFields::from_meaning(meaning));
         }
         let role = if self.engine_spans.iter().any(named) {
             Role::Engine
@@ -197,22 +197,26 @@ impl Fields {
         })
     }
 
-    /// Returns the declared id fields that have no value yet. Only an empty `&str` counts as none: formatting every other
+    /// Returns the declared reserved fields that have no value yet. Only an empty `&str` counts as none: formatting every other
     /// value to see whether it is empty would cost each span too much.
-    pub(crate) fn awaits(&self, declared: IdFields, attributes: &span::Attributes<'_>) -> IdFields {
+    pub(crate) fn awaits(
+        &self,
+        declared: ReservedFields,
+        attributes: &span::Attributes<'_>,
+    ) -> ReservedFields {
         let mut visitor = IsThere {
             meanings: &self.meanings,
-            found: IdFields::default(),
+            found: ReservedFields::default(),
         };
         attributes.record(&mut visitor);
         declared.without(visitor.found)
     }
 
     /// Returns the id fields that a record gives a value to.
-    pub(crate) fn recorded(&self, values: &span::Record<'_>) -> IdFields {
+    pub(crate) fn recorded(&self, values: &span::Record<'_>) -> ReservedFields {
         let mut visitor = HasValue {
             meanings: &self.meanings,
-            found: IdFields::default(),
+            found: ReservedFields::default(),
         };
         values.record(&mut visitor);
         visitor.found

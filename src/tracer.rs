@@ -26,7 +26,7 @@ use opentelemetry::{Context, KeyValue, SpanId, TraceId};
 pub use self::provider::WorkflowTracerProvider;
 pub use self::span::WorkflowSpan;
 
-use self::handoff::{Adoption, StartNumber, StorageId};
+use self::handoff::{Adoption, Mark, StartNumber, StorageId};
 use self::lost::Lost;
 use self::recording::Recording;
 use self::replay::{Replay, StandIn};
@@ -74,20 +74,20 @@ enum Origin {
 }
 
 /// Marks a builder by an empty list of links, which costs nothing, so that `build_with_context` reads its attributes.
-/// Reading those of each ordinary span would cost more than all else that this crate does to it. The number of a span that
-/// may be held goes along in the list, as the trace id of a link without a span.
+/// Reading those of each ordinary span would cost more than all else that this crate does to it. A mark that is not plain
+/// goes along in the list, as the trace id of a link without a span.
 #[inline]
-fn mark(builder: &mut SpanBuilder, number: StartNumber) {
+fn mark_builder(builder: &mut SpanBuilder, mark: Mark) {
     let links = builder.links.get_or_insert_default();
-    if number != 0 {
+    if mark != Mark::PLAIN {
         links.reserve(2);
-        links.insert(0, numbered_link(number));
+        links.insert(0, link_with(mark));
     }
 }
 
 #[inline(never)]
-fn numbered_link(number: StartNumber) -> Link {
-    let trace = TraceId::from(u128::from(number));
+fn link_with(mark: Mark) -> Link {
+    let trace = TraceId::from(u128::from(mark.bits()));
     let (flags, state) = (TraceFlags::NOT_SAMPLED, TraceState::NONE);
     Link::with_context(SpanContext::new(
         trace,
@@ -98,19 +98,19 @@ fn numbered_link(number: StartNumber) -> Link {
     ))
 }
 
-/// Takes the number out of a marked builder; zero if it has none.
+/// Takes the mark out of a marked builder.
 #[inline]
-fn take_number(builder: &mut SpanBuilder) -> StartNumber {
+fn take_mark(builder: &mut SpanBuilder) -> Mark {
     let Some(links) = builder.links.as_mut() else {
-        return 0;
+        return Mark::PLAIN;
     };
     match links.first().map(|link| &link.span_context) {
         Some(first) if first.span_id() == SpanId::INVALID => {
-            let number = u128::from_be_bytes(first.trace_id().to_bytes()) as StartNumber;
+            let bits = u128::from_be_bytes(first.trace_id().to_bytes()) as u64;
             links.remove(0);
-            number
+            Mark::from_bits(bits)
         }
-        _ => 0,
+        _ => Mark::PLAIN,
     }
 }
 
@@ -177,6 +177,8 @@ struct Plan<'a> {
     memo: Option<Box<Memo>>,
     /// Boxed, since most spans are not recorded.
     recording: Option<Box<Recording<'a>>>,
+    /// A reserved field may still be recorded on the span.
+    awaits: bool,
     /// The span has a terminal status from the start.
     is_terminal: bool,
 }
@@ -189,7 +191,7 @@ where
         // The parent has started by now: a span opened while the fields are formatted must not be adopted.
         handoff::end_adoption();
         let mut builder = self.inner.span_builder(name);
-        mark(&mut builder, handoff::number());
+        mark_builder(&mut builder, handoff::mark());
         builder
     }
 
@@ -217,7 +219,8 @@ where
         #[cfg(test)]
         tests::MARKED.set(tests::MARKED.get() + 1);
         let shared = &self.shared;
-        let number = take_number(&mut builder);
+        let mark = take_mark(&mut builder);
+        let number = mark.number();
         let adopted = match self.origin {
             Origin::Layer => handoff::take_adoption(StorageId::new(shared)),
             Origin::Api => None,
@@ -240,11 +243,12 @@ where
                 let key = shared.key(&id, None);
                 let decision = self.place(key, None, parent, Moment::Start);
                 self.diagnose(&decision, parent);
-                let mut plan = self.plan(key, rank, names, None, false);
+                let mut plan = self.plan(key, rank, names, None);
+                plan.awaits = mark.awaits();
                 plan.recording = self.recording(&builder, key, &decision);
                 self.start(builder, parent, &decision, plan)
             }
-            None => self.build_special(builder, parent, adopted),
+            None => self.build_special(builder, parent, adopted, mark.awaits()),
         }
     }
 
@@ -303,6 +307,7 @@ where
         builder: SpanBuilder,
         parent: &Context,
         adopted: Option<Adoption>,
+        awaits: bool,
     ) -> WorkflowSpan<T::Span> {
         let shared = &self.shared;
         if parent.is_telemetry_suppressed() {
@@ -350,7 +355,7 @@ where
         match own.or(adopted.as_ref().map(Identity::names)) {
             None => {
                 let is_poller = shared.fields.is_poller(&builder);
-                let watch = self.watch(None, Some(Memo::new(None, unnamed)));
+                let watch = self.watch(None, Some(Memo::new(None, unnamed)), awaits);
                 let build = || self.inner.build_with_context(builder, parent);
                 let lose = || Lost::new(shared, parent);
                 let mut started = WorkflowSpan::start(Some(watch), build, lose);
@@ -365,7 +370,8 @@ where
                 if names.parent_instance_id.is_none() {
                     self.diagnose(&decision, parent);
                 }
-                let mut plan = self.plan(key, tag.rank(), names, unnamed, is_terminal);
+                let mut plan = self.plan(key, tag.rank(), names, unnamed);
+                (plan.awaits, plan.is_terminal) = (awaits, is_terminal);
                 plan.recording = self.recording(&builder, key, &decision);
                 self.start(builder, parent, &decision, plan)
             }
@@ -408,7 +414,6 @@ where
         rank: u16,
         names: Names<'_>,
         unnamed: Option<Box<Unnamed>>,
-        is_terminal: bool,
     ) -> Plan<'_> {
         let shared = &*self.shared;
         let has_memo = unnamed.is_some() || names.run_id.is_some() || shared.tier.has_backend();
@@ -417,7 +422,8 @@ where
             rank,
             memo: has_memo.then(|| Memo::new(Some(names), unnamed)),
             recording: None,
-            is_terminal,
+            awaits: false,
+            is_terminal: false,
         }
     }
 
@@ -476,6 +482,7 @@ where
             rank,
             memo,
             recording,
+            awaits,
             is_terminal,
         } = plan;
         let natural = parent.span();
@@ -498,7 +505,7 @@ where
         };
         let name = builder.name.clone();
         let parent = chosen.as_ref().unwrap_or(parent);
-        let watch = self.watch(Some((instance, rank)), memo);
+        let watch = self.watch(Some((instance, rank)), memo, awaits);
         let build = || self.inner.build_with_context(builder, parent);
         let lose = || Lost::new(shared, parent);
         let mut started = WorkflowSpan::start(Some(watch), build, lose);
@@ -565,9 +572,8 @@ where
     }
 
     #[inline]
-    fn watch(&self, instance: Option<(u64, u16)>, memo: Option<Box<Memo>>) -> Watch {
-        let observes = self.origin == Origin::Layer;
-        Watch::new(&self.shared, instance, memo, observes)
+    fn watch(&self, instance: Option<(u64, u16)>, memo: Option<Box<Memo>>, awaits: bool) -> Watch {
+        Watch::new(&self.shared, instance, memo, awaits)
     }
 
     fn stand_in(

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use tracing::Metadata;
 
-use super::meaning::IdFields;
+use super::meaning::ReservedFields;
 
 /// The role of a span, known before it starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,13 +23,13 @@ pub(crate) enum Role {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Callsite {
     pub(crate) role: Role,
-    pub(crate) declares: IdFields,
+    pub(crate) declares: ReservedFields,
 }
 
 /// A lossy cache of callsites: each in the slot to which its address hashes. One whose slot is taken is read each time.
 #[derive(Debug)]
 pub(crate) struct Callsites {
-    /// The address and, below it, a [`Callsite`] in five bits: no machine has addresses of more than 59.
+    /// The address and, below it, a [`Callsite`] in seven bits: no machine has addresses of more than 57.
     slots: Box<[AtomicU64; Self::SLOTS]>,
 }
 
@@ -80,7 +80,7 @@ impl Callsites {
 
 impl Callsite {
     /// The bits in which one is kept: two for the role.
-    const BITS: u32 = 2 + IdFields::BITS;
+    const BITS: u32 = 2 + ReservedFields::BITS;
 
     #[inline]
     fn from_bits(bits: u64) -> Self {
@@ -91,7 +91,7 @@ impl Callsite {
                 2 => Role::Poller,
                 _ => Role::Engine,
             },
-            declares: IdFields::from_bits((bits >> 2) as u8),
+            declares: ReservedFields::from_bits((bits >> 2) as u8),
         }
     }
 

@@ -61,18 +61,20 @@ fn length_bit(name: &str) -> u64 {
     1 << name.len().min(63)
 }
 
-/// The fields of a span's identity that a callsite declares, a span waits for, or a record gives a value to: a set.
+/// The reserved fields that a callsite declares, a span waits for, or a record gives a value to: a set.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct IdFields(u8);
+pub(crate) struct ReservedFields(u8);
 
-impl IdFields {
+impl ReservedFields {
     pub(crate) const NONE: Self = Self(0);
     pub(crate) const INSTANCE_ID: Self = Self(1);
     const RUN_ID: Self = Self(2);
     const PARENT_INSTANCE_ID: Self = Self(4);
+    const REPLAYING: Self = Self(8);
+    const STATUS: Self = Self(16);
 
     /// The number of bits of a set.
-    pub(crate) const BITS: u32 = 3;
+    pub(crate) const BITS: u32 = 5;
 
     #[inline]
     pub(super) fn from_meaning(meaning: Option<Meaning>) -> Self {
@@ -80,13 +82,21 @@ impl IdFields {
             Some(Meaning::InstanceId { .. }) => Self::INSTANCE_ID,
             Some(Meaning::RunId) => Self::RUN_ID,
             Some(Meaning::ParentInstanceId) => Self::PARENT_INSTANCE_ID,
-            _ => Self::NONE,
+            Some(Meaning::Replaying) => Self::REPLAYING,
+            Some(Meaning::Status) => Self::STATUS,
+            None => Self::NONE,
         }
     }
 
     #[inline]
     pub(crate) fn has_id(self) -> bool {
         self.0 & Self::INSTANCE_ID.0 != 0
+    }
+
+    /// Returns those that a span may be held for.
+    #[inline]
+    pub(crate) fn ids(self) -> Self {
+        Self(self.0 & (Self::INSTANCE_ID.0 | Self::RUN_ID.0 | Self::PARENT_INSTANCE_ID.0))
     }
 
     #[inline]

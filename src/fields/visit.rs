@@ -4,7 +4,7 @@ use std::fmt::{self, Write as _};
 
 use tracing::field::{Field, Visit};
 
-use super::meaning::{IdFields, Meaning, Meanings};
+use super::meaning::{Meaning, Meanings, ReservedFields};
 use super::value::{LONGEST_TEXT, plain};
 use crate::error::InvalidInstanceId;
 
@@ -73,14 +73,14 @@ impl fmt::Write for Bounded {
 /// Finds the id fields that have any value but an empty text.
 pub(super) struct IsThere<'a> {
     pub(super) meanings: &'a Meanings,
-    pub(super) found: IdFields,
+    pub(super) found: ReservedFields,
 }
 
 impl IsThere<'_> {
     #[inline]
     fn add(&mut self, field: &Field) {
         let meaning = self.meanings.get(field.name());
-        self.found = self.found.with(IdFields::from_meaning(meaning));
+        self.found = self.found.with(ReservedFields::from_meaning(meaning));
     }
 }
 
@@ -99,13 +99,13 @@ impl Visit for IsThere<'_> {
 /// Finds the id fields that have a value, formatting no more of it than shows whether it is empty.
 pub(super) struct HasValue<'a> {
     pub(super) meanings: &'a Meanings,
-    pub(super) found: IdFields,
+    pub(super) found: ReservedFields,
 }
 
 impl Visit for HasValue<'_> {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        let id = IdFields::from_meaning(self.meanings.get(field.name()));
-        if id != IdFields::NONE {
+        let id = ReservedFields::from_meaning(self.meanings.get(field.name())).ids();
+        if id != ReservedFields::NONE {
             let mut beginning = Beginning::default();
             // Fails, and so stops formatting, as soon as that is known.
             let _ = write!(beginning, "{value:?}");

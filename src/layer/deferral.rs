@@ -16,9 +16,10 @@ use tracing_subscriber::registry::LookupSpan;
 
 use super::WorkflowContextLayer;
 use super::pending::{Awaits, Pending, WaitsNoMore};
+use crate::fields::ReservedFields;
 use crate::fields::callsite::{Callsite, Role};
 use crate::fields::identity::Identity;
-use crate::tracer::handoff::{self, Adoption, HeldSpan, StartNumber, StorageId};
+use crate::tracer::handoff::{self, Adoption, HeldSpan, Mark, StartNumber, StorageId};
 
 impl<S, T> WorkflowContextLayer<S, T>
 where
@@ -35,14 +36,15 @@ where
         ctx: Context<'_, S>,
     ) {
         let Callsite { role, declares } = self.callsite(attrs.metadata());
-        let awaits = match declares.has_id() {
-            true => self.shared.fields.awaits(declares, attrs),
-            false => declares,
+        let awaits = match declares {
+            ReservedFields::NONE => ReservedFields::NONE,
+            _ => self.shared.fields.awaits(declares, attrs),
         };
         let may_be_held = awaits.has_id() || role == Role::Engine;
         let is_plain = role == Role::Tagged && attrs.is_contextual() && !handoff::is_any_held();
-        if is_plain && !may_be_held && self.activation.is_on() {
-            return handoff::marking(|| self.inner.on_new_span(attrs, id, ctx));
+        if is_plain && awaits == ReservedFields::NONE && self.activation.is_on() {
+            let create = || self.inner.on_new_span(attrs, id, ctx);
+            return handoff::marking(Mark::PLAIN, create);
         }
         let number = match may_be_held {
             true => handoff::next_number(),
@@ -58,8 +60,9 @@ where
         let create = || self.inner.on_new_span(created, id, ctx.clone());
         let create = || match role {
             Role::Ordinary => create(),
-            Role::Tagged | Role::Engine if may_be_held => handoff::numbering(number, create),
-            Role::Tagged | Role::Poller | Role::Engine => handoff::marking(create),
+            Role::Tagged | Role::Poller | Role::Engine => {
+                handoff::marking(Mark::new(number, awaits != ReservedFields::NONE), create)
+            }
         };
         match attrs.parent() {
             // The parent is held on another thread, or was not entered at all: creating a child starts it.
@@ -88,7 +91,7 @@ where
         }
         let awaits_what = match role {
             Role::Ordinary | Role::Poller => return,
-            Role::Tagged | Role::Engine if may_wait => Awaits::Identity(awaits),
+            Role::Tagged | Role::Engine if may_wait => Awaits::Identity(awaits.ids()),
             Role::Tagged | Role::Engine if self.activation.is_on() => return,
             Role::Tagged | Role::Engine => Awaits::Nothing,
         };

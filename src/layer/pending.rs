@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use tracing::span;
 
-use crate::fields::IdFields;
+use crate::fields::ReservedFields;
 use crate::lock::lock;
 use crate::tracer::handoff::{self, HeldSpan, HeldTimes, StartNumber};
 
@@ -18,7 +18,7 @@ pub(super) struct Pending {
     was_held: AtomicBool,
     /// The number by which its start is noted.
     pub(super) number: StartNumber,
-    /// The fields that it waits for, in the bits of [`IdFields`].
+    /// The fields that it waits for, in the bits of [`ReservedFields`].
     awaits: AtomicU8,
     /// It declares an instance id of its own.
     may_name_itself: bool,
@@ -53,7 +53,7 @@ pub(super) enum Awaits {
     /// The span had its id from the start. It is watched only while it is unknown whether entering starts it.
     Nothing,
     /// The span declares these fields without a value, an instance id at least, or is an engine's around user code.
-    Identity(IdFields),
+    Identity(ReservedFields),
 }
 
 /// The times of a span, counted as the inner layer counts them, which is not told of each entry and exit of a held span.
@@ -76,10 +76,10 @@ impl Times {
 impl Pending {
     pub(super) fn new(awaits: Awaits, number: StartNumber) -> Self {
         let fields = match awaits {
-            Awaits::Nothing => IdFields::NONE,
+            Awaits::Nothing => ReservedFields::NONE,
             Awaits::Identity(fields) => fields,
         };
-        let awaited = fields.with(IdFields::INSTANCE_ID);
+        let awaited = fields.with(ReservedFields::INSTANCE_ID);
         Self {
             is_free: AtomicBool::new(awaits == Awaits::Nothing),
             was_held: AtomicBool::new(false),
@@ -152,7 +152,7 @@ impl Pending {
     }
 
     /// Notes which ids were recorded. Returns `true` if the span has all that it awaited.
-    pub(super) fn learn(&self, recorded: IdFields) -> bool {
+    pub(super) fn learn(&self, recorded: ReservedFields) -> bool {
         let others = !recorded.bits();
         self.awaits.fetch_and(others, Relaxed) & others == 0
     }

@@ -5,7 +5,7 @@
 //!
 //! | thread-local | set by | read by | for the time of |
 //! |---|---|---|---|
-//! | `MARKING`, `NUMBER` | layer, `on_new_span` | tracer, `span_builder` | one call of the inner layer |
+//! | `IS_MARKING`, `MARK` | layer, `on_new_span` | tracer, `span_builder` | one call of the inner layer |
 //! | `ADOPTION`, `ADOPTS` | layer, for a held span and its first child | tracer, `build_with_context`, once | one start |
 //! | `HELD`, `DEPTH` | layer, `on_enter` and `on_exit` | layer | as long as a span is held on this thread |
 //! | `FLOOR` | layer, while it starts a span | layer | one start |
@@ -53,8 +53,8 @@ pub(crate) struct HeldSpan {
 pub(crate) type ReplayFlag = Arc<AtomicBool>;
 
 thread_local! {
-    static MARKING: Cell<bool> = const { Cell::new(false) };
-    static NUMBER: Cell<StartNumber> = const { Cell::new(0) };
+    static IS_MARKING: Cell<bool> = const { Cell::new(false) };
+    static MARK: Cell<Mark> = const { Cell::new(Mark::PLAIN) };
     static ADOPTS: Cell<bool> = const { Cell::new(false) };
     static ADOPTION: RefCell<Option<Adoption>> = const { RefCell::new(None) };
     /// Outermost first, of all layers.
@@ -74,14 +74,58 @@ thread_local! {
 
 // Marking: the layer looks at each span's callsite, and marks the builders of those that matter.
 
+/// What goes along with a marked builder: the number of a span that may be held, and whether a reserved field may still be
+/// recorded on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Mark(u64);
+
+impl Mark {
+    pub(crate) const PLAIN: Self = Self(0);
+    const AWAITS: u64 = 1 << 63;
+
+    pub(crate) fn new(number: StartNumber, awaits: bool) -> Self {
+        Self(number | if awaits { Self::AWAITS } else { 0 })
+    }
+
+    #[inline]
+    pub(super) fn from_bits(bits: u64) -> Self {
+        Self(bits)
+    }
+
+    #[inline]
+    pub(super) fn bits(self) -> u64 {
+        self.0
+    }
+
+    #[inline]
+    pub(super) fn number(self) -> StartNumber {
+        self.0 & !Self::AWAITS
+    }
+
+    #[inline]
+    pub(super) fn awaits(self) -> bool {
+        self.0 & Self::AWAITS != 0
+    }
+}
+
 /// Marks the span builder that the inner layer asks for within `create`.
-pub(crate) fn marking<R>(create: impl FnOnce() -> R) -> R {
-    scoped::with(&MARKING, true, create)
+#[inline]
+pub(crate) fn marking<R>(mark: Mark, create: impl FnOnce() -> R) -> R {
+    let create = || scoped::with(&IS_MARKING, true, create);
+    match mark {
+        Mark::PLAIN => create(),
+        _ => scoped::with(&MARK, mark, create),
+    }
 }
 
 #[inline]
 pub(super) fn is_marking() -> bool {
-    MARKING.get()
+    IS_MARKING.get()
+}
+
+#[inline]
+pub(super) fn mark() -> Mark {
+    MARK.get()
 }
 
 // Adoption: a span without an id of its own joins the instance of its first child.
@@ -229,16 +273,6 @@ pub(crate) type StartNumber = u64;
 pub(crate) fn next_number() -> StartNumber {
     static LAST: AtomicU64 = AtomicU64::new(0);
     LAST.fetch_add(1, Relaxed) + 1
-}
-
-/// Marks the span builder as [`marking`] does, with a number by which the span's start can be noted.
-pub(crate) fn numbering<R>(number: StartNumber, create: impl FnOnce() -> R) -> R {
-    scoped::with(&NUMBER, number, || marking(create))
-}
-
-#[inline]
-pub(super) fn number() -> StartNumber {
-    NUMBER.get()
 }
 
 // Asking: OpenTelemetry hides the type of the span in a context, and a stand-in has the ids of a real span. But its

@@ -130,8 +130,8 @@ impl<S: Span> Span for WorkflowSpan<S> {
         }
     }
 
-    /// Returns `true` also for an unsampled span of the layer whose reserved fields are still read: OpenTelemetry hands
-    /// attributes to recording spans only.
+    /// Returns `true` also for an unsampled span of the layer that declares a reserved field without a value: OpenTelemetry
+    /// hands attributes to recording spans only.
     #[inline]
     fn is_recording(&self) -> bool {
         match &self.state {

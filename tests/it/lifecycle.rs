@@ -12,7 +12,9 @@ use crate::support::*;
 use opentelemetry::trace::{Event, SpanBuilder, TraceContextExt as _, Tracer as _};
 use opentelemetry::{Context, KeyValue, Value};
 use opentelemetry_sdk::trace::Sampler;
-use tracing::{info, info_span};
+use tracing::field::Empty;
+use tracing::{Span, info, info_span};
+use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 use tracing_workflow_context::{Absence, WorkflowContextStorage, WorkflowContextStorageBuilder};
 
 const ID: &str = "order-42";
@@ -933,4 +935,30 @@ fn ticking_threads() -> Option<usize> {
             .filter(|name| name.starts_with("workflow-contex"))
             .count(),
     )
+}
+
+/// OpenTelemetry hands attributes to recording spans only.
+#[test]
+fn an_unsampled_span_records_only_while_a_reserved_field_is_awaited() {
+    for activation in [true, false] {
+        let storage = WorkflowContextStorage::new();
+        let worker = Worker::with_sampler(storage, activation, Sampler::AlwaysOff);
+        worker.run(|| {
+            let is_recording = |span: &Span| span.context().span().is_recording();
+            assert!(!is_recording(&info_span!(
+                "tagged",
+                workflow.instance_id = "order"
+            )));
+            assert!(!is_recording(&info_span!("ordinary")));
+            let status = info_span!("s", workflow.instance_id = "order", workflow.status = Empty);
+            assert!(is_recording(&status));
+            status.record("workflow.status", "completed");
+            let explained = worker.storage.explain("order").to_string();
+            assert!(explained.contains("completed"), "{explained}");
+            let late = info_span!("late", workflow.instance_id = Empty);
+            assert!(is_recording(&late));
+            late.record("workflow.instance_id", "late order");
+            assert!(worker.storage.get("late order").unwrap().is_some());
+        });
+    }
 }
