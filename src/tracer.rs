@@ -663,15 +663,19 @@ fn past_stand_in(parent: &Context) -> Cow<'_, Context> {
 
 /// Only without a span, not with an invalid one, does a parent-based sampler take the new span for a root.
 fn without_span(parent: &Context) -> Context {
-    let baggage = parent.baggage();
+    with_baggage_of(Context::new(), parent)
+}
+
+/// Returns a context with the baggage of another one, if that has any.
+pub(crate) fn with_baggage_of(cx: Context, other: &Context) -> Context {
+    let baggage = other.baggage();
     if baggage.is_empty() {
-        Context::new()
-    } else {
-        let entries = baggage.iter().map(|(key, (value, metadata))| {
-            KeyValueMetadata::new(key.clone(), value.clone(), metadata.clone())
-        });
-        Context::new().with_baggage(entries)
+        return cx;
     }
+    let entries = baggage.iter().map(|(key, (value, metadata))| {
+        KeyValueMetadata::new(key.clone(), value.clone(), metadata.clone())
+    });
+    cx.with_baggage(entries)
 }
 
 #[cfg(test)]

@@ -7,7 +7,8 @@
 //! records its id: what is still held when it closes starts then. `Span::context()` starts it too, behind our back.
 
 use opentelemetry::Context as OtelContext;
-use opentelemetry::trace::Tracer;
+use opentelemetry::baggage::BaggageExt as _;
+use opentelemetry::trace::{TraceContextExt as _, Tracer};
 use tracing::dispatcher::{self, WeakDispatch};
 use tracing::{Dispatch, Event, Metadata, Subscriber, span};
 use tracing_subscriber::Layer as _;
@@ -20,6 +21,7 @@ use crate::fields::ReservedFields;
 use crate::fields::callsite::{Callsite, Role};
 use crate::fields::identity::Identity;
 use crate::tracer::handoff::{self, Adoption, HeldSpan, Mark, StartNumber, StorageId};
+use crate::tracer::with_baggage_of;
 
 impl<S, T> WorkflowContextLayer<S, T>
 where
@@ -82,10 +84,15 @@ where
             None if is_inside_held => create(),
             None if attrs.is_contextual() && handoff::is_any_held() => {
                 let identity = identity();
+                let attached = OtelContext::current();
                 self.release(None, identity.clone(), &ctx);
                 // If the parent could not be started by force, the inner layer starts it just now.
                 let adoption = self.adoption(identity, true);
-                handoff::adopting(adoption, create);
+                let create = || handoff::adopting(adoption, create);
+                match self.activation.is_on() {
+                    true => within_released(attached, create),
+                    false => create(),
+                }
             }
             None => create(),
         }
@@ -367,4 +374,16 @@ where
         let waited = |pending: &Pending| pending.set_free().then(|| WaitsNoMore::new(pending));
         self.pending(id, ctx, waited)?
     }
+}
+
+/// Creates a span directly inside the span that was just released, and is current now. What was attached inside that one while it
+/// was held, such as baggage, lies beneath it on the stack of contexts: the new span sees it all the same.
+fn within_released(attached: OtelContext, create: impl FnOnce()) {
+    let released = OtelContext::current();
+    let mut cx = attached.with_remote_span_context(released.span().span_context().clone());
+    if cx.baggage().is_empty() {
+        cx = with_baggage_of(cx, &released);
+    }
+    let _attached = cx.attach();
+    create();
 }

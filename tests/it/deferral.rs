@@ -8,9 +8,10 @@ use std::sync::{Arc, Mutex};
 use std::task::{self, Poll, Waker};
 use std::time::{Duration, Instant};
 
+use opentelemetry::baggage::BaggageExt as _;
 use opentelemetry::propagation::TextMapPropagator as _;
 use opentelemetry::trace::{
-    Span as _, SpanBuilder, SpanContext, TraceContextExt as _, Tracer as _,
+    Span as _, SpanBuilder, SpanContext, SpanId, TraceContextExt as _, Tracer as _,
 };
 use opentelemetry::{Context, KeyValue, Value};
 use opentelemetry_sdk::error::OTelSdkResult;
@@ -20,7 +21,9 @@ use tracing::field::{Empty, debug, display};
 use tracing::instrument::WithSubscriber as _;
 use tracing::{Instrument as _, Span, info, info_span, instrument};
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
-use tracing_workflow_context::{Engine, WorkflowContext, WorkflowContextStorage};
+use tracing_workflow_context::{
+    Continuation, Engine, Relation, WorkflowContext, WorkflowContextStorage,
+};
 
 use crate::support::*;
 

@@ -270,3 +270,74 @@ fn a_span_that_ends_inside_a_held_span_does_not_release_it() {
         assert_nested(&worker.span("handler"), &worker.span("engine"));
     });
 }
+
+/// A value of an application's own in the OpenTelemetry context.
+#[derive(Clone, Debug, PartialEq)]
+struct Tenant(u32);
+
+/// What code inside a span sees of its OpenTelemetry context beside the span.
+fn seen() -> (Option<String>, Option<Tenant>) {
+    Context::map_current(|cx| {
+        let baggage = cx.baggage().get("tenant").map(|value| value.to_string());
+        (baggage, cx.get::<Tenant>().cloned())
+    })
+}
+
+#[test]
+fn what_is_attached_inside_a_held_span_is_seen_by_what_is_opened_there() {
+    with_activation(|worker| {
+        let attached = || {
+            let baggage = [KeyValue::new("tenant", "7")];
+            Context::current()
+                .with_value(Tenant(7))
+                .with_baggage(baggage)
+        };
+        for (name, make) in [
+            ("engine", engine as fn(&str) -> Span),
+            ("awaiting", awaiting),
+        ] {
+            let inside = make(name).in_scope(|| {
+                let _attached = attached().attach();
+                let child = tagged("child", "order").entered();
+                let inside = seen();
+                drop(child);
+                inside
+            });
+            assert_eq!(inside, (Some("7".to_owned()), Some(Tenant(7))), "in {name}");
+        }
+        // Attached around it, as under the plain layer.
+        let _around = attached().attach();
+        let around = engine("inside").in_scope(|| tagged("child", "order").in_scope(seen));
+        assert_eq!(around, (Some("7".to_owned()), Some(Tenant(7))));
+        let child = worker
+            .spans()
+            .into_iter()
+            .filter(|span| span.name == "child");
+        assert_eq!(
+            child
+                .filter(|child| child.parent_span_id != SpanId::INVALID)
+                .count(),
+            3
+        );
+    });
+}
+
+/// A new root hides the parent span only.
+#[test]
+fn what_is_attached_around_a_new_root_is_seen_inside_it() {
+    let builder = WorkflowContextStorage::builder();
+    let storage = builder
+        .relation(Relation::First, Continuation::NewRoot)
+        .build();
+    let worker = Worker::with_storage(storage.unwrap());
+    let inside = worker.run(|| {
+        let request = info_span!("request").entered();
+        let cx = Context::current().with_value(Tenant(7));
+        let _attached = cx.with_baggage([KeyValue::new("tenant", "7")]).attach();
+        let inside = tagged("root", "order").in_scope(seen);
+        drop((_attached, request));
+        inside
+    });
+    assert_eq!(inside, (Some("7".to_owned()), Some(Tenant(7))));
+    assert_root(&worker.span("root"));
+}
