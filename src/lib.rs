@@ -90,15 +90,17 @@
 //!   [`poller_spans`](WorkflowContextStorageBuilder::poller_spans). A poller's trace never becomes an instance's. One that
 //!   is not named is found out: [`shared_traces`](Stats::shared_traces), a warning, and `explain`.
 //! - **The id is recorded late**: a span that declares the field as `Empty`, or as the text `""`, is held until the id is
-//!   recorded, over exits and awaits, or until its first child opens, its 129th event, or its close. After that its parent
-//!   can no longer change, and it is linked instead.
+//!   recorded, over exits and awaits, or until its first child opens, its 129th event, or its close. A run id and a parent
+//!   instance id that it declares without a value are waited for as well. What is recorded after that only leaves a link, and is
+//!   counted in [`late`](Stats::late): an id, a run id, a parent instance id, a second id.
 //! - **The engine opens a span around user code without an id**: a span named in an [`Engine`] preset or by
 //!   [`adopt_spans`](WorkflowContextStorageBuilder::adopt_spans) is held until its first child, and joins the child's
-//!   instance.
+//!   instance. A child that waits for its own id is held with it, and so is a second span of the engine: all start together,
+//!   outermost first, once the instance is known.
 //! - **A span is held**: `tracing::Span::current().context()` and [`WorkflowContext::current`] start it at once, but
 //!   `opentelemetry::Context::current()` does not see it yet. Code that injects headers by the latter directly within such
 //!   a span, before any child, sends the outer context; and a context attached by hand there is beneath the span
-//!   once that starts. Ordinary spans are never held.
+//!   once that starts. The child that starts it sees what was attached, such as baggage. Ordinary spans are never held.
 //! - **Only the orchestrator's span has `workflow.replaying`**: spans within it without the field count as replayed until
 //!   it records `false`. If the engine's flag flips in the middle of a turn, set it on each span.
 //! - **Two threads open the first span of an instance at once**: the first one recorded wins, the other is linked to it.

@@ -12,7 +12,8 @@ pub struct Stats {
     pub hits: u64,
     /// Lookups that found none. The first span of every instance is one.
     pub misses: u64,
-    /// Ids recorded on a span after it had started, when only a link was possible.
+    /// Ids recorded on a span after it had started, when only a link was possible: an instance id, a second one, a run id, a
+    /// parent instance id.
     pub late: u64,
     /// Instances removed from memory because they were idle or completed for too long.
     pub expired: u64,
