@@ -89,7 +89,8 @@ where
                 // If the parent could not be started by force, the inner layer starts it just now.
                 let adoption = self.adoption(identity, true);
                 let create = || handoff::adopting(adoption, create);
-                match self.activation.is_on() {
+                // A stand-in is told by the span itself, which that would hide.
+                match self.activation.is_on() && self.shared.stand_ins.is_empty() {
                     true => within_released(attached, create),
                     false => create(),
                 }
