@@ -40,7 +40,7 @@ pub(crate) struct Arrival<'a> {
     pub(crate) stops_waiting: bool,
 }
 
-/// What is happening to the span.
+/// The event for which a decision is needed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Moment {
     /// It starts.
@@ -53,7 +53,7 @@ pub(crate) enum Moment {
     Replay,
 }
 
-/// What becomes of a tagged span.
+/// The fate of a tagged span: its parent, its links, and its part in the records.
 #[derive(Debug)]
 pub(crate) struct Decision {
     pub(crate) parent: Parent,
@@ -62,7 +62,7 @@ pub(crate) struct Decision {
     pub(crate) outcome: Outcome,
     /// The context that [`Parent::Stored`] and [`Links::to_stored`] mean.
     pub(crate) stored: Option<WorkflowContext>,
-    /// Whether the span's own context becomes the stored one.
+    /// Says if the span's own context becomes the stored one.
     pub(crate) record: Record,
     /// It is the first span here of a context that another process recorded: it says so by attributes.
     pub(crate) announce: bool,

@@ -168,7 +168,7 @@ where
     }
 }
 
-/// What is done with a tagged span beside placing it.
+/// The part of a start beside the placement.
 struct Plan<'a> {
     /// The hash of the instance's id.
     instance: u64,

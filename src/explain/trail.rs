@@ -216,7 +216,7 @@ impl fmt::Display for Event {
     }
 }
 
-/// What was done with a span of that relation.
+/// Describes the action taken for a span of that relation.
 fn describe(relation: Relation, continuation: Continuation) -> &'static str {
     match (relation, continuation) {
         (Relation::Polled, Continuation::Keep) => {

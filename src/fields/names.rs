@@ -15,7 +15,7 @@ pub(crate) const STATUS: &str = "workflow.status";
 pub(crate) const RESUMED: &str = "workflow.resumed";
 pub(crate) const RELATION: &str = "workflow.relation";
 pub(crate) const AGENT_NAME: &str = "agent.name";
-/// The same in the semantic conventions for agents (opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-agent-spans).
+/// The name of the agent in the semantic conventions for agents (opentelemetry.io/docs/specs/semconv/gen-ai/gen-ai-agent-spans).
 pub(crate) const GEN_AI_AGENT_NAME: &str = "gen_ai.agent.name";
 
 // The settings of the builder.

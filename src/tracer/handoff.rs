@@ -61,7 +61,7 @@ thread_local! {
     static HELD: RefCell<Vec<HeldSpan>> = const { RefCell::new(Vec::new()) };
     /// The length of `HELD`, in a cell without a destructor.
     static DEPTH: Cell<usize> = const { Cell::new(0) };
-    /// What lies beneath in `HELD` is out of reach.
+    /// The entries of `HELD` below this index are out of reach.
     static FLOOR: Cell<usize> = const { Cell::new(0) };
     static STARTS: Cell<bool> = const { Cell::new(false) };
     static TIMES: Cell<Option<HeldTimes>> = const { Cell::new(None) };
@@ -74,7 +74,7 @@ thread_local! {
 
 // Marking: the layer looks at each span's callsite, and marks the builders of those that matter.
 
-/// What goes along with a marked builder: the number of a span that may be held, and whether a reserved field may still be
+/// The word that goes along with a marked builder: the number of a span that may be held, and whether a reserved field may still be
 /// recorded on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Mark(u64);

@@ -242,7 +242,7 @@ impl<S: Span + fmt::Debug> fmt::Debug for WorkflowSpan<S> {
     }
 }
 
-/// What is known of a started span, and what may still be learnt from it.
+/// The knowledge of a started span, and of what may still be recorded on it.
 pub(super) struct Watch {
     shared: Arc<Shared>,
     /// The hash of its instance's id; `None` as long as no instance is named.
@@ -254,7 +254,7 @@ pub(super) struct Watch {
     observes: bool,
 }
 
-/// What only some spans have to remember.
+/// The knowledge that only some spans need.
 #[derive(Default)]
 pub(super) struct Memo {
     /// Kept for a run, or for a backend: the hash is not enough there.
