@@ -18,6 +18,7 @@
 //! | what becomes of the first span of an instance: requests, pollers, many instances in one trace | `first_spans` |
 //! | random sequences of span operations match the documented behaviour | `model` |
 //! | workers that share a backend agree; a slow or failing backend costs continuity only | `shared` |
+//! | a backend that answers too late or not at all: all workers of a run agree in the end | `misses` |
 //! | every `StorageBackend` fulfils the written contract | `store_contract` |
 //! | feature `redb`: contexts survive the process | `restart` |
 //! | feature `redis`, `redis-tls`: contexts on a server or Cluster that many machines share | `redis` |
@@ -42,6 +43,7 @@ mod hostile;
 mod lifecycle;
 #[cfg(feature = "metrics")]
 mod metrics;
+mod misses;
 mod model;
 mod policy;
 mod propagation;
