@@ -60,8 +60,6 @@ fn hand_out_steps(url: &str, order: &str) -> Result<()> {
 fn work(url: &str) -> Result<()> {
     let storage = WorkflowContextStorage::builder()
         .backend(RedisBackend::connect(url)?)
-        // The default is a few milliseconds. Here one trace matters more, however busy the machine is.
-        .lookup_budget(Duration::from_secs(1))
         .build()?;
     let exporter = trace_with(&storage);
 

@@ -10,7 +10,7 @@ pub(crate) mod codec;
 mod guard;
 pub(crate) mod keys;
 pub(crate) mod memory;
-mod reader;
+pub(crate) mod reader;
 #[cfg(feature = "redb")]
 pub(crate) mod redb;
 #[cfg(feature = "redis")]
@@ -49,6 +49,16 @@ use crate::context::WorkflowContext;
 /// Methods may block, take their time and fail. They must not panic, and must not call back into the storage that
 /// uses them. `testing::check_backend` (feature `testing`) checks a backend against this contract.
 pub trait StorageBackend: fmt::Debug + Send + Sync + 'static {
+    /// Makes the backend ready, where its first call would otherwise have to connect. Called once, before the first
+    /// lookup, by the thread that answers lookups.
+    ///
+    /// # Errors
+    ///
+    /// If the backend cannot be reached. It is used nevertheless: later calls connect as they need to.
+    fn connect(&self) -> Result<(), BackendError> {
+        Ok(())
+    }
+
     /// Carries out writes in their order, as one group where that is cheaper, and returns one [`WriteOutcome`] for each.
     ///
     /// # Errors

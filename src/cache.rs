@@ -12,6 +12,8 @@ use std::num::NonZeroU16;
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
+use opentelemetry::TraceId;
+
 use crate::backend::Record;
 use crate::clock::{self, Clock, OnTick, SystemClock, Ticks};
 use crate::context::WorkflowContext;
@@ -237,26 +239,82 @@ impl Cache {
         });
     }
 
-    /// Replaces our context with that of another process, which was recorded first, if ours is still stored.
-    pub(crate) fn overrule(&self, id: &str, ours: &WorkflowContext, winner: Record) {
+    /// Inserts a record of the backend, unless the instance is known already.
+    pub(crate) fn insert_late(&self, id: &str, record: Record) {
+        let run = Run::new(record.context, record.run_id.as_deref(), record.generation);
+        let known = |entry: &mut Entry, _| {
+            Err(Conflict {
+                winner: entry.latest().context(),
+            })
+        };
+        let _ = self.upsert(self.hash(id), id, run, known);
+    }
+
+    /// Replaces our context of a run with that of another process, which was recorded first, if ours is still stored.
+    /// Returns `false` if ours is stored, but may be of another run than the winner's.
+    pub(crate) fn overrule(
+        &self,
+        id: &str,
+        run_id: Option<&str>,
+        ours: &WorkflowContext,
+        winner: &Record,
+    ) -> bool {
         let now = self.time.now();
         let hash = self.hash(id);
         let mut shard = self.shards.lock_for(hash);
         let table = &mut shard.table;
         let found = table.find(hash, |entry| entry.id == *id);
         let Some(entry) = found.and_then(|index| table.get_mut(index)) else {
-            return;
+            return true;
         };
         if !entry.touch(now, &self.shards.limits) {
-            return;
+            return true;
         }
+        let mut is_of_another_run = false;
         entry.for_each_run(|run| {
-            if run.context() == *ours {
-                let id = run.run_id().map(|id| id.as_str().to_owned());
-                let context = winner.context.clone();
-                run.replace(Run::new(context, id.as_deref(), winner.generation));
+            if !run.context().is_same_span(ours) || !run.may_be(run_id) {
+                return;
             }
+            let winners = winner.run_id.as_deref();
+            let known = run.run_id().map(|id| id.as_str().to_owned());
+            // If it got its id meanwhile, the claim of that run decides whose the winner without one is.
+            let is_undecided = known.as_deref() != run_id && winners.is_none();
+            if is_undecided || !run.may_be(winners) {
+                is_of_another_run = true;
+                return;
+            }
+            let context = winner.context.clone();
+            let run_id = known.as_deref().or(winners);
+            run.replace(Run::new(context, run_id, winner.generation));
         });
+        !is_of_another_run
+    }
+
+    /// Gives a run that has that context another id.
+    pub(crate) fn rename_run(&self, id: &str, context: &WorkflowContext, from: &str, to: &str) {
+        let hash = self.hash(id);
+        let mut shard = self.shards.lock_for(hash);
+        let table = &mut shard.table;
+        let found = table.find(hash, |entry| entry.id == *id);
+        if let Some(entry) = found.and_then(|index| table.get_mut(index)) {
+            entry.for_each_run(|run| {
+                if run.may_be(Some(from)) && run.context().is_same_span(context) {
+                    run.rename(to);
+                }
+            });
+        }
+    }
+
+    /// Returns `true` if the context is known here as that of a run with another id.
+    pub(crate) fn is_of_other_run(
+        &self,
+        id: &str,
+        context: &WorkflowContext,
+        run_id: &str,
+    ) -> bool {
+        self.peek(self.key(id, None), |entry| {
+            entry.is_some_and(|entry| entry.is_of_other_run(context, run_id))
+        })
     }
 
     /// Removes an instance. Returns the ids of its runs; `None` if it was not stored.
@@ -283,17 +341,18 @@ impl Cache {
     }
 
     /// Records the context of a run; the first writer wins. With `follows`, replaces that context by the given
-    /// generation.
+    /// generation. Returns the trace of the run that was the latest before, if this is another one.
     pub(crate) fn record(
         &self,
         key: Key<'_>,
         follows: Option<(&WorkflowContext, u32)>,
         context: WorkflowContext,
         author: Option<NonZeroU16>,
-    ) -> Result<(), Conflict> {
+    ) -> Result<Option<TraceId>, Conflict> {
         let generation = follows.map_or(1, |(_, generation)| generation);
         let mut run = Run::new(context, key.run_id, generation);
         run.author = author;
+        let mut before = None;
         self.upsert(key.hash, key.id, run, |entry, run| {
             match entry.run_mut(key.run_id) {
                 Some(known) if follows.is_some_and(|(context, _)| known.context() == *context) => {
@@ -304,11 +363,13 @@ impl Cache {
                     winner: known.context(),
                 }),
                 None => {
+                    before = Some(entry.latest().context().trace_id());
                     entry.begin(run);
                     Ok(())
                 }
             }
-        })
+        })?;
+        Ok(before)
     }
 
     /// Lets another thread open the next trace of a run, after this one could not.

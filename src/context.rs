@@ -279,6 +279,11 @@ impl WorkflowContext {
         Some(Self { resumed, ..cx })
     }
 
+    /// Returns `true` if both are of one span. A backend may round the times.
+    pub(crate) fn is_same_span(&self, other: &Self) -> bool {
+        (self.trace_id(), self.span_id()) == (other.trace_id(), other.span_id())
+    }
+
     /// Returns this, recorded at another time.
     #[cfg(any(test, feature = "redis"))]
     pub(crate) fn with_recorded_at(self, recorded_at: SystemTime) -> Self {

@@ -114,9 +114,11 @@
 //!   the contexts. Without one, hand them over by [`traceparent`](WorkflowContext::traceparent) and
 //!   [`parse`](WorkflowContext::parse), or [resume](WorkflowContextStorage::create_resumed).
 //! - **The backend does not answer**: a span waits for it no longer than the
-//!   [`lookup_budget`](WorkflowContextStorageBuilder::lookup_budget), which `stats` counts in
-//!   [`lookup_timeouts`](Stats::lookup_timeouts), and is recorded anew; writes are queued. If one node of several is down,
-//!   this concerns the instances there only.
+//!   [`lookup_budget`](WorkflowContextStorageBuilder::lookup_budget) of 50 ms, or once the
+//!   [`connect_budget`](WorkflowContextStorageBuilder::connect_budget) of 250 ms, which `stats` counts in
+//!   [`lookup_timeouts`](Stats::lookup_timeouts), and is recorded anew; writes are queued. Once the answer comes, the instance
+//!   follows the older record, and a span still open is linked to it ([`conflicts`](Stats::conflicts)). If one node of several
+//!   is down, this concerns the instances there only.
 //! - **A sampler, id generator, span processor or exporter panics** while a span starts or ends: that span is lost, the panic is
 //!   caught and counted in [`panics`](Stats::panics), and what is opened beneath continues the parent's trace.
 //! - **The layer's filter hides a span**: it is neither recorded nor continued, as if it were not there.

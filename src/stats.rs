@@ -26,11 +26,12 @@ pub struct Stats {
     /// Backend calls that failed.
     pub backend_errors: u64,
     /// Lookups, by spans and by calls, that the backend did not answer within the `lookup_budget`; each is a miss if
-    /// nothing else was found. Lookups skipped because the circuit is open are not counted.
+    /// nothing else was found, and its answer is followed when it comes. Lookups skipped because the circuit is open are not counted.
     pub lookup_timeouts: u64,
     /// Ids that were refused because they are longer than [`MAX_INSTANCE_ID_BYTES`](crate::MAX_INSTANCE_ID_BYTES).
     pub oversized: u64,
-    /// Spans that lost the race to be the recorded one, and were linked to the winner.
+    /// Spans that lost the race to be the recorded one, or whose lookup had not been answered in time: their instances follow
+    /// the winner, and they are linked to it if they still live when it is known.
     pub conflicts: u64,
     /// Spans that were not exported because they are replays.
     pub replayed: u64,

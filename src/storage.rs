@@ -2,7 +2,9 @@
 
 mod agent;
 pub(crate) mod builder;
+mod claim;
 pub(crate) mod global;
+mod late;
 mod refresh;
 pub(crate) mod remote;
 pub(crate) mod shared;

@@ -5,13 +5,14 @@
 use std::cell::Cell;
 use std::convert::Infallible;
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::guard::Guarded;
-use super::reader::Reader;
+use super::reader::{OnLate, Reader};
 use super::write_queue::{Known, OnWinner};
 use super::writer::Writer;
 use crate::backend::{BackendError, Record, StorageBackend, Write};
@@ -22,8 +23,31 @@ use crate::warnings::Warnings;
 const CLOSE_PATIENCE: Duration = Duration::from_secs(5);
 
 thread_local! {
-    /// The time that the span or call on this thread has waited for the backend.
-    static WAITED: Cell<Duration> = const { Cell::new(Duration::ZERO) };
+    /// How the span or call on this thread has waited for the backend.
+    static WAIT: Cell<Wait> = const { Cell::new(Wait::NONE) };
+}
+
+/// The wait of one span or call.
+#[derive(Clone, Copy)]
+struct Wait {
+    waited: Duration,
+    /// A part of it fell into the first connection.
+    for_connection: bool,
+}
+
+impl Wait {
+    const NONE: Self = Self {
+        waited: Duration::ZERO,
+        for_connection: false,
+    };
+}
+
+/// The longest waits of a span or call.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Budgets {
+    pub(crate) lookup: Duration,
+    /// While the backend is connected to for the first time.
+    pub(crate) connect: Duration,
 }
 
 /// A backend and the threads that use it.
@@ -31,7 +55,9 @@ pub(crate) struct Client {
     backend: Guarded,
     writer: Arc<Writer>,
     reader: Reader,
-    budget: Duration,
+    budgets: Budgets,
+    /// Unset once the backend has been connected to, or a span or call has waited for that in vain.
+    is_connecting: Arc<AtomicBool>,
     /// Disconnected once both threads have ended.
     ended: Mutex<Receiver<Infallible>>,
 }
@@ -40,18 +66,20 @@ impl Client {
     /// Starts the threads.
     pub(crate) fn new(
         backend: Arc<dyn StorageBackend>,
-        budget: Duration,
+        budgets: Budgets,
         warnings: Arc<Warnings>,
     ) -> std::io::Result<Self> {
         let backend = Guarded::new(backend, warnings);
         let writer = Writer::new();
-        let (reader, answer) = Reader::new();
+        let is_connecting = Arc::new(AtomicBool::new(true));
+        let (reader, answer) = Reader::new(is_connecting.clone());
         let (alive, ended) = sync_channel(0);
         let client = Self {
             backend: backend.clone(),
             writer: writer.clone(),
             reader,
-            budget,
+            budgets,
+            is_connecting,
             ended: Mutex::new(ended),
         };
         spawn(
@@ -68,17 +96,19 @@ impl Client {
 
     /// Begins a span or a call on this thread. All its waits share one budget.
     pub(crate) fn begin() {
-        WAITED.set(Duration::ZERO);
+        WAIT.set(Wait::NONE);
     }
 
-    /// Returns the record of a key, if it is known within the budget.
-    pub(crate) fn get(&self, key: &str) -> Option<Record> {
-        if self.budget.is_zero() {
+    /// Returns the record of a key if it is known within the budget; otherwise the callback made by `on_late` is called if
+    /// the backend has one.
+    pub(crate) fn get(&self, key: &str, on_late: impl FnOnce() -> OnLate) -> Option<Record> {
+        if self.budgets.lookup.is_zero() {
             return None;
         }
         let left = self.left();
-        let Ok(known) = waiting(|| self.writer.known(key, left)) else {
+        let Ok(known) = self.waiting(|| self.writer.known(key, left)) else {
             self.reader.timeouts.add();
+            self.reader.ask(key, on_late);
             return None;
         };
         let expires_at = match known {
@@ -87,13 +117,29 @@ impl Client {
             Some(Known::Until(expires_at)) => Some(expires_at),
             None => None,
         };
+        let before = left;
         let left = self.left();
         if left.is_zero() {
+            if !before.is_zero() {
+                self.reader.timeouts.add();
+            }
+            self.reader.ask(key, on_late);
             return None;
         }
-        let mut record = waiting(|| self.reader.get(key, left))?;
+        let mut record = self.waiting(|| self.reader.get(key, left, on_late))?;
         record.expires_at = expires_at.unwrap_or(record.expires_at);
         Some(record)
+    }
+
+    /// Returns the record that a queued write will put under the key, if that is known at once.
+    pub(crate) fn queued(&self, key: &str) -> Option<Record> {
+        if self.budgets.lookup.is_zero() {
+            return None;
+        }
+        match self.writer.known(key, Duration::ZERO) {
+            Ok(Some(Known::Record(record))) => Some(record),
+            _ => None,
+        }
     }
 
     pub(crate) fn write(&self, write: Write) {
@@ -111,7 +157,7 @@ impl Client {
         if left.is_zero() || !self.writer.breaker.allows() {
             return self.claim(write, on_winner);
         }
-        waiting(|| self.writer.write_and_wait(write, on_winner, left));
+        self.waiting(|| self.writer.write_and_wait(write, on_winner, left));
     }
 
     /// Visits all records of the backend. Returns `false` if the backend failed and some may be missing.
@@ -155,16 +201,34 @@ impl Client {
 
     /// Returns the rest of the budget.
     fn left(&self) -> Duration {
-        self.budget.saturating_sub(WAITED.get())
+        let Budgets { lookup, connect } = self.budgets;
+        let mut wait = WAIT.get();
+        if !wait.for_connection && self.is_connecting.load(Relaxed) {
+            wait.for_connection = true;
+            WAIT.set(wait);
+        }
+        let budget = match wait.for_connection {
+            true if !lookup.is_zero() => lookup.max(connect),
+            _ => lookup,
+        };
+        budget.saturating_sub(wait.waited)
     }
-}
 
-/// Charges the time that `wait` takes to the budget.
-fn waiting<R>(wait: impl FnOnce() -> R) -> R {
-    let start = Instant::now();
-    let result = wait();
-    WAITED.set(WAITED.get() + start.elapsed());
-    result
+    /// Charges the time that `wait` takes to the budget.
+    fn waiting<R>(&self, wait: impl FnOnce() -> R) -> R {
+        let start = Instant::now();
+        let result = wait();
+        let before = WAIT.get();
+        WAIT.set(Wait {
+            waited: before.waited + start.elapsed(),
+            ..before
+        });
+        if before.for_connection && self.left().is_zero() {
+            // Nobody else waits as long for it.
+            self.is_connecting.store(false, Relaxed);
+        }
+        result
+    }
 }
 
 /// Starts a thread that drops `alive` as the last thing.
@@ -192,7 +256,7 @@ impl Drop for Client {
 impl fmt::Debug for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Client")
-            .field("budget", &self.budget)
+            .field("budgets", &self.budgets)
             .finish_non_exhaustive()
     }
 }
@@ -209,8 +273,11 @@ mod tests {
     #[test]
     fn no_span_waits_for_a_thread_that_has_locked_the_queue() {
         let backend = Arc::new(MemoryBackend::new());
-        let budget = Duration::from_millis(20);
-        let client = Client::new(backend.clone(), budget, Warnings::new(false));
+        let budgets = Budgets {
+            lookup: Duration::from_millis(20),
+            connect: Duration::ZERO,
+        };
+        let client = Client::new(backend.clone(), budgets, Warnings::new(false));
         let client = client.expect("there are threads");
         let record = |span: u64| {
             let parent = format!("00-0af7651916cd43dd8448eb211c80319c-{span:016x}-01");
@@ -226,7 +293,7 @@ mod tests {
             thread::scope(|scope| {
                 let span = scope.spawn(|| {
                     Client::begin();
-                    assert_eq!(client.get("unknown"), None);
+                    assert_eq!(client.get("unknown", || Box::new(|_| ())), None);
                     client.write(Write::Put(key.clone(), record(round)));
                     client.write(Write::Put(key.clone(), record(round + 1)));
                     client.write(Write::Put(key.clone(), record(round + 2)));
@@ -237,7 +304,10 @@ mod tests {
             drop(locked);
             if round % 2 == 0 {
                 Client::begin();
-                let known = client.get(&key).expect("it is known").context;
+                let known = client
+                    .get(&key, || Box::new(|_| ()))
+                    .expect("it is known")
+                    .context;
                 assert_eq!(known.span_id(), record(round + 2).context.span_id());
             }
             // Nobody flushes.

@@ -18,7 +18,7 @@ use redis::{Cmd, Value, cmd};
 use self::cluster::{Cluster, Reply};
 use self::command::Found;
 use self::connect::client;
-use self::node::{Node, Timeouts};
+use self::node::{Node, Session, Timeouts};
 use super::{codec, keys};
 use crate::backend::{BackendError, Record, StorageBackend, Write, WriteOutcome};
 use crate::stats::Counter;
@@ -57,9 +57,9 @@ const REPLACEMENTS: usize = 10;
 /// # When the server is down
 ///
 /// Telemetry fails open: a server that cannot be reached is no error of [`connect`](Self::connect), which does not
-/// connect yet. The first call does, and each call after a connection was lost; an idle connection that the server has
-/// closed is replaced without an error. While calls fail, the storage pauses between attempts, from 100 milliseconds up
-/// to 5 seconds with jitter, keeps what is to be written, and counts in
+/// connect yet. A storage that is built with it connects in the background, and each call does after a connection was
+/// lost; an idle connection that the server has closed is replaced without an error. While calls fail, the storage pauses
+/// between attempts, from 100 milliseconds up to 5 seconds with jitter, keeps what is to be written, and counts in
 /// [`backend_errors`](crate::Stats::backend_errors).
 ///
 /// A call waits for the server no longer than the two timeouts allow, for each 1,000 writes and each address of its name.
@@ -147,7 +147,7 @@ impl RedisBackend {
     /// Creates a backend on the server of a URL: `redis://user:password@host:port/database`, of which only the host is
     /// required, `rediss://` for [TLS](Self#tls), or `redis+unix:///path`.
     ///
-    /// It connects when it is first used, see [above](Self#when-the-server-is-down).
+    /// It connects when a storage is built with it, see [above](Self#when-the-server-is-down).
     ///
     /// # Errors
     ///
@@ -317,6 +317,17 @@ impl RedisBackend {
 }
 
 impl StorageBackend for RedisBackend {
+    /// Opens the two connections that a storage uses; of a Cluster, finds its servers and connects to one.
+    fn connect(&self) -> Result<(), BackendError> {
+        match &self.servers {
+            Servers::Cluster(cluster) => cluster.ping(self.timeouts),
+            Servers::One(node) => {
+                let both = [node.session(self.timeouts)?, node.session(self.timeouts)?];
+                both.into_iter().try_for_each(Session::ping)
+            }
+        }
+    }
+
     fn write(&self, writes: &[Write]) -> Result<Vec<WriteOutcome>, BackendError> {
         let mut outcomes = Vec::with_capacity(writes.len());
         for group in writes.chunks(PIPELINE) {

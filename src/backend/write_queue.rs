@@ -16,7 +16,13 @@ use crate::backend::{Record, Write};
 pub(super) const MAX_WRITES: usize = 64 * 1024;
 
 /// Called with the record that is stored under a key after a write; returns the writes that follow from it.
-pub(crate) type OnWinner = Box<dyn FnOnce(Record) -> Vec<Write> + Send>;
+pub(crate) type OnWinner = Box<dyn FnOnce(Record) -> Vec<FollowUp> + Send>;
+
+/// A write that follows from the result of another one. It is carried out before any that was queued meanwhile.
+pub(crate) struct FollowUp {
+    pub(crate) write: Write,
+    pub(crate) on_winner: Option<OnWinner>,
+}
 
 /// Callbacks in the order of their writes.
 pub(super) type Callbacks = VecDeque<Option<OnWinner>>;

@@ -5,6 +5,7 @@
 //! that finds the channel crowded and the queue unlocked.
 
 use std::collections::HashSet;
+use std::convert::Infallible;
 use std::sync::atomic::{
     AtomicBool, AtomicUsize,
     Ordering::{Relaxed, SeqCst},
@@ -16,7 +17,9 @@ use std::time::{Duration, Instant};
 
 use super::breaker::{Backoff, Breaker};
 use super::guard::Guarded;
-use super::write_queue::{Callbacks, InFlight, Known, Lost, MAX_WRITES, OnWinner, WriteQueue};
+use super::write_queue::{
+    Callbacks, FollowUp, InFlight, Known, Lost, MAX_WRITES, OnWinner, WriteQueue,
+};
 use crate::backend::{BackendError, Record, Write, WriteOutcome};
 use crate::lock::{lock, try_lock};
 use crate::stats::Counter;
@@ -75,6 +78,8 @@ struct Queue {
     waiting: WriteQueue,
     /// Shared with the thread, which alone replaces it.
     in_flight: Option<Arc<InFlight>>,
+    /// Writes that follow from those in flight. Only the thread adds to it.
+    follow_ups: WriteQueue,
     /// Writes that a part of the backend failed to carry out, and later ones of their keys. Only the thread adds to it.
     held: WriteQueue,
     lost: Lost,
@@ -104,6 +109,7 @@ impl Writer {
                 channel: receiver,
                 waiting: WriteQueue::default(),
                 in_flight: None,
+                follow_ups: WriteQueue::default(),
                 held: WriteQueue::default(),
                 lost: Lost::default(),
                 is_urgent: false,
@@ -140,15 +146,11 @@ impl Writer {
         }
     }
 
-    /// Queues a write and waits, for `most` at most, until its callback has run.
+    /// Queues a write and waits, for `most` at most, until it and all that follows from it is done.
     pub(super) fn write_and_wait(&self, write: Write, on_winner: OnWinner, most: Duration) {
-        let (done, is_done) = sync_channel(1);
-        let on_winner: OnWinner = Box::new(move |winner| {
-            let follow_ups = on_winner(winner);
-            let _ = done.try_send(());
-            follow_ups
-        });
-        self.write(write, Some(on_winner));
+        // Disconnected with the last of the callbacks.
+        let (pending, is_done) = sync_channel(0);
+        self.write(write, Some(holding(pending, on_winner)));
         self.send(Message::Hurry);
         self.wake();
         if let Err(RecvTimeoutError::Timeout) = is_done.recv_timeout(most) {
@@ -309,12 +311,27 @@ impl Writer {
     }
 }
 
+/// Returns a callback that drops `pending` once everything that follows from it is done.
+fn holding(pending: SyncSender<Infallible>, on_winner: OnWinner) -> OnWinner {
+    Box::new(move |winner| {
+        let mut follow_ups = on_winner(winner);
+        for follow_up in &mut follow_ups {
+            let on_winner = follow_up.on_winner.take();
+            let on_winner = on_winner.unwrap_or_else(|| Box::new(|_| Vec::new()));
+            follow_up.on_winner = Some(holding(pending.clone(), on_winner));
+        }
+        follow_ups
+    })
+}
+
 impl Queue {
     /// Returns the content of a key after all writes.
     fn known(&self, key: &str) -> Option<Known> {
         let in_flight = || self.in_flight.as_ref()?.known(key);
+        let follow_up = || self.follow_ups.known(key);
         let held = || self.held.known(key);
-        self.waiting.known(key).or_else(in_flight).or_else(held)
+        let waiting = self.waiting.known(key);
+        waiting.or_else(follow_up).or_else(in_flight).or_else(held)
     }
 
     fn is_waited_for(&self) -> bool {
@@ -409,7 +426,7 @@ impl ThreadState<'_> {
         Ok(())
     }
 
-    /// Puts all writes of a queue in flight.
+    /// Puts all writes of a queue in flight. None may be in flight.
     fn take(&mut self, from: impl FnOnce(&mut Queue) -> &mut WriteQueue) {
         self.callbacks = self.writer.with_queue(|queue| {
             let (in_flight, callbacks) = std::mem::take(from(queue)).into_in_flight();
@@ -418,26 +435,49 @@ impl ThreadState<'_> {
         });
     }
 
+    /// Carries out the writes in flight, and then what follows from them.
     fn write_in_flight(&mut self, partial: &mut Option<BackendError>) -> Result<(), BackendError> {
-        let in_flight = self.writer.with_queue(|queue| queue.in_flight.clone());
-        let Some(in_flight) = in_flight else {
-            return Ok(());
-        };
+        loop {
+            let in_flight = self.writer.with_queue(|queue| queue.in_flight.clone());
+            let Some(in_flight) = in_flight else {
+                return Ok(());
+            };
+            self.write_all(&in_flight, partial)?;
+            // Its memory is freed when `in_flight` is dropped, where nothing is locked.
+            let is_over = self.writer.with_queue(|queue| {
+                queue.in_flight = None;
+                queue.follow_ups.is_empty()
+            });
+            if !is_over {
+                self.take(|queue| &mut queue.follow_ups);
+            }
+        }
+    }
+
+    fn write_all(
+        &mut self,
+        in_flight: &InFlight,
+        partial: &mut Option<BackendError>,
+    ) -> Result<(), BackendError> {
         loop {
             let group = in_flight.next_group(GROUP);
             if group.is_empty() {
-                break;
+                return Ok(());
             }
             let winners = self.write_group(group, partial)?;
             in_flight.mark_done(group.len());
             for (on_winner, winner) in winners {
-                let follow_ups = on_winner(winner).into_iter();
-                follow_ups.for_each(|write| self.writer.write(write, None));
+                let follow_ups = on_winner(winner);
+                if follow_ups.is_empty() {
+                    continue;
+                }
+                self.writer.with_queue(|queue| {
+                    for FollowUp { write, on_winner } in follow_ups {
+                        queue.follow_ups.add(write, on_winner, &mut queue.lost);
+                    }
+                });
             }
         }
-        // Its memory is freed when `in_flight` is dropped, where nothing is locked.
-        self.writer.with_queue(|queue| queue.in_flight = None);
-        Ok(())
     }
 
     /// Carries out a group, and holds those of its writes that failed and those whose key has a held write. Returns the

@@ -52,6 +52,8 @@ pub(crate) struct Run {
 const ROLLING: u8 = 1;
 /// Set once a span of this process has told by its attributes that its context came from another one.
 const ANNOUNCED: u8 = 2;
+/// Set if the run got its id from a span after it was recorded, until a backend is told.
+const NAMED: u8 = 4;
 
 /// The parts that most runs do not have.
 #[derive(Default)]
@@ -72,6 +74,13 @@ impl Rare {
         let ids = self.run_id.iter().chain(older);
         ids.map(|id| id.as_str().into()).collect()
     }
+}
+
+/// A run that was recorded without an id, and got one later.
+pub(crate) struct Named {
+    pub(crate) context: WorkflowContext,
+    pub(crate) run_id: String,
+    pub(crate) generation: u32,
 }
 
 /// The bounds of the cache; durations are in ticks.
@@ -217,7 +226,23 @@ impl Entry {
     pub(super) fn name_latest(&mut self, id: &str) {
         if self.latest.run_id().is_none() {
             self.latest.rare_mut().run_id = Some(id.into());
+            self.latest.mark(NAMED, true);
         }
+    }
+
+    /// Returns the latest run as a backend is to know it, once after it got its id from a span. `None` if it is completed.
+    #[inline]
+    pub(crate) fn take_named(&self) -> Option<Named> {
+        if self.latest.marks.get() & NAMED == 0 {
+            return None;
+        }
+        self.latest.mark(NAMED, false);
+        let run_id = self.latest.run_id().filter(|_| !self.is_completed())?;
+        Some(Named {
+            context: self.latest.context(),
+            run_id: run_id.as_str().to_owned(),
+            generation: self.latest.generation,
+        })
     }
 
     /// Returns the run with that id as [`run`](Self::run) does, after giving the latest that id if it has none.
@@ -234,6 +259,12 @@ impl Entry {
             .older
             .iter_mut()
             .find(|run| run.is(id))
+    }
+
+    /// Returns `true` if the context is that of a run with another id.
+    pub(super) fn is_of_other_run(&self, context: &WorkflowContext, run_id: &str) -> bool {
+        let mut runs = std::iter::once(&self.latest).chain(self.older());
+        runs.any(|run| !run.may_be(Some(run_id)) && run.context().is_same_span(context))
     }
 
     /// Changes each run.
@@ -327,6 +358,15 @@ impl Run {
 
     pub(super) fn run_id(&self) -> Option<&InlineStr> {
         self.rare.as_ref()?.run_id.as_ref()
+    }
+
+    pub(super) fn rename(&mut self, id: &str) {
+        self.rare_mut().run_id = Some(id.into());
+    }
+
+    /// Returns `true` if this may be the run with that id: a run without an id is any.
+    pub(super) fn may_be(&self, id: Option<&str>) -> bool {
+        (self.run_id().zip(id)).is_none_or(|(known, id)| *known == *id)
     }
 
     fn is(&self, id: &str) -> bool {

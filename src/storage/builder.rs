@@ -11,6 +11,7 @@ use super::remote::{Remote, Settings};
 use super::shared::Shared;
 use super::tier::Tier;
 use crate::backend::StorageBackend;
+use crate::backend::client::Budgets;
 use crate::cache::Cache;
 use crate::cache::entry::Limits;
 use crate::clock::{Clock, SystemClock, ticks};
@@ -45,7 +46,8 @@ const COMPLETED_GRACE: Duration = Duration::from_secs(5 * 60);
 /// | [`max_spans`](Self::max_spans) | none |
 /// | [`relation`](Self::relation) | the table at [`Relation`] |
 /// | [`backend`](Self::backend) | none |
-/// | [`lookup_budget`](Self::lookup_budget) | 5 ms |
+/// | [`lookup_budget`](Self::lookup_budget) | 50 ms |
+/// | [`connect_budget`](Self::connect_budget) | 250 ms |
 /// | [`write_through`](Self::write_through) | `false` |
 /// | [`resample_on`](Self::resample_on) | no relation |
 /// | [`recent_decisions`](Self::recent_decisions) | 1024 |
@@ -63,7 +65,7 @@ pub struct WorkflowContextStorageBuilder {
     clock: Option<Arc<dyn Clock>>,
     backend: Option<Arc<dyn StorageBackend>>,
     lifetimes: Lifetimes,
-    lookup_budget: Duration,
+    budgets: Budgets,
     write_through: bool,
 }
 
@@ -87,7 +89,10 @@ impl Default for WorkflowContextStorageBuilder {
                 idle: IDLE_TTL,
                 completed: COMPLETED_GRACE,
             },
-            lookup_budget: Duration::from_millis(5),
+            budgets: Budgets {
+                lookup: Duration::from_millis(50),
+                connect: Duration::from_millis(250),
+            },
             write_through: false,
         }
     }
@@ -268,9 +273,22 @@ impl WorkflowContextStorageBuilder {
 
     /// Sets the longest time that the start of a span, or a call of `get`, waits for the backend. Zero never asks it.
     ///
-    /// By default, 5 milliseconds.
+    /// An answer that comes later is not lost: the instance follows it, and the span that was recorded meanwhile is linked
+    /// to it. After three lookups in a row without an answer, the backend is asked only now and then until it answers again.
+    ///
+    /// By default, 50 milliseconds.
     pub fn lookup_budget(mut self, budget: Duration) -> Self {
-        self.lookup_budget = budget;
+        self.budgets.lookup = budget;
+        self
+    }
+
+    /// Sets the longest time that the start of a span, or a call of `get`, waits while the storage connects to its backend
+    /// for the first time, which it does in the background from [`build`](Self::build) on. Once one has waited that long
+    /// in vain, [`lookup_budget`](Self::lookup_budget) counts for all others.
+    ///
+    /// By default, 250 milliseconds. A value below the lookup budget changes nothing.
+    pub fn connect_budget(mut self, budget: Duration) -> Self {
+        self.budgets.connect = budget;
         self
     }
 
@@ -358,7 +376,7 @@ impl WorkflowContextStorageBuilder {
         let clock = self.clock.unwrap_or_else(|| Arc::new(SystemClock));
         let settings = Settings {
             lifetimes: self.lifetimes,
-            lookup_budget: self.lookup_budget,
+            budgets: self.budgets,
             write_through: self.write_through,
         };
         let remote = self.backend.map(|backend| {

@@ -1,23 +1,28 @@
 //! The backend behind a cache: fetches records into memory, and publishes recorded contexts.
 
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use opentelemetry::TraceId;
+
+use super::claim::{Claim, Claimant, Claims};
+use super::late::LateAnswers;
 use super::refresh::{Lifetimes, Refresher};
-use crate::backend::client::Client;
+use crate::backend::client::{Budgets, Client};
 use crate::backend::keys::{claim_key, instance_key, instance_of, run_key};
+use crate::backend::reader::OnLate;
 use crate::backend::write_queue::OnWinner;
 use crate::backend::{BackendError, Record, StorageBackend, Write};
+use crate::cache::entry::Named;
 use crate::cache::{Cache, Key};
 use crate::clock::Clock;
 use crate::context::WorkflowContext;
 use crate::stats::Counters;
 use crate::warnings::Warnings;
 
-/// Set if another process turns out to have recorded its context first.
-pub(crate) type LateWinner = Arc<OnceLock<WorkflowContext>>;
+pub(crate) use super::claim::LateWinner;
 
 /// A backend behind a cache.
 pub(crate) struct Remote {
@@ -29,6 +34,8 @@ pub(crate) struct Remote {
     lifetimes: Lifetimes,
     write_through: bool,
     misses: RecentMisses,
+    late: LateAnswers,
+    claims: Arc<Claims>,
     /// Called by the clock as long as this lives.
     _refresher: Arc<Refresher>,
 }
@@ -37,7 +44,7 @@ pub(crate) struct Remote {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Settings {
     pub(super) lifetimes: Lifetimes,
-    pub(super) lookup_budget: Duration,
+    pub(super) budgets: Budgets,
     pub(super) write_through: bool,
 }
 
@@ -56,11 +63,11 @@ impl Remote {
     ) -> std::io::Result<Self> {
         let Settings {
             lifetimes,
-            lookup_budget,
+            budgets,
             write_through,
         } = settings;
         let warms_up = backend.warms_up();
-        let client = Client::new(backend, lookup_budget, warnings)?;
+        let client = Client::new(backend, budgets, warnings)?;
         let mut has_room = true;
         let mut load = |key: &str, record| {
             if let Some(id) = instance_of(key) {
@@ -81,6 +88,8 @@ impl Remote {
             lifetimes,
             write_through,
             misses: RecentMisses::new(),
+            late: LateAnswers::default(),
+            claims: Arc::default(),
             _refresher: refresher,
         })
     }
@@ -111,11 +120,17 @@ impl Remote {
         if self.knows_all() && (run_id.is_none() || !self.cache.has(id, None)) {
             return false;
         }
-        let of_run = run_id.and_then(|run_id| self.client.get(&run_key(id, run_id)));
+        let of_run = run_id.and_then(|run_id| {
+            let queued = self.client.queued(&instance_key(id));
+            let queued = queued.filter(|record| record.run_id.as_deref() == Some(run_id));
+            let on_late = || self.on_late(id, Some(run_id));
+            queued.or_else(|| self.client.get(&run_key(id, run_id), on_late))
+        });
         let record = of_run.or_else(|| {
             // If nobody has recorded the run, the record of the instance decides whether it is a new one.
+            let on_late = || self.on_late(id, None);
             (!self.cache.has(id, None))
-                .then(|| self.client.get(&instance_key(id)))
+                .then(|| self.client.get(&instance_key(id), on_late))
                 .flatten()
         });
         let record = record.filter(|record| record.expires_at > self.clock.now());
@@ -142,80 +157,116 @@ impl Remote {
         }
     }
 
-    /// Claims the key of a newly recorded context against all processes.
+    /// Claims a newly recorded context against all processes. `before` is the trace of the run that was the latest here, if
+    /// this is another one.
     pub(super) fn publish(
         &self,
         key: Key<'_>,
         follows: Option<(&WorkflowContext, u32)>,
         context: WorkflowContext,
+        before: Option<TraceId>,
         counters: &Arc<Counters>,
     ) -> Option<LateWinner> {
-        let Key { id, run_id, .. } = key;
         self.forget_miss(key);
+        // It has just been recorded.
+        let expires_at = self.lifetimes.idle_after(context.recorded_at());
         let record = Record {
-            context: context.clone(),
-            run_id: run_id.map(str::to_owned),
+            context,
+            run_id: key.run_id.map(str::to_owned),
             generation: follows.map_or(1, |(_, generation)| generation),
-            // It has just been recorded.
-            expires_at: self.lifetimes.idle_after(context.recorded_at()),
+            expires_at,
         };
-        // All who record the same thing claim the same key; the others point to the latest.
-        let of_run = run_id.map(|run_id| run_key(id, run_id));
-        let (claimed, pointers) = match (follows, of_run) {
-            (None, None) => (instance_key(id), Vec::new()),
-            (None, Some(of_run)) => (of_run, vec![instance_key(id)]),
-            // The span that is followed tells this instance from an earlier one of the same id.
-            (Some((followed, _)), of_run) => {
-                let pointers = [Some(instance_key(id)), of_run].into_iter().flatten();
-                let claimed = claim_key(id, run_id, followed.span_id());
-                (claimed, pointers.collect())
-            }
-        };
-        for pointer in &pointers {
-            self.client
-                .write(Write::Put(pointer.clone(), record.clone()));
-        }
-        if self.knows_all() && !self.write_through {
-            // Nobody else can be first, and only the pointers are read for a later trace.
-            if follows.is_none() {
-                self.client.write(Write::Put(claimed, record));
-            }
-            return None;
-        }
         let late_winner = LateWinner::default();
-        let on_winner = self.on_winner(id, context, pointers, late_winner.clone(), counters);
-        let claim = Write::PutIfAbsent(claimed, record);
-        if self.write_through {
-            self.client.claim_now(claim, on_winner);
-        } else {
-            self.client.claim(claim, on_winner);
-        }
-        Some(late_winner)
+        let claimant = Claimant {
+            late_winner: late_winner.clone(),
+            before,
+            counters: counters.clone(),
+        };
+        let is_claimed = match follows {
+            None => self.claim_run(key.id, record, Some(claimant)),
+            Some((followed, _)) => self.claim_generation(key, followed, record, claimant),
+        };
+        is_claimed.then_some(late_winner)
     }
 
-    /// Follows the winner of a claim if that is not `ours`: in memory, in the pointers, and at the span's end.
-    fn on_winner(
+    /// Claims a run whose context was recorded before it had an id.
+    pub(super) fn publish_named(&self, id: &str, named: Named) {
+        let record = Record {
+            context: named.context,
+            run_id: Some(named.run_id),
+            generation: named.generation,
+            expires_at: self.lifetimes.idle_after(self.clock.now()),
+        };
+        self.claim_run(id, record, None);
+    }
+
+    /// Returns `false` if there was nobody to claim it against.
+    fn claim_run(&self, id: &str, record: Record, claimant: Option<Claimant>) -> bool {
+        if self.has_no_rival() {
+            let keys = [Some(instance_key(id)), of_run(id, record.run_id.as_deref())];
+            self.put_all(keys, &record);
+            return false;
+        }
+        let claim = Claim::new(id, record, &self.cache, &self.claims, claimant);
+        self.late.join(id, &claim);
+        self.claim(claim.first_write());
+        true
+    }
+
+    /// Claims the trace that follows another one. The span that is followed tells this instance from an earlier one of the
+    /// same id.
+    fn claim_generation(
         &self,
-        id: &str,
-        ours: WorkflowContext,
-        pointers: Vec<String>,
-        late_winner: LateWinner,
-        counters: &Arc<Counters>,
-    ) -> OnWinner {
-        let (cache, counters) = (self.cache.clone(), counters.clone());
-        let id = id.to_owned();
-        Box::new(move |winner| {
-            // Compared by ids, since a backend may round the times.
-            let ids = |context: &WorkflowContext| (context.trace_id(), context.span_id());
-            if ids(&winner.context) == ids(&ours) {
-                return Vec::new();
+        key: Key<'_>,
+        followed: &WorkflowContext,
+        record: Record,
+        claimant: Claimant,
+    ) -> bool {
+        let Key { id, run_id, .. } = key;
+        let pointers = [Some(instance_key(id)), of_run(id, run_id)];
+        self.put_all(pointers.clone(), &record);
+        if self.has_no_rival() {
+            return false;
+        }
+        let claim = Claim::new(id, record, &self.cache, &self.claims, Some(claimant));
+        let key = claim_key(id, run_id, followed.span_id());
+        self.claim(claim.generation_write(key, pointers.into_iter().flatten().collect()));
+        true
+    }
+
+    /// Returns `true` if nobody else can be first, and there is nothing to wait for.
+    fn has_no_rival(&self) -> bool {
+        self.knows_all() && !self.write_through
+    }
+
+    fn put_all(&self, keys: [Option<String>; 2], record: &Record) {
+        let put = |key| self.client.write(Write::Put(key, record.clone()));
+        keys.into_iter().flatten().for_each(put);
+    }
+
+    fn claim(&self, (write, on_winner): (Write, OnWinner)) {
+        if self.write_through {
+            self.client.claim_now(write, on_winner);
+        } else {
+            self.client.claim(write, on_winner);
+        }
+    }
+
+    /// Returns a callback for an answer that comes too late. `asked` is the run whose key is asked for, if it is a run's.
+    fn on_late(&self, id: &str, asked: Option<&str>) -> OnLate {
+        let open = self.late.expect(id);
+        let (id, asked) = (id.to_owned(), asked.map(str::to_owned));
+        let (cache, clock) = (self.cache.clone(), self.clock.clone());
+        Box::new(move |found| {
+            if found.expires_at > clock.now() {
+                open.answer(&cache, &id, asked.as_deref(), found);
             }
-            counters.conflicts.add();
-            cache.overrule(&id, &ours, winner.clone());
-            let _ = late_winner.set(winner.context.clone());
-            let follow = |pointer| Write::Put(pointer, winner.clone());
-            pointers.into_iter().map(follow).collect()
         })
+    }
+
+    /// Ignores answers that come too late from now on: a call decides what is stored.
+    pub(super) fn ignore_late(&self, id: &str) {
+        self.late.ignore(id);
     }
 
     pub(super) fn put(&self, id: &str, context: WorkflowContext) {
@@ -232,16 +283,19 @@ impl Remote {
 
     pub(super) fn forget_runs(&self, id: &str, run_ids: Vec<Box<str>>) {
         for run_id in run_ids {
-            self.client.write(Write::Remove(run_key(id, &run_id)));
+            let key = run_key(id, &run_id);
+            self.claims.void(&key);
+            self.client.write(Write::Remove(key));
         }
     }
 
     pub(super) fn complete(&self, id: &str, run_id: Option<&str>) {
         let expiry = self.lifetimes.completed_after(self.clock.now());
-        let keys = [
-            Some(instance_key(id)),
-            run_id.map(|run_id| run_key(id, run_id)),
-        ];
+        let of_run = of_run(id, run_id);
+        if let Some(key) = &of_run {
+            self.claims.complete(key, expiry);
+        }
+        let keys = [Some(instance_key(id)), of_run];
         let expire = |key| self.client.write(Write::Expire(key, expiry));
         keys.into_iter().flatten().for_each(expire);
     }
@@ -254,6 +308,10 @@ impl Remote {
     pub(super) fn client(&self) -> &Client {
         &self.client
     }
+}
+
+fn of_run(id: &str, run_id: Option<&str>) -> Option<String> {
+    run_id.map(|run_id| run_key(id, run_id))
 }
 
 impl fmt::Debug for Remote {

@@ -1,5 +1,6 @@
 //! The two tiers joined in one lookup: memory first, the backend only on a miss, then memory once more.
 
+use std::cell::Cell;
 use std::num::NonZeroU16;
 use std::sync::Arc;
 
@@ -52,13 +53,25 @@ impl Tier {
         look: impl Fn(Option<&Entry>) -> R,
     ) -> R {
         remote.begin();
-        if remote.may_have(key) {
-            if let Some(found) = self.cache.look_up_known(key, |entry| look(Some(entry))) {
-                return found;
+        let named = Cell::new(None);
+        let look = |entry: Option<&Entry>| {
+            if let Some(run) = entry.and_then(Entry::take_named) {
+                named.set(Some(run));
             }
-            remote.fetch(key);
+            look(entry)
+        };
+        let mut found = None;
+        if remote.may_have(key) {
+            found = self.cache.look_up_known(key, |entry| look(Some(entry)));
+            if found.is_none() {
+                remote.fetch(key);
+            }
         }
-        self.cache.look_up(key, look)
+        let found = found.unwrap_or_else(|| self.cache.look_up(key, look));
+        if let Some(run) = named.into_inner() {
+            remote.publish_named(key.id, run);
+        }
+        found
     }
 
     /// Returns the latest context of an instance for a call, without counting.
@@ -94,8 +107,10 @@ impl Tier {
                 counters.conflicts.add();
                 Err(winner)
             }
-            (Ok(()), None) => Ok(None),
-            (Ok(()), Some(remote)) => Ok(remote.publish(key, follows, context, counters)),
+            (Ok(_), None) => Ok(None),
+            (Ok(before), Some(remote)) => {
+                Ok(remote.publish(key, follows, context, before, counters))
+            }
         }
     }
 
@@ -105,6 +120,7 @@ impl Tier {
             self.cache.replace(id, context);
             return;
         };
+        remote.ignore_late(id);
         let replaced_runs = self.cache.replace(id, context.clone());
         remote.forget_runs(id, replaced_runs);
         remote.put(id, context);
@@ -128,6 +144,7 @@ impl Tier {
             remote.begin();
             remote.fetch_always(self.cache.key(id, None));
         }
+        remote.ignore_late(id);
         let removed_runs = self.cache.remove(id);
         let was_there = removed_runs.is_some();
         remote.forget_runs(id, removed_runs.unwrap_or_default());

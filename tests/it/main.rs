@@ -19,6 +19,7 @@
 //! | a panic in a sampler, processor or exporter costs one span | `panics` |
 //! | random sequences of span operations match the documented behaviour | `model` |
 //! | workers that share a backend agree; a slow or failing backend costs continuity only | `shared` |
+//! | a backend that answers too late or not at all: all workers of a run agree in the end | `misses` |
 //! | every `StorageBackend` fulfils the written contract | `store_contract` |
 //! | feature `redb`: contexts survive the process | `restart` |
 //! | feature `redis`, `redis-tls`: contexts on a server or Cluster that many machines share | `redis` |
@@ -45,6 +46,7 @@ mod hostile;
 mod lifecycle;
 #[cfg(feature = "metrics")]
 mod metrics;
+mod misses;
 mod model;
 mod panics;
 mod policy;

@@ -157,7 +157,9 @@ fn an_instance_that_is_new_is_not_looked_up_in_the_file() {
     storage(&path).store("old", context(1)).unwrap();
     let backend = RedbBackend::open(&path).unwrap();
     // Any lookup would exceed this budget.
-    let storage = patient(backend).lookup_budget(Duration::from_nanos(1));
+    let storage = patient(backend)
+        .lookup_budget(Duration::from_nanos(1))
+        .connect_budget(Duration::ZERO);
     let worker = Worker::with_storage(storage.build().unwrap());
     for n in 0..100 {
         worker.step("new", Tags::instance(&n.to_string()).run("run"));

@@ -533,6 +533,7 @@ fn an_instance_recorded_twice_while_the_backend_was_slow_is_one() {
     let storage = patient(controlled.clone())
         .max_instances(1)
         .lookup_budget(Duration::ZERO)
+        .connect_budget(Duration::ZERO)
         .build();
     let worker = Worker::with_storage(storage.unwrap());
     worker.step("other", Tags::instance("other"));
@@ -706,6 +707,7 @@ fn a_zero_budget_never_asks_and_never_waits() {
     controlled.set(Call::Write, Behaviour::Blocks);
     let storage = patient(controlled.clone())
         .lookup_budget(Duration::ZERO)
+        .connect_budget(Duration::ZERO)
         .write_through(true);
     let worker = Worker::with_storage(storage.build().unwrap());
     for _ in 0..10 {
@@ -726,6 +728,7 @@ fn the_budget_bounds_how_long_a_span_or_call_waits_for_a_hanging_backend() {
         controlled.set_all(Behaviour::Blocks);
         let storage = patient(controlled.clone())
             .lookup_budget(budget)
+            .connect_budget(Duration::ZERO)
             .write_through(true);
         let worker = Worker::with_storage(storage.build().unwrap());
         // Each asks for the run, the instance and the parent, and waits for its claim.
@@ -763,7 +766,9 @@ fn a_failing_backend_opens_the_circuit_which_closes_by_itself() {
         let backend = MemoryBackend::new();
         storage(backend.clone()).store("known", context(1)).unwrap();
         let controlled = ControlledBackend::over(backend);
-        let storage = patient(controlled.clone()).lookup_budget(Duration::from_millis(20));
+        let storage = patient(controlled.clone())
+            .lookup_budget(Duration::from_millis(20))
+            .connect_budget(Duration::ZERO);
         let worker = Worker::with_storage(storage.build().unwrap());
         controlled.set(Call::Get, behaviour);
         let start = Instant::now();
@@ -871,7 +876,10 @@ fn a_fleet_reconnects_with_jitter() {
 fn a_lookup_that_times_out_is_counted() {
     let controlled = ControlledBackend::new();
     let budget = Duration::from_millis(20);
-    let storage = patient(controlled.clone()).lookup_budget(budget).build();
+    let storage = patient(controlled.clone())
+        .lookup_budget(budget)
+        .connect_budget(Duration::ZERO)
+        .build();
     let worker = Worker::with_storage(storage.unwrap());
     let timeouts = || worker.storage.stats().lookup_timeouts;
     let lookups: [&dyn Fn(); 3] = [
@@ -1288,6 +1296,7 @@ fn dropping_the_last_handle_waits_a_few_seconds_at_most() {
     controlled.set_all(Behaviour::Blocks);
     let storage = patient(controlled.clone())
         .lookup_budget(Duration::from_millis(1))
+        .connect_budget(Duration::ZERO)
         .build()
         .unwrap();
     storage.store(ID, context(1)).unwrap();
@@ -1360,6 +1369,7 @@ fn a_single_threaded_runtime_is_not_blocked_for_long() {
     let budget = Duration::from_millis(20);
     let storage = patient(controlled.clone())
         .lookup_budget(budget)
+        .connect_budget(Duration::ZERO)
         .build()
         .unwrap();
     let worker = Worker::with_storage(storage);

@@ -18,6 +18,8 @@ pub(crate) enum Behaviour {
     /// Blocks until another behaviour is set.
     Blocks,
     Panics,
+    /// Of a get: finds nothing. Other calls work.
+    Misses,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,6 +28,7 @@ pub(crate) enum Call {
     Get,
     Scan,
     Flush,
+    Connect,
 }
 
 /// A connection to a `MemoryBackend`, which several of these can share as the connections of several workers. Clones
@@ -43,9 +46,9 @@ struct Inner {
 
 #[derive(Debug, Default)]
 struct State {
-    behaviours: [Behaviour; 4],
-    calls: [usize; 4],
-    blocked: [usize; 4],
+    behaviours: [Behaviour; 5],
+    calls: [usize; 5],
+    blocked: [usize; 5],
     malformed: u64,
     /// The writes of each call.
     groups: Vec<Vec<Write>>,
@@ -79,7 +82,7 @@ impl ControlledBackend {
     }
 
     pub(crate) fn set_all(&self, behaviour: Behaviour) {
-        self.state().behaviours = [behaviour; 4];
+        self.state().behaviours = [behaviour; 5];
         self.0.changed.notify_all();
     }
 
@@ -121,7 +124,7 @@ impl ControlledBackend {
         state.calls[call] += 1;
         loop {
             match state.behaviours[call] {
-                Behaviour::Works => return Ok(()),
+                Behaviour::Works | Behaviour::Misses => return Ok(()),
                 Behaviour::Fails => {
                     return Err(BackendError::new("the backend was told to fail", None));
                 }
@@ -141,6 +144,10 @@ impl ControlledBackend {
 }
 
 impl StorageBackend for ControlledBackend {
+    fn connect(&self) -> Result<(), BackendError> {
+        self.enter(Call::Connect)
+    }
+
     fn write(&self, writes: &[Write]) -> Result<Vec<WriteOutcome>, BackendError> {
         self.enter(Call::Write)?;
         self.state().groups.push(writes.to_vec());
@@ -149,6 +156,9 @@ impl StorageBackend for ControlledBackend {
 
     fn get(&self, key: &str) -> Result<Option<Record>, BackendError> {
         self.enter(Call::Get)?;
+        if self.state().behaviours[Call::Get as usize] == Behaviour::Misses {
+            return Ok(None);
+        }
         self.0.inner.get(key)
     }
 

@@ -77,7 +77,8 @@ impl Load {
             .with_response_timeout(timeout);
         let storage = WorkflowContextStorage::builder()
             .backend(backend)
-            .lookup_budget(BUDGET);
+            .lookup_budget(BUDGET)
+            .connect_budget(Duration::ZERO);
         Self {
             worker: Worker::with_storage(storage.build().expect("sound settings")),
             alone: Worker::new(),

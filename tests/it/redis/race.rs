@@ -96,6 +96,22 @@ fn one_process_of_the_race() {
     writeln!(out, "race: {conflicts}").expect("the parent reads it");
 }
 
+/// Nothing was looked up or written yet.
+#[test]
+fn a_storage_connects_once_it_is_built() {
+    let server = RedisServer::start();
+    let storage = WorkflowContextStorage::builder().backend(backend(&server));
+    let _storage = storage.build().expect("sound settings");
+    let mut client = raw(&server);
+    wait_until("both threads have a connection, beside this one", || {
+        let clients: String = redis::cmd("CLIENT")
+            .arg("LIST")
+            .query(&mut client)
+            .expect("a list");
+        clients.lines().count() == 3
+    });
+}
+
 #[test]
 fn a_flushed_context_is_found_by_the_next_worker() {
     let server = RedisServer::start();
