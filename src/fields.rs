@@ -18,7 +18,8 @@ use tracing::{Metadata, span};
 use self::callsite::{Callsite, Role};
 use self::engine::Engine;
 use self::identity::{Identity, Names};
-use self::meaning::{IdFields, Meaning, Meanings};
+pub(crate) use self::meaning::IdFields;
+use self::meaning::{Meaning, Meanings};
 use self::names::FieldNames;
 pub(crate) use self::names::{AGENT_NAME, GEN_AI_AGENT_NAME, INSTANCE_ID, RELATION, RESUMED};
 use self::value::{is_terminal, printed, truth};
@@ -57,6 +58,7 @@ impl Fields {
             (names.run_ids, Meaning::RunId),
             (names.parent_instance_ids, Meaning::ParentInstanceId),
             (names.replaying, Meaning::Replaying),
+            (names.replaying_children, Meaning::ReplayingChildren),
             (names.statuses, Meaning::Status),
         ];
         for (names, meaning) in others {
@@ -207,6 +209,7 @@ impl Fields {
         IdFields {
             id: declared.id && !visitor.found.id,
             run: declared.run && !visitor.found.run,
+            replay: declared.replay && !visitor.found.replay,
         }
     }
 
@@ -236,6 +239,8 @@ pub(crate) struct Tag<'a> {
     pub(crate) run_id: Option<Cow<'a, str>>,
     pub(crate) parent_instance_id: Option<Cow<'a, str>>,
     pub(crate) replaying: Option<bool>,
+    /// The span is real, and what it opens is replayed.
+    pub(crate) replaying_children: Option<bool>,
     pub(crate) terminal: bool,
     /// An id longer than [`MAX_INSTANCE_ID_BYTES`](crate::MAX_INSTANCE_ID_BYTES), which is ignored.
     pub(crate) oversized: Option<Cow<'a, str>>,
@@ -257,6 +262,9 @@ impl<'a> Tag<'a> {
     fn take(&mut self, meaning: Meaning, value: &'a Value) {
         match meaning {
             Meaning::Replaying => self.replaying = truth(value).or(self.replaying),
+            Meaning::ReplayingChildren => {
+                self.replaying_children = truth(value).or(self.replaying_children);
+            }
             Meaning::Status => self.terminal |= is_terminal(value),
             Meaning::InstanceId { rank } => {
                 let Some(id) = self.id(value) else {

@@ -3,9 +3,11 @@
 pub(crate) mod handoff;
 pub(crate) mod live_ids;
 mod lost;
+mod mark;
 mod provider;
 mod recording;
 mod replay;
+pub(crate) mod replays;
 pub(crate) mod shared_traces;
 mod span;
 
@@ -17,17 +19,19 @@ use std::time::{Duration, Instant, SystemTime};
 
 use opentelemetry::baggage::{BaggageExt as _, KeyValueMetadata};
 use opentelemetry::trace::{
-    Link, Span as _, SpanBuilder, SpanContext, TraceContextExt as _, TraceFlags, TraceState, Tracer,
+    Link, Span as _, SpanBuilder, SpanContext, TraceContextExt as _, Tracer,
 };
-use opentelemetry::{Context, KeyValue, SpanId, TraceId};
+use opentelemetry::{Context, KeyValue};
 
 pub use self::provider::WorkflowTracerProvider;
 pub use self::span::WorkflowSpan;
 
-use self::handoff::{StartNumber, StorageId};
+use self::handoff::{Mark, StorageId};
 use self::lost::Lost;
+use self::mark::{is_marked, mark, take_mark};
 use self::recording::Recording;
-use self::replay::{Replay, StandIn};
+use self::replay::{Beneath, StandIn};
+use self::replays::Replay;
 use self::span::{Memo, State, Unnamed, Watch, link_unless_in_trace, relation_attribute};
 use crate::cache::Key;
 use crate::cache::entry::Entry;
@@ -68,54 +72,6 @@ enum Origin {
     Layer,
     /// The OpenTelemetry API: any span may matter.
     Api,
-}
-
-/// Marks a builder by an empty list of links, which costs nothing, so that `build_with_context` reads its attributes.
-/// Reading those of each ordinary span would cost more than all else that this crate does to it. The number of a span that
-/// may be held goes along in the list, as the trace id of a link without a span.
-#[inline]
-fn mark(builder: &mut SpanBuilder, number: StartNumber) {
-    let links = builder.links.get_or_insert_default();
-    if number != 0 {
-        links.reserve(2);
-        links.insert(0, numbered_link(number));
-    }
-}
-
-#[inline(never)]
-fn numbered_link(number: StartNumber) -> Link {
-    let trace = TraceId::from(u128::from(number));
-    let (flags, state) = (TraceFlags::NOT_SAMPLED, TraceState::NONE);
-    Link::with_context(SpanContext::new(
-        trace,
-        SpanId::INVALID,
-        flags,
-        false,
-        state,
-    ))
-}
-
-/// Takes the number out of a marked builder; zero if it has none.
-#[inline]
-fn take_number(builder: &mut SpanBuilder) -> StartNumber {
-    let Some(links) = builder.links.as_mut() else {
-        return 0;
-    };
-    match links.first().map(|link| &link.span_context) {
-        Some(first) if first.span_id() == SpanId::INVALID => {
-            let number = u128::from_be_bytes(first.trace_id().to_bytes()) as StartNumber;
-            links.remove(0);
-            number
-        }
-        _ => 0,
-    }
-}
-
-/// Returns `true` also for an ordinary span with several links, which only costs a little. For one link
-/// tracing-opentelemetry 0.34 allocates a list of just that capacity, to which the empty list of a mark never grows.
-#[inline]
-fn is_marked(builder: &SpanBuilder) -> bool {
-    (builder.links.as_ref()).is_some_and(|links| links.capacity() != 1)
 }
 
 impl<T> WorkflowTracer<T> {
@@ -160,7 +116,7 @@ where
         } else if self.shared.stand_ins.is_empty() {
             self.build_ordinary(builder, parent)
         } else {
-            self.build_beneath_replay(builder, parent)
+            self.build_beneath_replay(builder, parent, Mark::default())
         }
     }
 }
@@ -184,7 +140,7 @@ where
         // The parent has started by now: a span opened while the fields are formatted must not be adopted.
         handoff::end_adoption();
         let mut builder = self.inner.span_builder(name);
-        mark(&mut builder, handoff::number());
+        mark(&mut builder, handoff::mark());
         builder
     }
 
@@ -198,12 +154,21 @@ where
     #[inline(never)]
     fn build_beneath_replay(
         &self,
-        builder: SpanBuilder,
+        mut builder: SpanBuilder,
         parent: &Context,
+        mark: Mark,
     ) -> WorkflowSpan<T::Span> {
-        match Replay::beneath(&self.shared, parent) {
-            Some(replay) if !replay.is_over() => self.stand_in(None, replay, builder, parent),
-            Some(_) | None => self.build_ordinary(builder, &past_stand_in(parent)),
+        match Beneath::find(&self.shared, mark, parent) {
+            Some(beneath) if !beneath.replay.is_over() => {
+                let natural = beneath.context(parent);
+                self.stand_in(None, beneath.replay, builder, &natural, mark)
+            }
+            beneath => {
+                if let Some(beneath) = beneath {
+                    beneath.replay.give_events(&mut builder.events);
+                }
+                self.build_ordinary(builder, &past_stand_in(parent))
+            }
         }
     }
 
@@ -212,14 +177,18 @@ where
         #[cfg(test)]
         tests::MARKED.set(tests::MARKED.get() + 1);
         let shared = &self.shared;
-        let adopted = match self.origin {
+        let (mark, adopted) = match self.origin {
             Origin::Layer => {
-                self.note_start(&mut builder);
-                handoff::take_adoption(StorageId::new(shared))
+                let mark = self.take_mark(&mut builder);
+                if mark.is_ordinary {
+                    return self.build_beneath_replay(builder, parent, mark);
+                }
+                (mark, handoff::take_adoption(StorageId::new(shared)))
             }
-            Origin::Api => None,
+            Origin::Api => (Mark::default(), None),
         };
         let is_special = adopted.is_some()
+            || mark.may_be_replayed
             || builder.events.is_some()
             || !shared.stand_ins.is_empty()
             || parent.is_telemetry_suppressed();
@@ -235,25 +204,27 @@ where
                 plan.recording = self.recording(&builder, key, &decision);
                 self.start(builder, parent, &decision, plan)
             }
-            None => self.build_special(builder, parent, adopted),
+            None => self.build_special(builder, parent, adopted, mark),
         }
     }
 
-    /// Notes the start of a span that may be held, unless the layer starts it.
+    /// Takes the mark of a builder, and notes the start of a span that may be held, unless the layer starts it.
     #[inline]
-    fn note_start(&self, builder: &mut SpanBuilder) {
-        let number = take_number(builder);
-        if number != 0 && !handoff::is_starting() {
-            self.shared.started.add(number);
+    fn take_mark(&self, builder: &mut SpanBuilder) -> Mark {
+        let mark = take_mark(builder);
+        if mark.may_be_held && !handoff::is_starting() {
+            self.shared.started.add(mark.number);
         }
+        mark
     }
 
     #[inline(never)]
     fn build_special(
         &self,
-        builder: SpanBuilder,
+        mut builder: SpanBuilder,
         parent: &Context,
         adopted: Option<Identity>,
+        mark: Mark,
     ) -> WorkflowSpan<T::Span> {
         let shared = &self.shared;
         if parent.is_telemetry_suppressed() {
@@ -262,24 +233,34 @@ where
         let tag = shared.tag_of(builder.attributes.as_deref().unwrap_or_default());
         let events = builder.events.as_deref();
         let is_terminal = tag.terminal || events.is_some_and(|e| shared.fields.any_terminal(e));
-        let beneath = Replay::beneath(shared, parent);
-        let is_after_replay = beneath.is_some();
-        let replay = match tag.replaying {
-            Some(replaying) => replaying.then(Replay::default),
-            None => beneath.filter(|replay| !replay.is_over()),
+        let replays_beneath = tag.replaying_children == Some(true);
+        let beneath = Beneath::find(shared, mark, parent);
+        let replay = match (tag.replaying, &beneath) {
+            (Some(true), _) => Some((
+                Replay::new(&shared.counters),
+                parent.span().span_context().clone(),
+            )),
+            (None, Some(beneath)) if !beneath.replay.is_over() => {
+                Some((beneath.replay.clone(), beneath.context(parent)))
+            }
+            _ => None,
         };
-        if let Some(replay) = replay {
+        if let Some((replay, natural)) = replay {
             let identity = tag.names().map(Names::to_identity).or(adopted);
-            let stand_in = self.stand_in(identity, replay, builder, parent);
+            let stand_in = self.stand_in(identity, replay, builder, &natural, mark);
             if let (true, State::StandIn(stand_in)) = (is_terminal, &stand_in.state) {
                 stand_in.complete();
             }
             return stand_in;
         }
-        let moment = match is_after_replay {
-            true => Moment::StartAfterReplay,
-            false => Moment::Start,
+        let moment = match &beneath {
+            Some(beneath) if beneath.is_by_parent() => Moment::StartAfterReplay,
+            _ => Moment::Start,
         };
+        // A span that the layer makes is found by its children in `tracing`.
+        let is_new_work = self.origin == Origin::Api
+            && !shared.stand_ins.is_empty()
+            && (beneath.is_some() || replay::is_new_work(shared, parent));
         let parent = match shared.stand_ins.is_empty() {
             true => Cow::Borrowed(parent),
             false => past_stand_in(parent),
@@ -294,7 +275,10 @@ where
                 is_terminal,
             })
         });
-        match own.or(adopted.as_ref().map(Identity::names)) {
+        if let Some(beneath) = beneath {
+            beneath.replay.give_events(&mut builder.events);
+        }
+        let mut started = match own.or(adopted.as_ref().map(Identity::names)) {
             None => {
                 let is_poller = shared.fields.is_poller(&builder);
                 let watch = self.watch(None, Some(Memo::new(None, unnamed)));
@@ -316,7 +300,12 @@ where
                 plan.recording = self.recording(&builder, key, &decision);
                 self.start(builder, parent, &decision, plan)
             }
+        };
+        if let Some((span, watch)) = started.watched() {
+            watch.note_replay(mark, is_new_work);
+            watch.replay_beneath(span.span_context(), replays_beneath);
         }
+        started
     }
 
     /// Looks the instance up and decides where the span starts.
@@ -518,7 +507,8 @@ where
         identity: Option<Identity>,
         replay: Replay,
         builder: SpanBuilder,
-        parent: &Context,
+        natural: &SpanContext,
+        mark: Mark,
     ) -> WorkflowSpan<T::Span> {
         let observes = self.origin == Origin::Layer;
         let stand_in = StandIn::new(
@@ -526,7 +516,8 @@ where
             identity,
             replay,
             builder.name,
-            parent,
+            natural,
+            mark.number,
             observes,
         );
         stand_in.drop_events(builder.events.map_or(0, |events| events.len()));

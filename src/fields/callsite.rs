@@ -29,7 +29,7 @@ pub(crate) struct Callsite {
 /// A lossy cache of callsites: each in the slot to which its address hashes. One whose slot is taken is read each time.
 #[derive(Debug)]
 pub(crate) struct Callsites {
-    /// The address and, below it, a [`Callsite`] in four bits: no machine has addresses of more than 60.
+    /// The address and, below it, a [`Callsite`] in five bits: no machine has addresses of more than 59.
     slots: Box<[AtomicU64; Self::SLOTS]>,
 }
 
@@ -57,14 +57,14 @@ impl Callsites {
     ) -> Callsite {
         let (slot, address) = self.slot(metadata);
         match slot.load(Relaxed) ^ address {
-            bits @ 0..16 => Callsite::from_bits(bits),
+            bits @ 0..32 => Callsite::from_bits(bits),
             _ => Self::add(slot, address, read(metadata)),
         }
     }
 
     #[inline]
     fn slot(&self, metadata: &'static Metadata<'static>) -> (&AtomicU64, u64) {
-        let address = (std::ptr::from_ref(metadata).addr() as u64) << 4;
+        let address = (std::ptr::from_ref(metadata).addr() as u64) << 5;
         let hash = address.wrapping_mul(0x9e37_79b9_7f4a_7c15);
         (&self.slots[(hash >> 54) as usize % Self::SLOTS], address)
     }
@@ -91,11 +91,15 @@ impl Callsite {
             declares: IdFields {
                 id: bits & 4 != 0,
                 run: bits & 8 != 0,
+                replay: bits & 16 != 0,
             },
         }
     }
 
     fn to_bits(self) -> u64 {
-        self.role as u64 | u64::from(self.declares.id) << 2 | u64::from(self.declares.run) << 3
+        self.role as u64
+            | u64::from(self.declares.id) << 2
+            | u64::from(self.declares.run) << 3
+            | u64::from(self.declares.replay) << 4
     }
 }

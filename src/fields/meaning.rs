@@ -9,6 +9,7 @@ pub(super) enum Meaning {
     RunId,
     ParentInstanceId,
     Replaying,
+    ReplayingChildren,
     Status,
 }
 
@@ -61,11 +62,13 @@ fn length_bit(name: &str) -> u64 {
     1 << name.len().min(63)
 }
 
-/// The id fields that a callsite declares, a span waits for, or a record gives a value to.
+/// The fields that a callsite declares, a span waits for, or a record gives a value to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct IdFields {
     pub(crate) id: bool,
     pub(crate) run: bool,
+    /// Says whether the span, or what is beneath it, is a replay.
+    pub(crate) replay: bool,
 }
 
 impl IdFields {
@@ -73,5 +76,7 @@ impl IdFields {
     pub(super) fn add(&mut self, meaning: Option<Meaning>) {
         self.id |= matches!(meaning, Some(Meaning::InstanceId { .. }));
         self.run |= meaning == Some(Meaning::RunId);
+        let replay = [Meaning::Replaying, Meaning::ReplayingChildren];
+        self.replay |= meaning.is_some_and(|meaning| replay.contains(&meaning));
     }
 }

@@ -97,7 +97,8 @@ pub(super) struct HasValue<'a> {
 impl Visit for HasValue<'_> {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
         let meaning = self.meanings.get(field.name());
-        if let Some(Meaning::InstanceId { .. } | Meaning::RunId) = meaning {
+        let is_awaited = |meaning| !matches!(meaning, Meaning::ParentInstanceId | Meaning::Status);
+        if meaning.is_some_and(is_awaited) {
             let mut beginning = Beginning::default();
             // Fails, and so stops formatting, as soon as that is known.
             let _ = write!(beginning, "{value:?}");

@@ -18,7 +18,8 @@ use super::WorkflowContextLayer;
 use super::pending::{Awaits, Pending};
 use crate::fields::callsite::{Callsite, Role};
 use crate::fields::identity::Identity;
-use crate::tracer::handoff::{self, HeldSpan, StorageId};
+use crate::tracer::handoff::{self, HeldSpan, Mark, StartNumber, StorageId};
+use crate::tracer::replays::Numbered;
 
 impl<S, T> WorkflowContextLayer<S, T>
 where
@@ -40,14 +41,12 @@ where
             false => declares,
         };
         let may_be_held = awaits.id || role == Role::Engine;
-        let number = match may_be_held {
-            true => handoff::next_number(),
-            false => 0,
-        };
+        let mark = self.mark(role, may_be_held, declares.replay, attrs, &ctx);
+        let number = mark.number;
         let create = || self.inner.on_new_span(attrs, id, ctx.clone());
         let create = || match role {
+            _ if number != 0 => handoff::numbering(mark, create),
             Role::Ordinary => create(),
-            Role::Tagged | Role::Engine if may_be_held => handoff::numbering(number, create),
             Role::Tagged | Role::Poller | Role::Engine => handoff::marking(create),
         };
         let identity = || self.shared.fields.identify(|visitor| attrs.record(visitor));
@@ -72,6 +71,12 @@ where
             }
             None => create(),
         }
+        if mark.may_be_replayed {
+            if let Some(span) = ctx.span(id) {
+                let numbered = Numbered::new(number, &self.shared.replays);
+                span.extensions_mut().replace(numbered);
+            }
+        }
         let awaits_what = match role {
             Role::Ordinary | Role::Poller => return,
             Role::Tagged | Role::Engine if awaits.id => Awaits::Identity,
@@ -81,9 +86,50 @@ where
         };
         if let Some(span) = ctx.span(id) {
             span.extensions_mut()
-                .replace(Pending::new(awaits_what, awaits.run, number));
+                .replace(Pending::new(awaits_what, awaits, number));
             self.pending_spans.add(id);
         }
+    }
+
+    /// Returns what the builder of a new span carries: a number if it may be held, be beneath a replay, or begin one.
+    #[inline]
+    fn mark(
+        &self,
+        role: Role,
+        may_be_held: bool,
+        declares_replay: bool,
+        attrs: &span::Attributes<'_>,
+        ctx: &Context<'_, S>,
+    ) -> Mark {
+        let beneath = match self.shared.replays.is_idle() {
+            true => 0,
+            false => Self::number_of_parent(attrs, ctx),
+        };
+        let may_be_replayed = declares_replay || beneath != 0 || !self.shared.stand_ins.is_empty();
+        if !may_be_held && !may_be_replayed {
+            return Mark::default();
+        }
+        Mark {
+            number: handoff::next_number(),
+            beneath,
+            may_be_held,
+            may_be_replayed,
+            is_ordinary: role == Role::Ordinary,
+        }
+    }
+
+    #[inline(never)]
+    fn number_of_parent(attrs: &span::Attributes<'_>, ctx: &Context<'_, S>) -> StartNumber {
+        let parent = match attrs.parent() {
+            Some(parent) => ctx.span(parent),
+            None if attrs.is_contextual() => ctx.lookup_current(),
+            None => None,
+        };
+        let number = parent.and_then(|parent| {
+            let extensions = parent.extensions();
+            extensions.get::<Numbered>().map(|found| found.number)
+        });
+        number.unwrap_or(0)
     }
 
     /// Enters a span that may be pending, or is inside a held span.
@@ -136,7 +182,7 @@ where
         self.inner.on_record(id, values, ctx.clone());
         let recorded = self.shared.fields.recorded(values);
         let is_free_now = self.pending(id, &ctx, |pending| {
-            pending.learn(recorded.id, recorded.run) && pending.set_free()
+            pending.learn(recorded) && pending.set_free()
         });
         if is_free_now == Some(true) && self.pending_spans.holds(id) {
             // The span itself reads its ids from its attributes; those beneath join it.

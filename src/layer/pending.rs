@@ -6,6 +6,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use tracing::span;
 
+use crate::fields::IdFields;
 use crate::lock::lock;
 use crate::tracer::handoff::{self, HeldSpan, HeldTimes, StartNumber};
 
@@ -17,9 +18,10 @@ pub(super) struct Pending {
     was_held: AtomicBool,
     /// The number by which its start is noted.
     pub(super) number: StartNumber,
-    /// A run id is awaited only if the callsite declares one.
+    /// A run id and a replay flag are awaited only if the callsite declares them.
     awaits_id: AtomicBool,
     awaits_run: AtomicBool,
+    awaits_replay: AtomicBool,
     /// The number of events that the inner layer may have buffered for the span.
     events: AtomicU32,
     times: Mutex<Times>,
@@ -56,13 +58,14 @@ impl Times {
 }
 
 impl Pending {
-    pub(super) fn new(awaits: Awaits, awaits_run: bool, number: StartNumber) -> Self {
+    pub(super) fn new(awaits: Awaits, fields: IdFields, number: StartNumber) -> Self {
         Self {
             is_free: AtomicBool::new(awaits == Awaits::Nothing),
             was_held: AtomicBool::new(false),
             number,
             awaits_id: AtomicBool::new(true),
-            awaits_run: AtomicBool::new(awaits_run),
+            awaits_run: AtomicBool::new(fields.run),
+            awaits_replay: AtomicBool::new(fields.replay),
             events: AtomicU32::new(0),
             times: Mutex::new(Times {
                 entered: 0,
@@ -128,11 +131,15 @@ impl Pending {
             && self.was_held.load(Relaxed)
     }
 
-    /// Notes which ids were recorded. Returns `true` if the span has all that it awaited.
-    pub(super) fn learn(&self, id: bool, run: bool) -> bool {
-        let awaits_id = self.awaits_id.fetch_and(!id, Relaxed) && !id;
-        let awaits_run = self.awaits_run.fetch_and(!run, Relaxed) && !run;
-        !awaits_id && !awaits_run
+    /// Notes which fields were recorded. Returns `true` if the span has all that it awaited.
+    pub(super) fn learn(&self, recorded: IdFields) -> bool {
+        let awaits = |field: &AtomicBool, is_recorded: bool| {
+            field.fetch_and(!is_recorded, Relaxed) && !is_recorded
+        };
+        let awaits_id = awaits(&self.awaits_id, recorded.id);
+        let awaits_run = awaits(&self.awaits_run, recorded.run);
+        let awaits_replay = awaits(&self.awaits_replay, recorded.replay);
+        !awaits_id && !awaits_run && !awaits_replay
     }
 
     fn times(&self) -> MutexGuard<'_, Times> {

@@ -25,6 +25,7 @@ use crate::stats::Registrations;
 use crate::stats::{Counters, Stats};
 use crate::tracer::handoff::StartNumber;
 use crate::tracer::live_ids::LiveIds;
+use crate::tracer::replays::Replays;
 use crate::tracer::shared_traces::SharedTraces;
 use crate::warnings::Warnings;
 
@@ -35,7 +36,9 @@ pub(crate) struct Shared {
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) tier: Tier,
     pub(crate) counters: Arc<Counters>,
+    /// The span ids of stand-ins, and of real spans beneath which code is replayed.
     pub(crate) stand_ins: LiveIds<SpanId>,
+    pub(crate) replays: Arc<Replays>,
     pub(crate) poller_traces: LiveIds<TraceId>,
     /// The open spans that may be held and were started without the layer, by `Span::context()`.
     pub(crate) started: LiveIds<StartNumber>,

@@ -5,13 +5,13 @@
 //!
 //! | thread-local | set by | read by | for the time of |
 //! |---|---|---|---|
-//! | `MARKING`, `NUMBER` | layer, `on_new_span` | tracer, `span_builder` | one call of the inner layer |
+//! | `MARKING`, `MARK` | layer, `on_new_span` | tracer, `span_builder` | one call of the inner layer |
 //! | `ADOPTION`, `ADOPTS` | layer, for a held span and its first child | tracer, `build_with_context`, once | one start |
 //! | `HELD`, `DEPTH` | layer, `on_enter` and `on_exit` | layer | as long as a span is held on this thread |
 //! | `FLOOR` | layer, while it starts a span | layer | one start |
 //! | `STARTS` | layer, while it starts a span | tracer, `build_with_context` | one start |
 //! | `TIMES` | layer, `on_close` of a span that was held | span, `set_attribute` and `end` | one close |
-//! | `ASKING`, `ANSWER` | tracer, `build_with_context` | stand-in, `is_recording` | one question |
+//! | `ASKING`, `ANSWER` | tracer, `build_with_context` | the parent, `is_recording` | one question |
 //! | `IS_TAGGED` | a tagged span, `is_recording` | tracer, for a first span | one question |
 //! | `MUST_NOT_ASK` | span, `end` | tracer | one export |
 //! | `HAS_PANICKED` | ordinary span, `end` | layer, `on_close` | one close |
@@ -20,12 +20,13 @@
 
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, SystemTime};
 
 use opentelemetry::{KeyValue, Value};
 use tracing::span;
 
+use super::replays::Replay;
 use crate::fields::identity::Identity;
 use crate::scoped;
 
@@ -49,12 +50,9 @@ pub(crate) struct HeldSpan {
     pub(crate) is_heard: bool,
 }
 
-/// The flag of a stand-in that says whether its replay is over.
-pub(crate) type ReplayFlag = Arc<AtomicBool>;
-
 thread_local! {
     static MARKING: Cell<bool> = const { Cell::new(false) };
-    static NUMBER: Cell<StartNumber> = const { Cell::new(0) };
+    static MARK: Cell<Mark> = const { Cell::new(Mark::NONE) };
     static ADOPTS: Cell<bool> = const { Cell::new(false) };
     static ADOPTION: RefCell<Option<(StorageId, Identity)>> = const { RefCell::new(None) };
     /// Outermost first, of all layers.
@@ -66,7 +64,7 @@ thread_local! {
     static STARTS: Cell<bool> = const { Cell::new(false) };
     static TIMES: Cell<Option<HeldTimes>> = const { Cell::new(None) };
     static ASKING: Cell<Option<StorageId>> = const { Cell::new(None) };
-    static ANSWER: RefCell<Option<ReplayFlag>> = const { RefCell::new(None) };
+    static ANSWER: RefCell<Option<Answer>> = const { RefCell::new(None) };
     static IS_TAGGED: Cell<bool> = const { Cell::new(false) };
     static MUST_NOT_ASK: Cell<bool> = const { Cell::new(false) };
     static HAS_PANICKED: Cell<bool> = const { Cell::new(false) };
@@ -203,21 +201,56 @@ pub(crate) fn next_number() -> StartNumber {
     LAST.fetch_add(1, Relaxed) + 1
 }
 
-/// Marks the span builder as [`marking`] does, with a number by which the span's start can be noted.
-pub(crate) fn numbering<R>(number: StartNumber, create: impl FnOnce() -> R) -> R {
-    scoped::with(&NUMBER, number, || marking(create))
+/// What the layer knows of a new span, and its builder carries until it starts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Mark {
+    /// Zero if it has none, and then all else is without meaning.
+    pub(crate) number: StartNumber,
+    /// The number of its parent in `tracing`; zero if that has none.
+    pub(crate) beneath: StartNumber,
+    /// Its start is to be noted.
+    pub(crate) may_be_held: bool,
+    /// Its children may have to find it by its number.
+    pub(crate) may_be_replayed: bool,
+    /// It declares no reserved field.
+    pub(crate) is_ordinary: bool,
+}
+
+impl Mark {
+    const NONE: Self = Self {
+        number: 0,
+        beneath: 0,
+        may_be_held: false,
+        may_be_replayed: false,
+        is_ordinary: false,
+    };
+}
+
+/// Marks the span builder as [`marking`] does, with a number by which the span's start can be noted, and its children can
+/// find it.
+pub(crate) fn numbering<R>(mark: Mark, create: impl FnOnce() -> R) -> R {
+    scoped::with(&MARK, mark, || marking(create))
 }
 
 #[inline]
-pub(super) fn number() -> StartNumber {
-    NUMBER.get()
+pub(super) fn mark() -> Mark {
+    MARK.get()
 }
 
 // Asking: OpenTelemetry hides the type of the span in a context, and a stand-in has the ids of a real span. But its
 // `is_recording` is our code, and calling it changes nothing on anybody else's span.
 
-/// Asks the span whose `is_recording` is called by `ask` whether it is a stand-in of the storage.
-pub(super) fn ask_for_replay(storage: StorageId, ask: impl FnOnce()) -> Option<ReplayFlag> {
+/// The answer of a span that is asked about a replay.
+#[derive(Debug)]
+pub(crate) enum Answer {
+    /// What is opened beneath it belongs to this replay.
+    Replay(Replay),
+    /// It is real, and was opened inside a replay as new work.
+    NewWork,
+}
+
+/// Asks the span whose `is_recording` is called by `ask` what a replay of the storage has to do with it.
+pub(super) fn ask_for_replay(storage: StorageId, ask: impl FnOnce()) -> Option<Answer> {
     if MUST_NOT_ASK.get() {
         return None;
     }
@@ -225,10 +258,11 @@ pub(super) fn ask_for_replay(storage: StorageId, ask: impl FnOnce()) -> Option<R
     ANSWER.try_with(|answer| answer.take()).ok()?
 }
 
-/// Answers, as a stand-in of the storage, if that is what is asked.
-pub(super) fn answer_replay(storage: StorageId, flag: &ReplayFlag) {
+/// Answers, as a span of the storage, if that is what is asked.
+pub(super) fn answer_replay(storage: StorageId, answer: impl FnOnce() -> Answer) {
     if ASKING.get() == Some(storage) {
-        let _ = ANSWER.try_with(|answer| answer.replace(Some(flag.clone())));
+        let given = answer();
+        let _ = ANSWER.try_with(|answer| answer.replace(Some(given)));
     }
 }
 

@@ -5,12 +5,12 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use opentelemetry::trace::{Span, SpanContext, Status};
+use opentelemetry::trace::{Event, Span, SpanContext, Status};
 use opentelemetry::{KeyValue, TraceId};
 
-use super::handoff;
+use super::handoff::{self, Answer, Mark, StorageId};
 use super::lost::Lost;
-use super::replay::{self, StandIn};
+use super::replay::{self, ReplaysBeneath, StandIn};
 use crate::caught::caught;
 use crate::context::WorkflowContext;
 use crate::decision::relation::Relation;
@@ -115,7 +115,9 @@ impl<S: Span> Span for WorkflowSpan<S> {
                 }
                 span.add_event_with_timestamp(name, timestamp, attributes);
             }
-            State::StandIn(stand_in) => stand_in.observe_event(&attributes),
+            State::StandIn(stand_in) => {
+                stand_in.observe_event(Event::new(name, timestamp, attributes, 0));
+            }
             State::Lost(_) => {}
         }
     }
@@ -138,6 +140,9 @@ impl<S: Span> Span for WorkflowSpan<S> {
                 let watch = watch.as_ref();
                 if watch.is_some_and(|watch| watch.instance.is_some()) {
                     handoff::answer_tagged();
+                }
+                if let Some(watch) = watch.filter(|watch| watch.memo.is_some()) {
+                    watch.answer_replay();
                 }
                 let observes = watch.is_some_and(|watch| watch.observes);
                 span.is_recording() || (observes && span.span_context().is_valid())
@@ -262,6 +267,12 @@ pub(super) struct Memo {
     late_winner: Option<LateWinner>,
     /// Set if it is a poller, as long as it lives.
     poller: Option<PollerTrace>,
+    /// The number by which its children in `tracing` find it, as soon as they are replayed; zero if it has none.
+    number: u64,
+    /// Set once the span has said that what is opened beneath it is replayed.
+    replays_beneath: Option<ReplaysBeneath>,
+    /// Set if it was opened inside a replay through the OpenTelemetry API, and is real.
+    is_new_work: bool,
 }
 
 /// The trace of a live poller.
@@ -332,6 +343,43 @@ impl Watch {
         self.memo().poller = Some(PollerTrace { shared, trace });
     }
 
+    /// Notes what a span has to do with a replay: the number that the layer gave it, and whether it is new work inside one.
+    pub(super) fn note_replay(&mut self, mark: Mark, is_new_work: bool) {
+        if mark.may_be_replayed || is_new_work {
+            let memo = self.memo();
+            (memo.number, memo.is_new_work) = (mark.number, is_new_work);
+        }
+    }
+
+    /// Says whether what is opened beneath is replayed from now on. The span itself has started, and stays real.
+    pub(super) fn replay_beneath(&mut self, span: &SpanContext, replaying: bool) {
+        let is_known = self
+            .memo
+            .as_ref()
+            .is_some_and(|memo| memo.replays_beneath.is_some());
+        if !replaying && !is_known {
+            return;
+        }
+        let shared = self.shared.clone();
+        let memo = self.memo();
+        let new = || ReplaysBeneath::new(&shared, memo.number, span);
+        memo.replays_beneath.get_or_insert_with(new).set(replaying);
+    }
+
+    #[inline(never)]
+    fn answer_replay(&self) {
+        let Some(memo) = &self.memo else {
+            return;
+        };
+        let replay = (memo.replays_beneath.as_ref()).and_then(ReplaysBeneath::replay);
+        let answer = match (replay, memo.is_new_work) {
+            (Some(replay), _) => Answer::Replay(replay.clone()),
+            (None, true) => Answer::NewWork,
+            (None, false) => return,
+        };
+        handoff::answer_replay(StorageId::new(&self.shared), || answer);
+    }
+
     pub(super) fn expect_late_winner(&mut self, late_winner: Option<LateWinner>) {
         if late_winner.is_some() {
             self.memo().late_winner = late_winner;
@@ -378,6 +426,9 @@ impl Watch {
                 }
             }
             _ => {}
+        }
+        if let Some(replaying) = tag.replaying.or(tag.replaying_children) {
+            self.replay_beneath(span.span_context(), replaying);
         }
         self.complete_if(tag.terminal);
     }

@@ -9,14 +9,16 @@ use std::time::Duration;
 use crate::support::*;
 use opentelemetry::propagation::TextMapPropagator as _;
 use opentelemetry::trace::{
-    Span as _, SpanBuilder, SpanContext, TraceContextExt as _, Tracer as _, TracerProvider as _,
+    FutureExt as _, Span as _, SpanBuilder, SpanContext, TraceContextExt as _, Tracer as _,
+    TracerProvider as _,
 };
 use opentelemetry::{Context, KeyValue, SpanId};
 use opentelemetry_sdk::error::OTelSdkResult;
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::{Sampler, SdkTracerProvider, SpanData, SpanProcessor};
 use tracing::field::Empty;
-use tracing::{Span, error, info, info_span};
+use tracing::{Instrument as _, Span, error, info, info_span};
+use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 use tracing_subscriber::prelude::*;
 use tracing_workflow_context::testing::TraceForest;
 use tracing_workflow_context::{Continuation, Relation, WorkflowContext, WorkflowContextStorage};
@@ -528,6 +530,228 @@ fn a_started_replay_whose_id_is_recorded_exports_and_records_nothing() {
         assert_exported(worker, &["workflow"]);
         assert_eq!(worker.storage.instance_ids(), [ID]);
         assert_eq!(worker.storage.stats().replayed, 6);
+    });
+}
+
+// Contexts that are attached or set by hand inside a replay.
+
+/// The spans that are run again on each turn.
+const STEPS: usize = 10;
+
+/// A way to open spans beneath a context that is not the one of the span around them.
+type ByHand = fn(&Worker, &str);
+
+const BY_HAND: [(&str, ByHand); 5] = [
+    ("attached around all", |worker, name| {
+        let _attached = context_of(worker).attach();
+        (0..STEPS).for_each(|_| worker.step(name, UNTAGGED));
+    }),
+    (
+        "attached around each, with spans beneath",
+        |worker, name| {
+            for _ in 0..STEPS / 2 {
+                let _attached = context_of(worker).attach();
+                worker.within(name, live(), || {
+                    let _attached = context_of(worker).attach();
+                    worker.step(name, UNTAGGED);
+                });
+            }
+        },
+    ),
+    ("set as the parent", |worker, name| {
+        for _ in 0..STEPS / 2 {
+            let span = info_span!("step", otel.name = name);
+            span.set_parent(context_of(worker)).unwrap();
+            span.in_scope(|| worker.step(name, UNTAGGED));
+        }
+    }),
+    (
+        "set as the parent of a tagged span that is never entered",
+        |worker, name| {
+            for _ in 0..STEPS {
+                let span = info_span!("step", otel.name = name, workflow.instance_id = ID);
+                span.set_parent(context_of(worker)).unwrap();
+            }
+        },
+    ),
+    ("of a future", |worker, name| {
+        let steps = async {
+            for _ in 0..STEPS / 2 {
+                tokio::task::yield_now().await;
+                worker.step(name, live());
+                let span = info_span!("step", otel.name = name);
+                async {}
+                    .with_context(context_of(worker))
+                    .instrument(span)
+                    .await;
+            }
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .build()
+            .unwrap();
+        runtime.block_on(steps.with_context(context_of(worker)));
+    }),
+];
+
+/// The context of the workflow, as the README attaches it.
+fn context_of(worker: &Worker) -> Context {
+    worker.storage.get(ID).unwrap().expect("recorded").to_otel()
+}
+
+const LAYERS: [Via; 2] = [Via::Layer, Via::LayerWithoutActivation];
+
+/// Runs a test on a new worker with and without context activation, within the worker's subscriber.
+fn for_each_layer(make: impl Fn() -> WorkflowContextStorage, test: impl Fn(&Worker)) {
+    for via in LAYERS {
+        labelled(&format!("spans made via {via:?}"), || {
+            let worker = Worker::via(via, make());
+            worker.run(|| test(&worker));
+        });
+    }
+}
+
+#[test]
+fn of_10_spans_beneath_a_context_that_is_attached_or_set_by_hand_each_replay_exports_none() {
+    const TURNS: usize = 4;
+    for (way, steps) in BY_HAND {
+        for_each_layer(WorkflowContextStorage::new, |worker| {
+            labelled(way, || {
+                let workflow = recorded(worker);
+                for turn in 0..TURNS {
+                    worker.within("replay", replay(), || match turn % 2 {
+                        0 => steps(worker, "replayed"),
+                        _ => worker.within("helper", UNTAGGED, || steps(worker, "replayed")),
+                    });
+                }
+                assert_exported(worker, &["workflow"]);
+                assert_eq!(ids(&worker.stored(ID)), ids(&workflow));
+                let helpers = TURNS / 2;
+                let replayed = TURNS * (1 + STEPS) + helpers;
+                assert_eq!(worker.storage.stats().replayed, replayed as u64);
+            });
+        });
+    }
+}
+
+#[test]
+fn on_another_thread_children_of_a_replay_are_judged_by_their_parent_in_tracing_too() {
+    for_each_layer(WorkflowContextStorage::new, |worker| {
+        recorded(worker);
+        let turn = worker.open("replay", replay());
+        for enters_first in [false, true] {
+            if enters_first {
+                turn.inside(|| ());
+            }
+            thread::scope(|scope| {
+                scope.spawn(|| {
+                    worker.run(|| {
+                        let parent = turn.tracing();
+                        let child = info_span!(parent: parent, "child");
+                        child.set_parent(context_of(worker)).unwrap();
+                        let _attached = context_of(worker).attach();
+                        child.in_scope(|| {
+                            let _attached = context_of(worker).attach();
+                            worker.step("grandchild", live());
+                        });
+                    });
+                });
+            });
+        }
+        drop(turn);
+        assert_exported(worker, &["workflow"]);
+        assert_eq!(worker.storage.stats().replayed, 5);
+    });
+}
+
+#[test]
+fn past_the_replay_a_context_attached_or_set_by_hand_is_the_parent_again() {
+    for_each_layer(WorkflowContextStorage::new, |worker| {
+        let workflow = recorded(worker);
+        let request = remote(0xf0, 0xf1);
+        let by_hand = || Context::new().with_remote_span_context(request.clone());
+        let turn = worker.open("replay", replay());
+        turn.inside(|| {
+            // It is new work by its own flag.
+            let new = info_span!("new", workflow.replaying = false);
+            new.set_parent(by_hand()).unwrap();
+            new.in_scope(|| {
+                let _attached = by_hand().attach();
+                worker.step("in new", UNTAGGED);
+            });
+            // Opened within the replay, and started past it.
+            let span = info_span!("caught up");
+            span.set_parent(by_hand()).unwrap();
+            turn.record_replaying(false);
+            span.in_scope(|| worker.step("beneath", UNTAGGED));
+            let tagged = info_span!("tagged", workflow.instance_id = ID);
+            tagged.set_parent(by_hand()).unwrap();
+            tagged.in_scope(|| ());
+        });
+        drop(turn);
+        assert_exported(
+            worker,
+            &[
+                "beneath",
+                "caught up",
+                "in new",
+                "new",
+                "tagged",
+                "workflow",
+            ],
+        );
+        for name in ["new", "caught up"] {
+            assert_continues(&worker.span(name), &request);
+        }
+        assert_nested(&worker.span("beneath"), &worker.span("caught up"));
+        let tagged = worker.span("tagged");
+        assert_child_of(&tagged, &workflow);
+        assert_eq!(links(&tagged), [("foreign".to_owned(), ids(&request))]);
+    });
+}
+
+#[test]
+fn new_work_through_the_opentelemetry_api_inside_a_replay_keeps_its_children_in_tracing() {
+    for_each_layer(WorkflowContextStorage::new, |worker| {
+        let workflow = recorded(worker);
+        let turn = worker.open("replay", replay());
+        turn.inside(|| {
+            let _within = turn.otel_context().attach();
+            let new = worker.open_via(Via::Api, "new", new_work());
+            new.inside(|| {
+                let nested = worker.open_via(Via::Api, "nested", UNTAGGED);
+                nested.inside(|| {
+                    // Without activation, `tracing` knows of no span in between.
+                    let child = info_span!("child");
+                    child.set_parent(Context::current()).unwrap();
+                    child.in_scope(|| ());
+                });
+            });
+        });
+        drop(turn);
+        assert_exported(worker, &["child", "nested", "new", "workflow"]);
+        assert_child_of(&worker.span("new"), &workflow);
+        assert_nested(&worker.span("nested"), &worker.span("new"));
+        assert_nested(&worker.span("child"), &worker.span("nested"));
+    });
+}
+
+#[test]
+fn spans_that_have_nothing_to_do_with_a_replay_keep_a_parent_that_is_set_by_hand() {
+    for_each_layer(WorkflowContextStorage::new, |worker| {
+        let workflow = recorded(worker);
+        let turn = worker.open("replay", replay());
+        turn.inside(|| ());
+        worker.within("poll", UNTAGGED, || {
+            let span = info_span!("by hand");
+            span.set_parent(context_of(worker)).unwrap();
+            span.in_scope(|| worker.step("nested", UNTAGGED));
+        });
+        turn.inside(|| info_span!(parent: None, "root").in_scope(|| ()));
+        drop(turn);
+        assert_exported(worker, &["by hand", "nested", "poll", "root", "workflow"]);
+        assert_continues(&worker.span("by hand"), &workflow);
+        assert_nested(&worker.span("nested"), &worker.span("by hand"));
+        assert_root(&worker.span("root"));
     });
 }
 
