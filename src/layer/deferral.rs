@@ -78,11 +78,12 @@ where
             }
         }
         let awaits_what = match role {
-            Role::Ordinary | Role::Poller => return,
+            Role::Ordinary | Role::Poller if !mark.may_be_replayed => return,
             Role::Tagged | Role::Engine if awaits.id => Awaits::Identity,
             Role::Engine if identity().is_none() => Awaits::Identity,
-            Role::Tagged | Role::Engine if self.activation.is_on() => return,
-            Role::Tagged | Role::Engine => Awaits::Nothing,
+            _ if self.activation.is_on() => return,
+            // To be replayed or not is decided when it is entered, with activation or without.
+            _ => Awaits::Nothing,
         };
         if let Some(span) = ctx.span(id) {
             span.extensions_mut()
