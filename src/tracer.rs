@@ -6,7 +6,7 @@ mod lost;
 mod mark;
 mod provider;
 mod recording;
-mod replay;
+pub(crate) mod replay;
 pub(crate) mod replays;
 pub(crate) mod shared_traces;
 mod span;
@@ -259,7 +259,6 @@ where
         };
         // A span that the layer makes is found by its children in `tracing`.
         let is_new_work = self.origin == Origin::Api
-            && !shared.stand_ins.is_empty()
             && (beneath.is_some() || replay::is_new_work(shared, parent));
         let parent = match shared.stand_ins.is_empty() {
             true => Cow::Borrowed(parent),
@@ -302,7 +301,10 @@ where
             }
         };
         if let Some((span, watch)) = started.watched() {
-            watch.note_replay(mark, is_new_work);
+            watch.note_number(mark);
+            if is_new_work {
+                watch.set_new_work(span.span_context());
+            }
             watch.replay_beneath(span.span_context(), replays_beneath);
         }
         started

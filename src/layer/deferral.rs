@@ -19,7 +19,7 @@ use super::pending::{Awaits, Pending};
 use crate::fields::callsite::{Callsite, Role};
 use crate::fields::identity::Identity;
 use crate::tracer::handoff::{self, HeldSpan, Mark, StartNumber, StorageId};
-use crate::tracer::replays::Numbered;
+use crate::tracer::replay::Numbered;
 
 impl<S, T> WorkflowContextLayer<S, T>
 where
@@ -73,7 +73,7 @@ where
         }
         if mark.may_be_replayed {
             if let Some(span) = ctx.span(id) {
-                let numbered = Numbered::new(number, &self.shared.replays);
+                let numbered = Numbered::new(&self.shared, number);
                 span.extensions_mut().replace(numbered);
             }
         }
@@ -102,11 +102,14 @@ where
         attrs: &span::Attributes<'_>,
         ctx: &Context<'_, S>,
     ) -> Mark {
-        let beneath = match self.shared.replays.is_idle() {
-            true => 0,
-            false => Self::number_of_parent(attrs, ctx),
+        let (beneath, may_be_beneath) = match self.shared.replays.is_idle() {
+            true => (0, false),
+            false => {
+                let beneath = Self::number_of_parent(attrs, ctx);
+                (beneath, beneath != 0 || !self.shared.stand_ins.is_empty())
+            }
         };
-        let may_be_replayed = declares_replay || beneath != 0 || !self.shared.stand_ins.is_empty();
+        let may_be_replayed = declares_replay || may_be_beneath;
         if !may_be_held && !may_be_replayed {
             return Mark::default();
         }

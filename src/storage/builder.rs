@@ -386,6 +386,7 @@ impl WorkflowContextStorageBuilder {
                 counters: Arc::default(),
                 stand_ins: Default::default(),
                 replays: Default::default(),
+                new_work: Default::default(),
                 poller_traces: Default::default(),
                 started: Default::default(),
                 shared_traces: Default::default(),

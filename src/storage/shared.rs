@@ -38,7 +38,9 @@ pub(crate) struct Shared {
     pub(crate) counters: Arc<Counters>,
     /// The span ids of stand-ins, and of real spans beneath which code is replayed.
     pub(crate) stand_ins: LiveIds<SpanId>,
-    pub(crate) replays: Arc<Replays>,
+    pub(crate) replays: Replays,
+    /// The span ids of real spans that were opened inside a replay through the OpenTelemetry API.
+    pub(crate) new_work: LiveIds<SpanId>,
     pub(crate) poller_traces: LiveIds<TraceId>,
     /// The open spans that may be held and were started without the layer, by `Span::context()`.
     pub(crate) started: LiveIds<StartNumber>,

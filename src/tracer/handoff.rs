@@ -64,7 +64,7 @@ thread_local! {
     static STARTS: Cell<bool> = const { Cell::new(false) };
     static TIMES: Cell<Option<HeldTimes>> = const { Cell::new(None) };
     static ASKING: Cell<Option<StorageId>> = const { Cell::new(None) };
-    static ANSWER: RefCell<Option<Answer>> = const { RefCell::new(None) };
+    static ANSWER: RefCell<Option<Replay>> = const { RefCell::new(None) };
     static IS_TAGGED: Cell<bool> = const { Cell::new(false) };
     static MUST_NOT_ASK: Cell<bool> = const { Cell::new(false) };
     static HAS_PANICKED: Cell<bool> = const { Cell::new(false) };
@@ -240,17 +240,8 @@ pub(super) fn mark() -> Mark {
 // Asking: OpenTelemetry hides the type of the span in a context, and a stand-in has the ids of a real span. But its
 // `is_recording` is our code, and calling it changes nothing on anybody else's span.
 
-/// The answer of a span that is asked about a replay.
-#[derive(Debug)]
-pub(crate) enum Answer {
-    /// What is opened beneath it belongs to this replay.
-    Replay(Replay),
-    /// It is real, and was opened inside a replay as new work.
-    NewWork,
-}
-
-/// Asks the span whose `is_recording` is called by `ask` what a replay of the storage has to do with it.
-pub(super) fn ask_for_replay(storage: StorageId, ask: impl FnOnce()) -> Option<Answer> {
+/// Asks the span whose `is_recording` is called by `ask` whether what is opened beneath it is a replay of the storage.
+pub(super) fn ask_for_replay(storage: StorageId, ask: impl FnOnce()) -> Option<Replay> {
     if MUST_NOT_ASK.get() {
         return None;
     }
@@ -259,10 +250,9 @@ pub(super) fn ask_for_replay(storage: StorageId, ask: impl FnOnce()) -> Option<A
 }
 
 /// Answers, as a span of the storage, if that is what is asked.
-pub(super) fn answer_replay(storage: StorageId, answer: impl FnOnce() -> Answer) {
+pub(super) fn answer_replay(storage: StorageId, replay: &Replay) {
     if ASKING.get() == Some(storage) {
-        let given = answer();
-        let _ = ANSWER.try_with(|answer| answer.replace(Some(given)));
+        let _ = ANSWER.try_with(|answer| answer.replace(Some(replay.clone())));
     }
 }
 

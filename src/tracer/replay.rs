@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use opentelemetry::trace::{Event, SpanContext, TraceContextExt as _};
-use opentelemetry::{Context, KeyValue, Value};
+use opentelemetry::{Context, KeyValue, SpanId, Value};
 
-use super::handoff::{self, Answer, Mark, StorageId};
+use super::handoff::{self, Mark, StartNumber, StorageId};
 use super::replays::{Replay, Standing};
 use crate::context::WorkflowContext;
 use crate::decision::{Arrival, Decision, Moment, decide};
@@ -22,7 +22,7 @@ pub(crate) struct StandIn {
     identity: Option<Identity>,
     replay: Replay,
     /// The number by which its children in `tracing` find it; zero if it has none.
-    number: u64,
+    number: StartNumber,
     /// Attributes must reach it, so that it learns when the replay is over.
     observes: bool,
 }
@@ -48,12 +48,9 @@ impl Beneath {
 
     #[inline(never)]
     fn look(shared: &Arc<Shared>, mark: Mark, parent: &Context) -> Option<Self> {
-        let id = parent.span().span_context().span_id();
-        if shared.stand_ins.contains(id) {
-            if let Some(Answer::Replay(replay)) = ask(shared, parent) {
-                let apart = None;
-                return Some(Self { replay, apart });
-            }
+        if let Some(replay) = ask(shared, parent) {
+            let apart = None;
+            return Some(Self { replay, apart });
         }
         let Standing { replay, context } = shared.replays.get(mark.beneath)?;
         if !replay.is_over() && is_new_work(shared, parent) {
@@ -77,29 +74,79 @@ impl Beneath {
     }
 }
 
-/// Returns `true` if the parent is a real span that was opened inside a replay through the OpenTelemetry API: `tracing` does
-/// not know that it is in between.
-pub(super) fn is_new_work(shared: &Arc<Shared>, parent: &Context) -> bool {
-    matches!(ask(shared, parent), Some(Answer::NewWork))
-}
-
-fn ask(shared: &Arc<Shared>, parent: &Context) -> Option<Answer> {
+/// Returns the replay beneath the parent, if that is a stand-in of this storage, or a real span that says so.
+fn ask(shared: &Arc<Shared>, parent: &Context) -> Option<Replay> {
     let span = parent.span();
+    if !shared.stand_ins.contains(span.span_context().span_id()) {
+        return None;
+    }
     handoff::ask_for_replay(StorageId::new(shared), || {
         span.is_recording();
     })
 }
 
+/// Returns `true` if the parent is a real span that was opened inside a replay through the OpenTelemetry API: `tracing` does
+/// not know that it is in between. A context that was stored is remote.
+pub(super) fn is_new_work(shared: &Shared, parent: &Context) -> bool {
+    let span = parent.span();
+    let context = span.span_context();
+    !context.is_remote() && shared.new_work.contains(context.span_id())
+}
+
+/// Makes a real span known as new work inside a replay, as long as it lives.
+pub(super) struct NewWork {
+    shared: Arc<Shared>,
+    span: SpanId,
+}
+
+impl NewWork {
+    pub(super) fn new(shared: &Arc<Shared>, span: &SpanContext) -> Self {
+        shared.new_work.add(span.span_id());
+        Self {
+            shared: shared.clone(),
+            span: span.span_id(),
+        }
+    }
+}
+
+impl Drop for NewWork {
+    fn drop(&mut self) {
+        self.shared.new_work.remove(self.span);
+    }
+}
+
+/// The number of an open span of `tracing` that may be beneath a replay, or begin one. Kept in the span's extensions.
+pub(crate) struct Numbered {
+    shared: Arc<Shared>,
+    pub(crate) number: StartNumber,
+}
+
+impl Numbered {
+    pub(crate) fn new(shared: &Arc<Shared>, number: StartNumber) -> Self {
+        shared.replays.open();
+        Self {
+            shared: shared.clone(),
+            number,
+        }
+    }
+}
+
+impl Drop for Numbered {
+    fn drop(&mut self) {
+        self.shared.replays.close();
+    }
+}
+
 /// Says that what is opened beneath a real span is replayed, as long as that is so.
 pub(super) struct ReplaysBeneath {
     shared: Arc<Shared>,
-    number: u64,
+    number: StartNumber,
     standing: Standing,
     is_active: bool,
 }
 
 impl ReplaysBeneath {
-    pub(super) fn new(shared: &Arc<Shared>, number: u64, span: &SpanContext) -> Self {
+    pub(super) fn new(shared: &Arc<Shared>, number: StartNumber, span: &SpanContext) -> Self {
         Self {
             shared: shared.clone(),
             number,
@@ -131,9 +178,11 @@ impl ReplaysBeneath {
         }
     }
 
-    /// Returns the replay beneath, unless it is over.
-    pub(super) fn replay(&self) -> Option<&Replay> {
-        self.is_active.then_some(&self.standing.replay)
+    /// Answers that what is opened beneath is replayed, if that is so and asked.
+    pub(super) fn answer(&self) {
+        if self.is_active {
+            handoff::answer_replay(StorageId::new(&self.shared), &self.standing.replay);
+        }
     }
 }
 
@@ -161,7 +210,7 @@ impl StandIn {
         replay: Replay,
         span_name: Cow<'static, str>,
         natural: &SpanContext,
-        number: u64,
+        number: StartNumber,
         observes: bool,
     ) -> Self {
         let decision = identity
@@ -196,8 +245,7 @@ impl StandIn {
     }
 
     pub(super) fn is_recording(&self) -> bool {
-        let answer = || Answer::Replay(self.replay.clone());
-        handoff::answer_replay(StorageId::new(&self.shared), answer);
+        handoff::answer_replay(StorageId::new(&self.shared), &self.replay);
         self.observes
     }
 

@@ -103,7 +103,7 @@ impl Replays {
 
     /// Adds a span; zero if it has no number.
     pub(super) fn add(&self, number: u64, standing: impl FnOnce() -> Standing) {
-        self.open.fetch_add(1, Relaxed);
+        self.open();
         if number != 0 {
             self.by_number.insert(number, standing());
         }
@@ -113,6 +113,15 @@ impl Replays {
         if number != 0 {
             self.by_number.remove(&number);
         }
+        self.close();
+    }
+
+    /// Counts an open span that may still begin a replay, or be beneath one.
+    pub(super) fn open(&self) {
+        self.open.fetch_add(1, Relaxed);
+    }
+
+    pub(super) fn close(&self) {
         self.open.fetch_sub(1, Relaxed);
     }
 
@@ -121,28 +130,5 @@ impl Replays {
             return None;
         }
         self.by_number.get(&number).map(|found| found.clone())
-    }
-}
-
-/// The number of an open span of `tracing` that may be beneath a replay, or begin one. Kept in the span's extensions.
-#[derive(Debug)]
-pub(crate) struct Numbered {
-    pub(crate) number: u64,
-    replays: Arc<Replays>,
-}
-
-impl Numbered {
-    pub(crate) fn new(number: u64, replays: &Arc<Replays>) -> Self {
-        replays.open.fetch_add(1, Relaxed);
-        Self {
-            number,
-            replays: replays.clone(),
-        }
-    }
-}
-
-impl Drop for Numbered {
-    fn drop(&mut self) {
-        self.replays.open.fetch_sub(1, Relaxed);
     }
 }

@@ -8,9 +8,9 @@ use std::time::SystemTime;
 use opentelemetry::trace::{Event, Span, SpanContext, Status};
 use opentelemetry::{KeyValue, TraceId};
 
-use super::handoff::{self, Answer, Mark, StorageId};
+use super::handoff::{self, Mark};
 use super::lost::Lost;
-use super::replay::{self, ReplaysBeneath, StandIn};
+use super::replay::{self, NewWork, ReplaysBeneath, StandIn};
 use crate::caught::caught;
 use crate::context::WorkflowContext;
 use crate::decision::relation::Relation;
@@ -141,8 +141,9 @@ impl<S: Span> Span for WorkflowSpan<S> {
                 if watch.is_some_and(|watch| watch.instance.is_some()) {
                     handoff::answer_tagged();
                 }
-                if let Some(watch) = watch.filter(|watch| watch.memo.is_some()) {
-                    watch.answer_replay();
+                let memo = watch.and_then(|watch| watch.memo.as_ref());
+                if let Some(beneath) = memo.and_then(|memo| memo.replays_beneath.as_ref()) {
+                    beneath.answer();
                 }
                 let observes = watch.is_some_and(|watch| watch.observes);
                 span.is_recording() || (observes && span.span_context().is_valid())
@@ -272,7 +273,7 @@ pub(super) struct Memo {
     /// Set once the span has said that what is opened beneath it is replayed.
     replays_beneath: Option<ReplaysBeneath>,
     /// Set if it was opened inside a replay through the OpenTelemetry API, and is real.
-    is_new_work: bool,
+    new_work: Option<NewWork>,
 }
 
 /// The trace of a live poller.
@@ -343,12 +344,16 @@ impl Watch {
         self.memo().poller = Some(PollerTrace { shared, trace });
     }
 
-    /// Notes what a span has to do with a replay: the number that the layer gave it, and whether it is new work inside one.
-    pub(super) fn note_replay(&mut self, mark: Mark, is_new_work: bool) {
-        if mark.may_be_replayed || is_new_work {
-            let memo = self.memo();
-            (memo.number, memo.is_new_work) = (mark.number, is_new_work);
+    /// Notes the number by which its children in `tracing` find the span, should they be replayed.
+    pub(super) fn note_number(&mut self, mark: Mark) {
+        if mark.may_be_replayed {
+            self.memo().number = mark.number;
         }
+    }
+
+    pub(super) fn set_new_work(&mut self, span: &SpanContext) {
+        let new_work = NewWork::new(&self.shared, span);
+        self.memo().new_work = Some(new_work);
     }
 
     /// Says whether what is opened beneath is replayed from now on. The span itself has started, and stays real.
@@ -364,20 +369,6 @@ impl Watch {
         let memo = self.memo();
         let new = || ReplaysBeneath::new(&shared, memo.number, span);
         memo.replays_beneath.get_or_insert_with(new).set(replaying);
-    }
-
-    #[inline(never)]
-    fn answer_replay(&self) {
-        let Some(memo) = &self.memo else {
-            return;
-        };
-        let replay = (memo.replays_beneath.as_ref()).and_then(ReplaysBeneath::replay);
-        let answer = match (replay, memo.is_new_work) {
-            (Some(replay), _) => Answer::Replay(replay.clone()),
-            (None, true) => Answer::NewWork,
-            (None, false) => return,
-        };
-        handoff::answer_replay(StorageId::new(&self.shared), || answer);
     }
 
     pub(super) fn expect_late_winner(&mut self, late_winner: Option<LateWinner>) {
