@@ -647,6 +647,11 @@ mod tests {
                 info_span!("ordinary")
             };
             assert_eq!(marked(&beneath), 1, "the tagged one alone");
+            let replay = info_span!("replay", workflow.replaying = true).entered();
+            assert_eq!(marked(&|| info_span!("ordinary")), 1, "in a replay");
+            drop(replay);
+            assert!(storage.shared.replays.is_idle());
+            assert_eq!(marked(&|| info_span!("ordinary")), 0, "after it");
         });
     }
 }

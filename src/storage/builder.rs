@@ -180,7 +180,8 @@ impl WorkflowContextStorageBuilder {
         self
     }
 
-    /// Adds a field that says whether a span is a replay, beside `workflow.replaying`.
+    /// Adds a field that says whether a span is a replay, beside `workflow.replaying`. Where the span itself is new, and what
+    /// it runs is a replay, it is [`replay_children_field`](Self::replay_children_field).
     ///
     /// By default, none.
     pub fn replay_field(mut self, name: impl Into<Cow<'static, str>>) -> Self {

@@ -1,6 +1,8 @@
 //! Replayed code exports no span again, and work that it newly schedules joins the recorded trace.
 
+use std::cell::Cell;
 use std::collections::HashMap;
+use std::rc::Rc;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Barrier, Mutex};
 use std::thread;
@@ -738,6 +740,25 @@ fn new_work_through_the_opentelemetry_api_inside_a_replay_keeps_its_children_in_
 }
 
 #[test]
+fn in_tracing_beneath_a_replay_through_the_opentelemetry_api_an_attached_context_exports_nothing() {
+    for_each_layer(WorkflowContextStorage::new, |worker| {
+        let workflow = recorded(worker);
+        let turn = worker.open_via(Via::Api, "replay", replay());
+        turn.inside(|| {
+            worker.within("replayed", UNTAGGED, || {
+                let _attached = context_of(worker).attach();
+                worker.step("replayed", live());
+                worker.step("new", new_work());
+            });
+        });
+        drop(turn);
+        assert_exported(worker, &["new", "workflow"]);
+        assert_child_of(&worker.span("new"), &workflow);
+        assert_eq!(worker.storage.stats().replayed, 3);
+    });
+}
+
+#[test]
 fn spans_that_have_nothing_to_do_with_a_replay_keep_a_parent_that_is_set_by_hand() {
     for_each_layer(WorkflowContextStorage::new, |worker| {
         let workflow = recorded(worker);
@@ -916,6 +937,86 @@ fn what_is_replayed_beneath_a_real_span_stays_so_when_that_ends() {
         assert_nested(&worker.span("nested"), &worker.span("next"));
         assert_eq!(worker.storage.stats().replayed, 2);
     });
+}
+
+// Random programs: trees of spans with flags, contexts attached or set by hand, and flags that flip.
+
+/// Opens random spans inside one whose children are replayed if the cell says so, and notes what must be exported.
+fn grow(
+    worker: &Worker,
+    random: &mut Random,
+    depth: usize,
+    beneath: &Rc<Cell<bool>>,
+    real: &mut Vec<String>,
+    replayed: &mut u64,
+) {
+    for _ in 0..random.below(4) {
+        let flag = match random.below(6) {
+            0 => Some(true),
+            1 => Some(false),
+            _ => None,
+        };
+        let tags = [UNTAGGED, UNTAGGED, live(), Tags::instance("another")][random.below(4)];
+        let tags = flag.map_or(tags, |flag| tags.replaying(flag));
+        let name = format!("{} {}", real.len(), replayed);
+        let by_hand = random.below(4);
+        let attached = (by_hand == 0).then(|| context_of(worker).attach());
+        let span = worker.open(&name, tags);
+        drop(attached);
+        if by_hand == 1 {
+            span.tracing().set_parent(context_of(worker)).unwrap();
+        }
+        let is_replayed = flag.unwrap_or(beneath.get());
+        let own = match flag {
+            None if is_replayed => beneath.clone(),
+            _ => Rc::new(Cell::new(is_replayed)),
+        };
+        match is_replayed {
+            true => *replayed += 1,
+            false => real.push(name),
+        }
+        span.inside(|| {
+            let _attached = (by_hand == 2).then(|| context_of(worker).attach());
+            let is_flagged = declares_flag(&span);
+            for _ in 0..2 {
+                if depth > 0 {
+                    grow(worker, random, depth - 1, &own, real, replayed);
+                }
+                if is_flagged && random.below(3) == 0 {
+                    own.set(random.below(2) == 0);
+                    span.record_replaying(own.get());
+                }
+            }
+        });
+    }
+}
+
+/// Returns `true` if the span declares the flag.
+fn declares_flag(span: &Opened) -> bool {
+    let metadata = span.tracing().metadata().expect("enabled");
+    metadata.fields().field("workflow.replaying").is_some()
+}
+
+#[test]
+fn whatever_is_attached_set_or_recorded_a_span_is_exported_if_and_only_if_its_flags_say_so() {
+    const PROGRAMS: u64 = 300;
+    for seed in 0..PROGRAMS {
+        for_each_layer(WorkflowContextStorage::new, |worker| {
+            labelled(&format!("seed {seed}"), || {
+                recorded(worker);
+                let (mut real, mut replayed) = (vec!["workflow".to_owned()], 0);
+                let outside = Rc::new(Cell::new(false));
+                let mut random = Random::new(seed);
+                grow(worker, &mut random, 4, &outside, &mut real, &mut replayed);
+                real.sort();
+                let real: Vec<_> = real.iter().map(String::as_str).collect();
+                assert_exported(worker, &real);
+                assert_eq!(worker.storage.stats().replayed, replayed);
+                let forest = worker.forest();
+                forest.assert_no_orphans().assert_no_duplicates();
+            });
+        });
+    }
 }
 
 // A real span whose children are replayed.
