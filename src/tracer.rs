@@ -235,17 +235,16 @@ where
         let is_terminal = tag.terminal || events.is_some_and(|e| shared.fields.any_terminal(e));
         let replays_beneath = tag.replaying_children == Some(true);
         let beneath = Beneath::find(shared, mark, parent);
-        let replay = match (tag.replaying, &beneath) {
-            (Some(true), _) => Some((
-                Replay::new(&shared.counters),
-                parent.span().span_context().clone(),
-            )),
-            (None, Some(beneath)) if !beneath.replay.is_over() => {
-                Some((beneath.replay.clone(), beneath.context(parent)))
-            }
-            _ => None,
+        let under = (beneath.as_ref()).filter(|beneath| !beneath.replay.is_over());
+        let replay = match tag.replaying {
+            Some(replaying) => replaying.then(|| Replay::new(&shared.counters)),
+            None => under.map(|beneath| beneath.replay.clone()),
         };
-        if let Some((replay, natural)) = replay {
+        if let Some(replay) = replay {
+            let natural = match under {
+                Some(beneath) => beneath.context(parent),
+                None => parent.span().span_context().clone(),
+            };
             let identity = tag.names().map(Names::to_identity).or(adopted);
             let stand_in = self.stand_in(identity, replay, builder, &natural, mark);
             if let (true, State::StandIn(stand_in)) = (is_terminal, &stand_in.state) {

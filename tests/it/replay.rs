@@ -1105,6 +1105,50 @@ fn the_flag_for_children_counts_through_the_opentelemetry_api_too() {
 }
 
 #[test]
+fn the_flag_for_children_recorded_beside_a_late_id_counts_in_either_order() {
+    for flag_first in [true, false] {
+        for_each_layer(with_children_field, |worker| {
+            let workflow = recorded(worker);
+            let (id, flag) = (Empty, Empty);
+            let invocation = info_span!("invocation", workflow.instance_id = id, is_replay = flag);
+            invocation.in_scope(|| {
+                match flag_first {
+                    true => invocation
+                        .record("is_replay", true)
+                        .record("workflow.instance_id", ID),
+                    false => invocation
+                        .record("workflow.instance_id", ID)
+                        .record("is_replay", true),
+                };
+                worker.step("replayed", UNTAGGED);
+                invocation.record("is_replay", false);
+                worker.step("after", UNTAGGED);
+            });
+            drop(invocation);
+            assert_exported(worker, &["after", "invocation", "workflow"]);
+            assert_child_of(&worker.span("invocation"), &workflow);
+            assert_nested(&worker.span("after"), &worker.span("invocation"));
+        });
+    }
+}
+
+#[test]
+fn a_replay_of_an_unknown_instance_beneath_an_attached_context_stands_for_the_replay_around_it() {
+    for_each_layer(WorkflowContextStorage::new, |worker| {
+        let workflow = recorded(worker);
+        worker.within("replay", replay(), || {
+            let request = Context::new().with_remote_span_context(remote(0xf0, 0xf1));
+            let _attached = request.attach();
+            worker.within("unknown", Tags::instance("unknown").replaying(true), || {
+                worker.step("new", new_work());
+            });
+        });
+        assert_exported(worker, &["new", "workflow"]);
+        assert_child_of(&worker.span("new"), &workflow);
+    });
+}
+
+#[test]
 fn on_any_thread_children_of_a_real_span_are_replayed_as_its_flag_says() {
     for_each_layer(with_children_field, |worker| {
         let id = ID;
