@@ -1175,6 +1175,32 @@ fn on_any_thread_children_of_a_real_span_are_replayed_as_its_flag_says() {
 }
 
 #[test]
+fn a_span_that_is_not_sampled_tells_of_its_children_all_the_same() {
+    for via in LAYERS {
+        for field in ["is_replay", "workflow.replaying"] {
+            labelled(&format!("{field}, spans made via {via:?}"), || {
+                let sampler = Switch::default();
+                let worker = Worker::via_with_sampler(via, with_children_field(), sampler.clone());
+                worker.run(|| {
+                    let (own, children) = (false, true);
+                    let turn = info_span!("turn", workflow.replaying = own, is_replay = children);
+                    turn.in_scope(|| {
+                        sampler.set(true);
+                        worker.step("replayed", UNTAGGED);
+                        turn.record(field, false);
+                        worker.step("after", UNTAGGED);
+                        turn.record(field, true);
+                        worker.step("replayed", UNTAGGED);
+                    });
+                });
+                assert_exported(&worker, &["after"]);
+                assert_eq!(worker.storage.stats().replayed, 2);
+            });
+        }
+    }
+}
+
+#[test]
 fn inside_a_replay_a_span_with_the_flag_for_children_is_replayed_itself() {
     for_each_layer(with_children_field, |worker| {
         recorded(worker);
