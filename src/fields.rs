@@ -58,6 +58,7 @@ impl Fields {
             (names.run_ids, Meaning::RunId),
             (names.parent_instance_ids, Meaning::ParentInstanceId),
             (names.replaying, Meaning::Replaying),
+            (names.replaying_children, Meaning::ReplayingChildren),
             (names.statuses, Meaning::Status),
         ];
         for (names, meaning) in others {
@@ -238,6 +239,8 @@ pub(crate) struct Tag<'a> {
     pub(crate) run_id: Option<Cow<'a, str>>,
     pub(crate) parent_instance_id: Option<Cow<'a, str>>,
     pub(crate) replaying: Option<bool>,
+    /// The span is real, and what it opens is replayed.
+    pub(crate) replaying_children: Option<bool>,
     pub(crate) terminal: bool,
     /// An id longer than [`MAX_INSTANCE_ID_BYTES`](crate::MAX_INSTANCE_ID_BYTES), which is ignored.
     pub(crate) oversized: Option<Cow<'a, str>>,
@@ -267,6 +270,9 @@ impl<'a> Tag<'a> {
     fn take(&mut self, meaning: Meaning, value: &'a Value) {
         match meaning {
             Meaning::Replaying => self.replaying = truth(value).or(self.replaying),
+            Meaning::ReplayingChildren => {
+                self.replaying_children = truth(value).or(self.replaying_children);
+            }
             Meaning::Status => self.terminal |= is_terminal(value),
             Meaning::InstanceId { rank } => {
                 let Some(id) = self.id(value) else {

@@ -104,7 +104,8 @@ where
 
     #[inline]
     fn on_new_span(&self, attrs: &span::Attributes<'_>, id: &span::Id, ctx: Context<'_, S>) {
-        if self.pending_spans.is_idle() && self.callsites.are_ordinary(attrs.metadata()) {
+        let is_idle = self.pending_spans.is_idle() && self.shared.replays.is_idle();
+        if is_idle && self.callsites.are_ordinary(attrs.metadata()) {
             self.inner.on_new_span(attrs, id, ctx);
         } else {
             self.new_span(attrs, id, ctx);

@@ -70,7 +70,7 @@
 //! | `workflow.instance_id` | a span | its instance; of several such fields the first in the order of [`instance_id_fields`](WorkflowContextStorageBuilder::instance_id_fields) counts |
 //! | `workflow.run_id` | a span | the run of that instance, for engines that use an id again: each run has a trace of its own |
 //! | `workflow.parent_instance_id` | the first span of an instance | the instance that started it, whose trace it continues |
-//! | `workflow.replaying` | a span | `true`: the code has run before, and nothing is exported |
+//! | `workflow.replaying` | a span | `true`: the code has run before, and nothing is exported. As the span starts; if it is recorded after the start, for what opens beneath |
 //! | `workflow.status` | a span or an event in it | `completed`, `success`, `failed`, `failure`, `error`, `terminated`, `canceled`, `cancelled`, `cancellation`, `timed_out` or `timeout`, in any letter case, alone or as in `Failed { .. }` and `Failed(..)`: the instance is complete |
 //! | `workflow.resumed` | written | on the first span in this process whose context another process recorded, and on a resumed agent's |
 //! | `workflow.resumed_after` | written | beside it, the seconds since that recording |
@@ -102,7 +102,18 @@
 //!   a span, before any child, sends the outer context; and a context attached by hand there is beneath the span
 //!   once that starts. The child that starts it sees what was attached, such as baggage. Ordinary spans are never held.
 //! - **Only the orchestrator's span has `workflow.replaying`**: spans within it without the field count as replayed until
-//!   it records `false`. If the engine's flag flips in the middle of a turn, set it on each span.
+//!   it records `false`, also beneath a context that is attached by hand, or set by `set_parent`. If the engine's flag flips
+//!   in the middle of a turn, set it on each span. Spans of the OpenTelemetry API are judged by their parent there alone.
+//! - **`workflow.replaying` is recorded in the body**: it counts from then on. A span that is held for its id and declares
+//!   the flag as `Empty` waits for both, in either order. One that has started stays real, whatever it records, and `true`
+//!   concerns what opens beneath, until `false`.
+//! - **The engine runs code again in a span of its own that is new**: name its flag in
+//!   [`replay_children_field`](WorkflowContextStorageBuilder::replay_children_field). That span is exported, and what opens
+//!   beneath it is not as long as the flag is `true`.
+//! - **A replayed span tells an event**: it is dropped and counted in [`replayed_events`](Stats::replayed_events). After the
+//!   replay is over, a warning or an error becomes an event of the next real span beneath, with its own time: at most 16
+//!   wait for that, and what is left at the end of the replayed spans is counted too. So are events of the OpenTelemetry API,
+//!   which have no level.
 //! - **Two threads open the first span of an instance at once**: the first one recorded wins, the other is linked to it.
 //! - **An id is used again**: within the grace after its end it is the finished instance, unless its spans have a
 //!   `workflow.run_id`; `explain` shows "joined after its end".

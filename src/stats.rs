@@ -35,7 +35,7 @@ pub struct Stats {
     pub conflicts: u64,
     /// Spans that were not exported because they are replays.
     pub replayed: u64,
-    /// Events dropped together with a replayed span.
+    /// Events dropped together with a replayed span, those included that no real span has taken after the replay.
     pub replayed_events: u64,
     /// Spans whose start was deferred until their instance was known.
     pub deferred: u64,

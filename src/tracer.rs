@@ -5,9 +5,11 @@ pub(crate) mod held_parents;
 pub(crate) mod layers;
 pub(crate) mod live_ids;
 mod lost;
+mod mark;
 mod provider;
 mod recording;
-mod replay;
+pub(crate) mod replay;
+pub(crate) mod replays;
 pub(crate) mod shared_traces;
 mod span;
 
@@ -19,17 +21,19 @@ use std::time::{Duration, Instant, SystemTime};
 
 use opentelemetry::baggage::{BaggageExt as _, KeyValueMetadata};
 use opentelemetry::trace::{
-    Link, Span as _, SpanBuilder, SpanContext, TraceContextExt as _, TraceFlags, TraceState, Tracer,
+    Link, Span as _, SpanBuilder, SpanContext, TraceContextExt as _, Tracer,
 };
-use opentelemetry::{Context, KeyValue, SpanId, TraceId};
+use opentelemetry::{Context, KeyValue};
 
 pub use self::provider::WorkflowTracerProvider;
 pub use self::span::WorkflowSpan;
 
-use self::handoff::{Adoption, Mark, StartNumber, StorageId};
+use self::handoff::{Adoption, Mark, StorageId};
 use self::lost::Lost;
+use self::mark::{is_marked, mark, take_mark};
 use self::recording::Recording;
-use self::replay::{Replay, StandIn};
+use self::replay::{Beneath, StandIn};
+use self::replays::Replay;
 use self::span::{Memo, State, Unnamed, Watch, link_unless_in_trace, relation_attribute};
 use crate::cache::Key;
 use crate::cache::entry::Entry;
@@ -71,54 +75,6 @@ enum Origin {
     Layer,
     /// The OpenTelemetry API: any span may matter.
     Api,
-}
-
-/// Marks a builder by an empty list of links, which costs nothing, so that `build_with_context` reads its attributes.
-/// Reading those of each ordinary span would cost more than all else that this crate does to it. A mark that is not plain
-/// goes along in the list, as the trace id of a link without a span.
-#[inline]
-fn mark_builder(builder: &mut SpanBuilder, mark: Mark) {
-    let links = builder.links.get_or_insert_default();
-    if mark != Mark::PLAIN {
-        links.reserve(2);
-        links.insert(0, link_with(mark));
-    }
-}
-
-#[inline(never)]
-fn link_with(mark: Mark) -> Link {
-    let trace = TraceId::from(u128::from(mark.bits()));
-    let (flags, state) = (TraceFlags::NOT_SAMPLED, TraceState::NONE);
-    Link::with_context(SpanContext::new(
-        trace,
-        SpanId::INVALID,
-        flags,
-        false,
-        state,
-    ))
-}
-
-/// Takes the mark out of a marked builder.
-#[inline]
-fn take_mark(builder: &mut SpanBuilder) -> Mark {
-    let Some(links) = builder.links.as_mut() else {
-        return Mark::PLAIN;
-    };
-    match links.first().map(|link| &link.span_context) {
-        Some(first) if first.span_id() == SpanId::INVALID => {
-            let bits = u128::from_be_bytes(first.trace_id().to_bytes()) as u64;
-            links.remove(0);
-            Mark::from_bits(bits)
-        }
-        _ => Mark::PLAIN,
-    }
-}
-
-/// Returns `true` also for an ordinary span with several links, which only costs a little. For one link
-/// tracing-opentelemetry 0.34 allocates a list of just that capacity, to which the empty list of a mark never grows.
-#[inline]
-fn is_marked(builder: &SpanBuilder) -> bool {
-    (builder.links.as_ref()).is_some_and(|links| links.capacity() != 1)
 }
 
 impl<T> WorkflowTracer<T> {
@@ -163,7 +119,7 @@ where
         } else if self.shared.stand_ins.is_empty() {
             self.build_ordinary(builder, parent)
         } else {
-            self.build_beneath_replay(builder, parent)
+            self.build_beneath_replay(builder, parent, Mark::NONE)
         }
     }
 }
@@ -191,7 +147,7 @@ where
         // The parent has started by now: a span opened while the fields are formatted must not be adopted.
         handoff::end_adoption();
         let mut builder = self.inner.span_builder(name);
-        mark_builder(&mut builder, handoff::mark());
+        mark(&mut builder, handoff::mark());
         builder
     }
 
@@ -205,12 +161,21 @@ where
     #[inline(never)]
     fn build_beneath_replay(
         &self,
-        builder: SpanBuilder,
+        mut builder: SpanBuilder,
         parent: &Context,
+        mark: Mark,
     ) -> WorkflowSpan<T::Span> {
-        match Replay::beneath(&self.shared, parent) {
-            Some(replay) if !replay.is_over() => self.stand_in(None, replay, builder, parent),
-            Some(_) | None => self.build_ordinary(builder, &past_stand_in(parent)),
+        match Beneath::find(&self.shared, mark, parent) {
+            Some(beneath) if !beneath.replay.is_over() => {
+                let natural = beneath.context(parent);
+                self.stand_in(None, beneath.replay, builder, &natural, mark)
+            }
+            beneath => {
+                if let Some(beneath) = beneath {
+                    beneath.replay.give_events(&mut builder.events);
+                }
+                self.build_ordinary(builder, &past_stand_in(parent))
+            }
         }
     }
 
@@ -220,18 +185,21 @@ where
         tests::MARKED.set(tests::MARKED.get() + 1);
         let shared = &self.shared;
         let mark = take_mark(&mut builder);
-        let number = mark.number();
+        if mark.is_ordinary {
+            return self.build_beneath_replay(builder, parent, mark);
+        }
         let adopted = match self.origin {
             Origin::Layer => handoff::take_adoption(StorageId::new(shared)),
             Origin::Api => None,
         };
-        let beneath_held = match (number, self.origin) {
-            (0, Origin::Layer) => None,
-            (0, Origin::Api) => self.start_held(&builder, parent),
-            _ => self.start_numbered(number, parent),
+        let beneath_held = match self.origin {
+            Origin::Layer if mark.may_be_held => self.start_noted(mark, parent),
+            Origin::Layer => None,
+            Origin::Api => self.start_held(&builder, parent),
         };
         let parent = beneath_held.as_ref().unwrap_or(parent);
         let is_special = adopted.is_some()
+            || mark.may_be_replayed
             || builder.events.is_some()
             || !shared.stand_ins.is_empty()
             || parent.is_telemetry_suppressed();
@@ -244,22 +212,22 @@ where
                 let decision = self.place(key, None, parent, Moment::Start);
                 self.diagnose(&decision, parent);
                 let mut plan = self.plan(key, rank, names, None);
-                plan.awaits = mark.awaits();
+                plan.awaits = mark.awaits;
                 plan.recording = self.recording(&builder, key, &decision);
                 self.start(builder, parent, &decision, plan)
             }
-            None => self.build_special(builder, parent, adopted, mark.awaits()),
+            None => self.build_special(builder, parent, adopted, mark),
         }
     }
 
     /// Notes the start of a span that may be held, unless the layer starts it. Returns the context beneath its parent if that
     /// was held when the span was created.
     #[inline(never)]
-    fn start_numbered(&self, number: StartNumber, given: &Context) -> Option<Context> {
+    fn start_noted(&self, mark: Mark, given: &Context) -> Option<Context> {
         if !handoff::is_starting() {
-            self.shared.started.add(number);
+            self.shared.started.add(mark.number);
         }
-        self.shared.held_parents.beneath(number, given)
+        self.shared.held_parents.beneath(mark.number, given)
     }
 
     /// Starts the held spans of this thread, outermost first, for a span of the OpenTelemetry API that opens inside them,
@@ -304,10 +272,10 @@ where
     #[inline(never)]
     fn build_special(
         &self,
-        builder: SpanBuilder,
+        mut builder: SpanBuilder,
         parent: &Context,
         adopted: Option<Adoption>,
-        awaits: bool,
+        mark: Mark,
     ) -> WorkflowSpan<T::Span> {
         let shared = &self.shared;
         if parent.is_telemetry_suppressed() {
@@ -318,24 +286,32 @@ where
         let adopted = adopted.map(|offer| offer.identity);
         let events = builder.events.as_deref();
         let is_terminal = tag.terminal || events.is_some_and(|e| shared.fields.any_terminal(e));
-        let beneath = Replay::beneath(shared, parent);
-        let is_after_replay = beneath.is_some();
+        let replays_beneath = tag.replaying_children == Some(true);
+        let beneath = Beneath::find(shared, mark, parent);
+        let under = (beneath.as_ref()).filter(|beneath| !beneath.replay.is_over());
         let replay = match tag.replaying {
-            Some(replaying) => replaying.then(Replay::default),
-            None => beneath.filter(|replay| !replay.is_over()),
+            Some(replaying) => replaying.then(|| Replay::new(&shared.counters)),
+            None => under.map(|beneath| beneath.replay.clone()),
         };
         if let Some(replay) = replay {
+            let natural = match under {
+                Some(beneath) => beneath.context(parent),
+                None => parent.span().span_context().clone(),
+            };
             let identity = tag.names().map(Names::to_identity).or(adopted);
-            let stand_in = self.stand_in(identity, replay, builder, parent);
+            let stand_in = self.stand_in(identity, replay, builder, &natural, mark);
             if let (true, State::StandIn(stand_in)) = (is_terminal, &stand_in.state) {
                 stand_in.complete();
             }
             return stand_in;
         }
-        let moment = match is_after_replay {
-            true => Moment::StartAfterReplay,
-            false => Moment::Start,
+        let moment = match &beneath {
+            Some(beneath) if beneath.is_by_parent() => Moment::StartAfterReplay,
+            _ => Moment::Start,
         };
+        // A span that the layer makes is found by its children in `tracing`.
+        let is_new_work = self.origin == Origin::Api
+            && (beneath.is_some() || replay::is_new_work(shared, parent));
         let parent = match shared.stand_ins.is_empty() {
             true => Cow::Borrowed(parent),
             false => past_stand_in(parent),
@@ -352,10 +328,13 @@ where
                 is_terminal,
             })
         });
-        match own.or(adopted.as_ref().map(Identity::names)) {
+        if let Some(beneath) = beneath {
+            beneath.replay.give_events(&mut builder.events);
+        }
+        let mut started = match own.or(adopted.as_ref().map(Identity::names)) {
             None => {
                 let is_poller = shared.fields.is_poller(&builder);
-                let watch = self.watch(None, Some(Memo::new(None, unnamed)), awaits);
+                let watch = self.watch(None, Some(Memo::new(None, unnamed)), mark.awaits);
                 let build = || self.inner.build_with_context(builder, parent);
                 let lose = || Lost::new(shared, parent);
                 let mut started = WorkflowSpan::start(Some(watch), build, lose);
@@ -371,11 +350,19 @@ where
                     self.diagnose(&decision, parent);
                 }
                 let mut plan = self.plan(key, tag.rank(), names, unnamed);
-                (plan.awaits, plan.is_terminal) = (awaits, is_terminal);
+                (plan.awaits, plan.is_terminal) = (mark.awaits, is_terminal);
                 plan.recording = self.recording(&builder, key, &decision);
                 self.start(builder, parent, &decision, plan)
             }
+        };
+        if let Some((span, watch)) = started.watched() {
+            watch.note_number(mark);
+            if is_new_work {
+                watch.set_new_work(span.span_context());
+            }
+            watch.replay_beneath(span.span_context(), replays_beneath);
         }
+        started
     }
 
     /// Looks the instance up and decides where the span starts.
@@ -581,7 +568,8 @@ where
         identity: Option<Identity>,
         replay: Replay,
         builder: SpanBuilder,
-        parent: &Context,
+        natural: &SpanContext,
+        mark: Mark,
     ) -> WorkflowSpan<T::Span> {
         let observes = self.origin == Origin::Layer;
         let stand_in = StandIn::new(
@@ -589,7 +577,8 @@ where
             identity,
             replay,
             builder.name,
-            parent,
+            natural,
+            mark.number,
             observes,
         );
         stand_in.drop_events(builder.events.map_or(0, |events| events.len()));
@@ -721,6 +710,11 @@ mod tests {
                 info_span!("ordinary")
             };
             assert_eq!(marked(&beneath), 1, "the tagged one alone");
+            let replay = info_span!("replay", workflow.replaying = true).entered();
+            assert_eq!(marked(&|| info_span!("ordinary")), 1, "in a replay");
+            drop(replay);
+            assert!(storage.shared.replays.is_idle());
+            assert_eq!(marked(&|| info_span!("ordinary")), 0, "after it");
         });
     }
 }

@@ -29,7 +29,7 @@ pub(crate) struct Callsite {
 /// A lossy cache of callsites: each in the slot to which its address hashes. One whose slot is taken is read each time.
 #[derive(Debug)]
 pub(crate) struct Callsites {
-    /// The address and, below it, a [`Callsite`] in seven bits: no machine has addresses of more than 57.
+    /// The address and, below it, a [`Callsite`] in eight bits: no machine has addresses of more than 56 for programs.
     slots: Box<[AtomicU64; Self::SLOTS]>,
 }
 

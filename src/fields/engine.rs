@@ -9,8 +9,8 @@
 /// | `Restate` | | | | `restate_sdk_endpoint_handle` |
 /// | `Temporal` | `temporalWorkflowID` | `temporalRunID` | | `RunWorkflow` |
 ///
-/// None has a replay field: an engine that reports a replay at all goes on to new work in the same span. None reads a
-/// common word, which spans that are not the engine's may use too.
+/// None has a replay field: an engine that reports a replay at all goes on to new work in the same span, and none is sure to
+/// say so there. None reads a common word, which spans that are not the engine's may use too.
 /// The reserved fields of this crate keep their meaning beside them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -55,8 +55,10 @@ impl Engine {
                 span: None,
             },
             // restate-sdk 0.13.0, src/endpoint/mod.rs:595: one span around each attempt. Its
-            // `restate.sdk.is_replaying` is no replay field: the attempt that begins with a replay goes on to
-            // do new work, and src/endpoint/context.rs:69 records the flag on whatever span is current.
+            // `restate.sdk.is_replaying` is no replay field, since the attempt that begins with a replay goes on to do
+            // new work. Nor does it tell of the children: src/endpoint/context.rs:69 records the flag on whatever span is
+            // current. That may be the user's, which does not declare the field, and then the engine's span would never
+            // see `false`, and real spans be lost.
             Self::Restate => Preset {
                 instance_id: None,
                 run_id: None,

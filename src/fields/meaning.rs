@@ -9,6 +9,7 @@ pub(super) enum Meaning {
     RunId,
     ParentInstanceId,
     Replaying,
+    ReplayingChildren,
     Status,
 }
 
@@ -71,10 +72,11 @@ impl ReservedFields {
     const RUN_ID: Self = Self(2);
     const PARENT_INSTANCE_ID: Self = Self(4);
     const REPLAYING: Self = Self(8);
-    const STATUS: Self = Self(16);
+    const REPLAYING_CHILDREN: Self = Self(16);
+    const STATUS: Self = Self(32);
 
     /// The number of bits of a set.
-    pub(crate) const BITS: u32 = 5;
+    pub(crate) const BITS: u32 = 6;
 
     #[inline]
     pub(super) fn from_meaning(meaning: Option<Meaning>) -> Self {
@@ -83,6 +85,7 @@ impl ReservedFields {
             Some(Meaning::RunId) => Self::RUN_ID,
             Some(Meaning::ParentInstanceId) => Self::PARENT_INSTANCE_ID,
             Some(Meaning::Replaying) => Self::REPLAYING,
+            Some(Meaning::ReplayingChildren) => Self::REPLAYING_CHILDREN,
             Some(Meaning::Status) => Self::STATUS,
             None => Self::NONE,
         }
@@ -93,10 +96,16 @@ impl ReservedFields {
         self.0 & Self::INSTANCE_ID.0 != 0
     }
 
-    /// Returns those that a span may be held for.
+    /// Returns `true` if one says whether the span, or what is beneath it, is a replay.
     #[inline]
-    pub(crate) fn ids(self) -> Self {
-        Self(self.0 & (Self::INSTANCE_ID.0 | Self::RUN_ID.0 | Self::PARENT_INSTANCE_ID.0))
+    pub(crate) fn has_replay(self) -> bool {
+        self.0 & (Self::REPLAYING.0 | Self::REPLAYING_CHILDREN.0) != 0
+    }
+
+    /// Returns those for which a span is held that waits for its id.
+    #[inline]
+    pub(crate) fn to_wait_for(self) -> Self {
+        self.without(Self::STATUS)
     }
 
     #[inline]

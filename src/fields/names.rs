@@ -24,6 +24,7 @@ const RUN_ID_FIELDS: &str = "run_id_fields";
 const PARENT_INSTANCE_ID_FIELDS: &str = "parent_instance_id_fields";
 const STATUS_FIELDS: &str = "status_fields";
 const REPLAY_FIELD: &str = "replay_field";
+const REPLAY_CHILDREN_FIELD: &str = "replay_children_field";
 
 /// The names that are given in the builder.
 #[derive(Clone, Debug)]
@@ -34,6 +35,7 @@ pub(crate) struct FieldNames {
     pub(crate) parent_instance_ids: Vec<Cow<'static, str>>,
     pub(crate) statuses: Vec<Cow<'static, str>>,
     pub(crate) replaying: Vec<Cow<'static, str>>,
+    pub(crate) replaying_children: Vec<Cow<'static, str>>,
 }
 
 impl Default for FieldNames {
@@ -44,6 +46,7 @@ impl Default for FieldNames {
             parent_instance_ids: vec![PARENT_INSTANCE_ID.into()],
             statuses: vec![STATUS.into()],
             replaying: vec![REPLAYING.into()],
+            replaying_children: Vec::new(),
         }
     }
 }
@@ -70,6 +73,7 @@ impl FieldNames {
             (PARENT_INSTANCE_ID_FIELDS, &self.parent_instance_ids),
             (STATUS_FIELDS, &self.statuses),
             (REPLAY_FIELD, &self.replaying),
+            (REPLAY_CHILDREN_FIELD, &self.replaying_children),
         ];
         for (setting, names) in settings {
             for name in names {

@@ -104,13 +104,13 @@ pub(super) struct HasValue<'a> {
 
 impl Visit for HasValue<'_> {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        let id = ReservedFields::from_meaning(self.meanings.get(field.name())).ids();
-        if id != ReservedFields::NONE {
+        let field = ReservedFields::from_meaning(self.meanings.get(field.name())).to_wait_for();
+        if field != ReservedFields::NONE {
             let mut beginning = Beginning::default();
             // Fails, and so stops formatting, as soon as that is known.
             let _ = write!(beginning, "{value:?}");
             if !beginning.is_empty() {
-                self.found = self.found.with(id);
+                self.found = self.found.with(field);
             }
         }
     }

@@ -21,6 +21,7 @@ use crate::fields::ReservedFields;
 use crate::fields::callsite::{Callsite, Role};
 use crate::fields::identity::Identity;
 use crate::tracer::handoff::{self, Adoption, HeldSpan, Mark, StartNumber, StorageId};
+use crate::tracer::replay::Numbered;
 use crate::tracer::with_baggage_of;
 
 impl<S, T> WorkflowContextLayer<S, T>
@@ -43,15 +44,18 @@ where
             _ => self.shared.fields.awaits(declares, attrs),
         };
         let may_be_held = awaits.has_id() || role == Role::Engine;
+        let is_replayed = declares.has_replay() || !self.shared.replays.is_idle();
         let is_plain = role == Role::Tagged && attrs.is_contextual() && !handoff::is_any_held();
-        if is_plain && awaits == ReservedFields::NONE && self.activation.is_on() {
+        if is_plain && awaits == ReservedFields::NONE && !is_replayed && self.activation.is_on() {
             let create = || self.inner.on_new_span(attrs, id, ctx);
-            return handoff::marking(Mark::PLAIN, create);
+            return handoff::marking(Mark::NONE, create);
         }
-        let number = match may_be_held {
-            true => handoff::next_number(),
-            false => 0,
+        let mark = Mark {
+            awaits: role != Role::Ordinary
+                && (awaits != ReservedFields::NONE || declares.has_replay()),
+            ..self.mark(role, may_be_held, declares.has_replay(), attrs, &ctx)
         };
+        let number = mark.number;
         let identity = || self.shared.fields.identify(|visitor| attrs.record(visitor));
         let may_wait = may_be_held && (awaits.has_id() || identity().is_none());
         let is_inside_held = may_wait && self.note_held_parent(attrs, number, &ctx);
@@ -61,10 +65,8 @@ where
         let created = as_root.as_ref().unwrap_or(attrs);
         let create = || self.inner.on_new_span(created, id, ctx.clone());
         let create = || match role {
-            Role::Ordinary => create(),
-            Role::Tagged | Role::Poller | Role::Engine => {
-                handoff::marking(Mark::new(number, awaits != ReservedFields::NONE), create)
-            }
+            Role::Ordinary if number == 0 => create(),
+            _ => handoff::marking(mark, create),
         };
         match attrs.parent() {
             // The parent is held on another thread, or was not entered at all: creating a child starts it.
@@ -97,17 +99,69 @@ where
             }
             None => create(),
         }
+        if mark.may_be_replayed {
+            if let Some(span) = ctx.span(id) {
+                let numbered = Numbered::new(&self.shared, number);
+                span.extensions_mut().replace(numbered);
+            }
+        }
         let awaits_what = match role {
-            Role::Ordinary | Role::Poller => return,
-            Role::Tagged | Role::Engine if may_wait => Awaits::Identity(awaits.ids()),
-            Role::Tagged | Role::Engine if self.activation.is_on() => return,
-            Role::Tagged | Role::Engine => Awaits::Nothing,
+            Role::Ordinary | Role::Poller if !mark.may_be_replayed => return,
+            Role::Tagged | Role::Engine if may_wait => Awaits::Identity(awaits.to_wait_for()),
+            _ if self.activation.is_on() => return,
+            // To be replayed or not is decided when it is entered, with activation or without.
+            _ => Awaits::Nothing,
         };
         if let Some(span) = ctx.span(id) {
             span.extensions_mut()
                 .replace(Pending::new(awaits_what, number));
             self.pending_spans.add(id);
         }
+    }
+
+    /// Returns what the builder of a new span carries: a number if it may be held, be beneath a replay, or begin one.
+    #[inline]
+    fn mark(
+        &self,
+        role: Role,
+        may_be_held: bool,
+        declares_replay: bool,
+        attrs: &span::Attributes<'_>,
+        ctx: &Context<'_, S>,
+    ) -> Mark {
+        let (beneath, may_be_beneath) = match self.shared.replays.is_idle() {
+            true => (0, false),
+            false => {
+                let beneath = Self::number_of_parent(attrs, ctx);
+                (beneath, beneath != 0 || !self.shared.stand_ins.is_empty())
+            }
+        };
+        let may_be_replayed = declares_replay || may_be_beneath;
+        if !may_be_held && !may_be_replayed {
+            return Mark::NONE;
+        }
+        Mark {
+            number: handoff::next_number(),
+            beneath,
+            may_be_held,
+            may_be_replayed,
+            is_ordinary: role == Role::Ordinary,
+            awaits: false,
+        }
+    }
+
+    #[inline(never)]
+    fn number_of_parent(attrs: &span::Attributes<'_>, ctx: &Context<'_, S>) -> StartNumber {
+        let parent = match attrs.parent() {
+            Some(parent) => ctx.span(parent),
+            None if attrs.is_contextual() => ctx.lookup_current(),
+            None => None,
+        };
+        let number = parent.and_then(|parent| {
+            let extensions = parent.extensions();
+            extensions.get::<Numbered>().map(|found| found.number)
+        });
+        number.unwrap_or(0)
     }
 
     /// Enters a span that may be pending, or is inside a held span.

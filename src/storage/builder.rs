@@ -36,6 +36,7 @@ const COMPLETED_GRACE: Duration = Duration::from_secs(5 * 60);
 /// | [`parent_instance_id_fields`](Self::parent_instance_id_fields) | `workflow.parent_instance_id` |
 /// | [`status_fields`](Self::status_fields) | `workflow.status` |
 /// | [`replay_field`](Self::replay_field) | `workflow.replaying` |
+/// | [`replay_children_field`](Self::replay_children_field) | none |
 /// | [`engine`](Self::engine) | none |
 /// | [`adopt_spans`](Self::adopt_spans) | none |
 /// | [`poller_spans`](Self::poller_spans) | none |
@@ -184,11 +185,23 @@ impl WorkflowContextStorageBuilder {
         self
     }
 
-    /// Adds a field that says whether a span is a replay, beside `workflow.replaying`.
+    /// Adds a field that says whether a span is a replay, beside `workflow.replaying`. Where the span itself is new, and what
+    /// it runs is a replay, it is [`replay_children_field`](Self::replay_children_field).
     ///
     /// By default, none.
     pub fn replay_field(mut self, name: impl Into<Cow<'static, str>>) -> Self {
         self.names.replaying.push(name.into());
+        self
+    }
+
+    /// Adds a field that says whether what opens beneath a span is a replay, while the span itself is real: for engines that
+    /// run the code again inside a new span, and tell on that span when it has caught up. As long as the field is `true`,
+    /// from the creation of the span or by `record`, nothing that opens beneath is exported; from `false` on all is.
+    ///
+    /// Its name must be one that is always recorded on the same span: where the `false` is missed, real spans are lost. By
+    /// default, none. May be called several times.
+    pub fn replay_children_field(mut self, name: impl Into<Cow<'static, str>>) -> Self {
+        self.names.replaying_children.push(name.into());
         self
     }
 
@@ -391,6 +404,8 @@ impl WorkflowContextStorageBuilder {
                 tier: Tier::new(cache, remote.transpose()?),
                 counters: Arc::default(),
                 stand_ins: Default::default(),
+                replays: Default::default(),
+                new_work: Default::default(),
                 poller_traces: Default::default(),
                 started: Default::default(),
                 held_parents: Default::default(),

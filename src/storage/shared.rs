@@ -27,6 +27,7 @@ use crate::tracer::handoff::StartNumber;
 use crate::tracer::held_parents::HeldParents;
 use crate::tracer::layers::Layers;
 use crate::tracer::live_ids::LiveIds;
+use crate::tracer::replays::Replays;
 use crate::tracer::shared_traces::SharedTraces;
 use crate::warnings::Warnings;
 
@@ -37,7 +38,11 @@ pub(crate) struct Shared {
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) tier: Tier,
     pub(crate) counters: Arc<Counters>,
+    /// The span ids of stand-ins, and of real spans beneath which code is replayed.
     pub(crate) stand_ins: LiveIds<SpanId>,
+    pub(crate) replays: Replays,
+    /// The span ids of real spans that were opened inside a replay through the OpenTelemetry API.
+    pub(crate) new_work: LiveIds<SpanId>,
     pub(crate) poller_traces: LiveIds<TraceId>,
     /// The open spans that may be held and were started without the layer, by `Span::context()`.
     pub(crate) started: LiveIds<StartNumber>,

@@ -11,7 +11,7 @@
 //! | `FLOOR` | layer, while it starts a span | layer | one start |
 //! | `STARTS` | layer, while it starts a span | tracer, `build_with_context` | one start |
 //! | `TIMES` | layer, `on_close` of a span that was held | span, `set_attribute` and `end` | one close |
-//! | `ASKING`, `ANSWER` | tracer, `build_with_context` | stand-in, `is_recording` | one question |
+//! | `ASKING`, `ANSWER` | tracer, `build_with_context` | the parent, `is_recording` | one question |
 //! | `IS_TAGGED` | a tagged span, `is_recording` | tracer, for a first span | one question |
 //! | `MUST_NOT_ASK` | span, `end` | tracer | one export |
 //! | `HAS_PANICKED` | ordinary span, `end` | layer, `on_close` | one close |
@@ -20,12 +20,13 @@
 
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, SystemTime};
 
 use opentelemetry::{KeyValue, Value};
 use tracing::span;
 
+use super::replays::Replay;
 use crate::fields::identity::Identity;
 use crate::scoped;
 
@@ -49,12 +50,9 @@ pub(crate) struct HeldSpan {
     pub(crate) is_heard: bool,
 }
 
-/// The flag of a stand-in that says whether its replay is over.
-pub(crate) type ReplayFlag = Arc<AtomicBool>;
-
 thread_local! {
     static IS_MARKING: Cell<bool> = const { Cell::new(false) };
-    static MARK: Cell<Mark> = const { Cell::new(Mark::PLAIN) };
+    static MARK: Cell<Mark> = const { Cell::new(Mark::NONE) };
     static ADOPTS: Cell<bool> = const { Cell::new(false) };
     static ADOPTION: RefCell<Option<Adoption>> = const { RefCell::new(None) };
     /// Outermost first, of all layers.
@@ -66,7 +64,7 @@ thread_local! {
     static STARTS: Cell<bool> = const { Cell::new(false) };
     static TIMES: Cell<Option<HeldTimes>> = const { Cell::new(None) };
     static ASKING: Cell<Option<StorageId>> = const { Cell::new(None) };
-    static ANSWER: RefCell<Option<ReplayFlag>> = const { RefCell::new(None) };
+    static ANSWER: RefCell<Option<Replay>> = const { RefCell::new(None) };
     static IS_TAGGED: Cell<bool> = const { Cell::new(false) };
     static MUST_NOT_ASK: Cell<bool> = const { Cell::new(false) };
     static HAS_PANICKED: Cell<bool> = const { Cell::new(false) };
@@ -74,38 +72,32 @@ thread_local! {
 
 // Marking: the layer looks at each span's callsite, and marks the builders of those that matter.
 
-/// The word that goes along with a marked builder: the number of a span that may be held, and whether a reserved field may still be
-/// recorded on it.
+/// The knowledge that the layer has of a new span, and that its builder carries until it starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Mark(u64);
+pub(crate) struct Mark {
+    /// Zero if it has none.
+    pub(crate) number: StartNumber,
+    /// The number of its parent in `tracing`; zero if that has none.
+    pub(crate) beneath: StartNumber,
+    /// Its start is to be noted.
+    pub(crate) may_be_held: bool,
+    /// Its children may have to find it by its number.
+    pub(crate) may_be_replayed: bool,
+    /// It declares no reserved field.
+    pub(crate) is_ordinary: bool,
+    /// A reserved field may still be recorded on it.
+    pub(crate) awaits: bool,
+}
 
 impl Mark {
-    pub(crate) const PLAIN: Self = Self(0);
-    const AWAITS: u64 = 1 << 63;
-
-    pub(crate) fn new(number: StartNumber, awaits: bool) -> Self {
-        Self(number | if awaits { Self::AWAITS } else { 0 })
-    }
-
-    #[inline]
-    pub(super) fn from_bits(bits: u64) -> Self {
-        Self(bits)
-    }
-
-    #[inline]
-    pub(super) fn bits(self) -> u64 {
-        self.0
-    }
-
-    #[inline]
-    pub(super) fn number(self) -> StartNumber {
-        self.0 & !Self::AWAITS
-    }
-
-    #[inline]
-    pub(super) fn awaits(self) -> bool {
-        self.0 & Self::AWAITS != 0
-    }
+    pub(crate) const NONE: Self = Self {
+        number: 0,
+        beneath: 0,
+        may_be_held: false,
+        may_be_replayed: false,
+        is_ordinary: false,
+        awaits: false,
+    };
 }
 
 /// Marks the span builder that the inner layer asks for within `create`.
@@ -113,7 +105,7 @@ impl Mark {
 pub(crate) fn marking<R>(mark: Mark, create: impl FnOnce() -> R) -> R {
     let create = || scoped::with(&IS_MARKING, true, create);
     match mark {
-        Mark::PLAIN => create(),
+        Mark::NONE => create(),
         _ => scoped::with(&MARK, mark, create),
     }
 }
@@ -278,8 +270,8 @@ pub(crate) fn next_number() -> StartNumber {
 // Asking: OpenTelemetry hides the type of the span in a context, and a stand-in has the ids of a real span. But its
 // `is_recording` is our code, and calling it changes nothing on anybody else's span.
 
-/// Asks the span whose `is_recording` is called by `ask` whether it is a stand-in of the storage.
-pub(super) fn ask_for_replay(storage: StorageId, ask: impl FnOnce()) -> Option<ReplayFlag> {
+/// Asks the span whose `is_recording` is called by `ask` whether what is opened beneath it is a replay of the storage.
+pub(super) fn ask_for_replay(storage: StorageId, ask: impl FnOnce()) -> Option<Replay> {
     if MUST_NOT_ASK.get() {
         return None;
     }
@@ -287,10 +279,10 @@ pub(super) fn ask_for_replay(storage: StorageId, ask: impl FnOnce()) -> Option<R
     ANSWER.try_with(|answer| answer.take()).ok()?
 }
 
-/// Answers, as a stand-in of the storage, if that is what is asked.
-pub(super) fn answer_replay(storage: StorageId, flag: &ReplayFlag) {
+/// Answers, as a span of the storage, if that is what is asked.
+pub(super) fn answer_replay(storage: StorageId, replay: &Replay) {
     if ASKING.get() == Some(storage) {
-        let _ = ANSWER.try_with(|answer| answer.replace(Some(flag.clone())));
+        let _ = ANSWER.try_with(|answer| answer.replace(Some(replay.clone())));
     }
 }
 

@@ -5,10 +5,11 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
-use opentelemetry::trace::{SpanContext, TraceContextExt as _};
-use opentelemetry::{Context, KeyValue};
+use opentelemetry::trace::{Event, SpanContext, TraceContextExt as _};
+use opentelemetry::{Context, KeyValue, SpanId, Value};
 
-use super::handoff::{self, ReplayFlag, StorageId};
+use super::handoff::{self, Mark, StartNumber, StorageId};
+use super::replays::{Replay, Standing};
 use crate::context::WorkflowContext;
 use crate::decision::{Arrival, Decision, Moment, decide};
 use crate::fields::identity::Identity;
@@ -20,36 +21,175 @@ pub(crate) struct StandIn {
     context: SpanContext,
     identity: Option<Identity>,
     replay: Replay,
+    /// The number by which its children in `tracing` find it; zero if it has none.
+    number: StartNumber,
     /// Attributes must reach it, so that it learns when the replay is over.
     observes: bool,
 }
 
-/// One re-execution: what it opens beneath is replayed too, until the code says that it has caught up.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Replay {
-    is_over: ReplayFlag,
+/// The replay that a new span is beneath.
+pub(super) struct Beneath {
+    pub(super) replay: Replay,
+    /// Set if only its parent in `tracing` is replayed, since another context was attached or set by hand: the span context
+    /// that this parent stands for.
+    apart: Option<SpanContext>,
 }
 
-impl Replay {
-    /// Returns the replay that the parent stands in for, if it is a stand-in of this storage.
+impl Beneath {
+    /// Finds the replay that a span is beneath by its parent in OpenTelemetry; else by its parent in `tracing`, which has
+    /// that number, unless new work of the replay is in between.
     #[inline]
-    pub(super) fn beneath(shared: &Arc<Shared>, parent: &Context) -> Option<Self> {
-        if shared.stand_ins.is_empty() {
+    pub(super) fn find(shared: &Arc<Shared>, mark: Mark, parent: &Context) -> Option<Self> {
+        if shared.stand_ins.is_empty() && mark.beneath == 0 {
             return None;
         }
-        let span = parent.span();
-        if !shared.stand_ins.contains(span.span_context().span_id()) {
-            return None;
-        }
-        let ask = || {
-            span.is_recording();
-        };
-        let is_over = handoff::ask_for_replay(StorageId::new(shared), ask)?;
-        Some(Self { is_over })
+        Self::look(shared, mark, parent)
     }
 
-    pub(super) fn is_over(&self) -> bool {
-        self.is_over.load(Relaxed)
+    #[inline(never)]
+    fn look(shared: &Arc<Shared>, mark: Mark, parent: &Context) -> Option<Self> {
+        if let Some(replay) = ask(shared, parent) {
+            let apart = None;
+            return Some(Self { replay, apart });
+        }
+        let Standing { replay, context } = shared.replays.get(mark.beneath)?;
+        if !replay.is_over() && is_new_work(shared, parent) {
+            return None;
+        }
+        Some(Self {
+            replay,
+            apart: Some(context),
+        })
+    }
+
+    /// Returns the span context that a stand-in beneath stands for, if nothing is recorded of it.
+    pub(super) fn context(&self, parent: &Context) -> SpanContext {
+        let by_parent = || parent.span().span_context().clone();
+        self.apart.clone().unwrap_or_else(by_parent)
+    }
+
+    /// Returns `true` if the parent in OpenTelemetry is the one that is replayed.
+    pub(super) fn is_by_parent(&self) -> bool {
+        self.apart.is_none()
+    }
+}
+
+/// Returns the replay beneath the parent, if that is a stand-in of this storage, or a real span that says so.
+fn ask(shared: &Arc<Shared>, parent: &Context) -> Option<Replay> {
+    let span = parent.span();
+    if !shared.stand_ins.contains(span.span_context().span_id()) {
+        return None;
+    }
+    handoff::ask_for_replay(StorageId::new(shared), || {
+        span.is_recording();
+    })
+}
+
+/// Returns `true` if the parent is a real span that was opened inside a replay through the OpenTelemetry API: `tracing` does
+/// not know that it is in between. A context that was stored is remote.
+pub(super) fn is_new_work(shared: &Shared, parent: &Context) -> bool {
+    let span = parent.span();
+    let context = span.span_context();
+    !context.is_remote() && shared.new_work.contains(context.span_id())
+}
+
+/// Makes a real span known as new work inside a replay, as long as it lives.
+pub(super) struct NewWork {
+    shared: Arc<Shared>,
+    span: SpanId,
+}
+
+impl NewWork {
+    pub(super) fn new(shared: &Arc<Shared>, span: &SpanContext) -> Self {
+        shared.new_work.add(span.span_id());
+        Self {
+            shared: shared.clone(),
+            span: span.span_id(),
+        }
+    }
+}
+
+impl Drop for NewWork {
+    fn drop(&mut self) {
+        self.shared.new_work.remove(self.span);
+    }
+}
+
+/// The number of an open span of `tracing` that may be beneath a replay, or begin one. Kept in the span's extensions.
+pub(crate) struct Numbered {
+    shared: Arc<Shared>,
+    pub(crate) number: StartNumber,
+}
+
+impl Numbered {
+    pub(crate) fn new(shared: &Arc<Shared>, number: StartNumber) -> Self {
+        shared.replays.open();
+        Self {
+            shared: shared.clone(),
+            number,
+        }
+    }
+}
+
+impl Drop for Numbered {
+    fn drop(&mut self) {
+        self.shared.replays.close();
+    }
+}
+
+/// Says that what is opened beneath a real span is replayed, as long as that is so.
+pub(super) struct ReplaysBeneath {
+    shared: Arc<Shared>,
+    number: StartNumber,
+    standing: Standing,
+    is_active: bool,
+}
+
+impl ReplaysBeneath {
+    pub(super) fn new(shared: &Arc<Shared>, number: StartNumber, span: &SpanContext) -> Self {
+        Self {
+            shared: shared.clone(),
+            number,
+            standing: Standing {
+                replay: Replay::new(&shared.counters),
+                context: span.clone(),
+            },
+            is_active: false,
+        }
+    }
+
+    pub(super) fn set(&mut self, replaying: bool) {
+        self.standing.replay.set_over(!replaying);
+        self.activate(replaying);
+    }
+
+    fn activate(&mut self, replaying: bool) {
+        if self.is_active == replaying {
+            return;
+        }
+        self.is_active = replaying;
+        let (shared, id) = (&self.shared, self.standing.context.span_id());
+        if replaying {
+            shared.stand_ins.add(id);
+            shared.replays.add(self.number, || self.standing.clone());
+        } else {
+            shared.replays.remove(self.number);
+            shared.stand_ins.remove(id);
+        }
+    }
+
+    /// Answers that what is opened beneath is replayed, if that is so and asked.
+    pub(super) fn answer(&self) {
+        if self.is_active {
+            handoff::answer_replay(StorageId::new(&self.shared), &self.standing.replay);
+        }
+    }
+}
+
+impl Drop for ReplaysBeneath {
+    /// The replay itself goes on in the stand-ins beneath.
+    fn drop(&mut self) {
+        self.activate(false);
     }
 }
 
@@ -63,17 +203,16 @@ pub(super) fn is_any() -> bool {
 }
 
 impl StandIn {
-    /// Creates a stand-in for the instance's recorded span; if nothing is recorded, or no instance named, for the parent.
+    /// Creates a stand-in for the instance's recorded span; if nothing is recorded, or no instance named, for `natural`.
     pub(super) fn new(
         shared: &Arc<Shared>,
         identity: Option<Identity>,
         replay: Replay,
         span_name: Cow<'static, str>,
-        parent: &Context,
+        natural: &SpanContext,
+        number: StartNumber,
         observes: bool,
     ) -> Self {
-        let natural = parent.span();
-        let natural = natural.span_context();
         let decision = identity
             .as_ref()
             .map(|identity| decide_replay(shared, identity, natural));
@@ -87,11 +226,16 @@ impl StandIn {
         shared.counters.replayed.add();
         STAND_INS.fetch_add(1, Relaxed);
         shared.stand_ins.add(context.span_id());
+        shared.replays.add(number, || Standing {
+            replay: replay.clone(),
+            context: context.clone(),
+        });
         Self {
             shared: shared.clone(),
             context,
             identity,
             replay,
+            number,
             observes,
         }
     }
@@ -101,24 +245,29 @@ impl StandIn {
     }
 
     pub(super) fn is_recording(&self) -> bool {
-        handoff::answer_replay(StorageId::new(&self.shared), &self.replay.is_over);
+        handoff::answer_replay(StorageId::new(&self.shared), &self.replay);
         self.observes
     }
 
     pub(super) fn observe(&mut self, attribute: &KeyValue) {
         let tag = self.shared.fields.tag_of(std::slice::from_ref(attribute));
         if let Some(replaying) = tag.replaying {
-            self.replay.is_over.store(!replaying, Relaxed);
+            self.replay.set_over(!replaying);
         }
         if tag.terminal {
             self.complete();
         }
     }
 
-    pub(super) fn observe_event(&self, attributes: &[KeyValue]) {
-        self.drop_events(1);
-        if self.shared.fields.tag_of(attributes).terminal {
+    /// Keeps a warning or an error that is told after the end of the replay; drops and counts any other event.
+    pub(super) fn observe_event(&self, event: Event) {
+        if self.shared.fields.tag_of(&event.attributes).terminal {
             self.complete();
+        }
+        if self.replay.is_over() && is_severe(&event) {
+            self.replay.keep_event(event);
+        } else {
+            self.drop_events(1);
         }
     }
 
@@ -135,6 +284,16 @@ impl StandIn {
 
     pub(super) fn end(&mut self) {
         self.observes = false;
+    }
+}
+
+/// Reads the level that tracing-opentelemetry 0.34 sets as an attribute (src/layer.rs, `on_event`).
+fn is_severe(event: &Event) -> bool {
+    let mut attributes = event.attributes.iter();
+    let level = attributes.find(|attribute| attribute.key.as_str() == "level");
+    match level.map(|level| &level.value) {
+        Some(Value::String(level)) => matches!(level.as_str(), "WARN" | "ERROR"),
+        _ => false,
     }
 }
 
@@ -156,6 +315,7 @@ fn decide_replay(shared: &Shared, identity: &Identity, natural: &SpanContext) ->
 impl Drop for StandIn {
     fn drop(&mut self) {
         STAND_INS.fetch_sub(1, Relaxed);
+        self.shared.replays.remove(self.number);
         self.shared.stand_ins.remove(self.context.span_id());
     }
 }

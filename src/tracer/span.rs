@@ -5,18 +5,18 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use opentelemetry::trace::{Span, SpanContext, Status};
+use opentelemetry::trace::{Event, Span, SpanContext, Status};
 use opentelemetry::{KeyValue, TraceId};
 
-use super::handoff;
+use super::handoff::{self, Mark};
 use super::lost::Lost;
-use super::replay::{self, StandIn};
+use super::replay::{self, NewWork, ReplaysBeneath, StandIn};
 use crate::caught::caught;
 use crate::context::WorkflowContext;
 use crate::decision::relation::Relation;
 use crate::decision::{Arrival, Decision, Moment, Record, decide};
 use crate::explain::author::Author;
-use crate::explain::trail::Event;
+use crate::explain::trail;
 use crate::fields::identity::{Identity, Names};
 use crate::fields::{self, Fields};
 use crate::storage::remote::LateWinner;
@@ -116,7 +116,9 @@ impl<S: Span> Span for WorkflowSpan<S> {
                 }
                 span.add_event_with_timestamp(name, timestamp, attributes);
             }
-            State::StandIn(stand_in) => stand_in.observe_event(&attributes),
+            State::StandIn(stand_in) => {
+                stand_in.observe_event(Event::new(name, timestamp, attributes, 0));
+            }
             State::Lost(_) => {}
         }
     }
@@ -139,6 +141,10 @@ impl<S: Span> Span for WorkflowSpan<S> {
                 let watch = watch.as_ref();
                 if watch.is_some_and(|watch| watch.instance.is_some()) {
                     handoff::answer_tagged();
+                }
+                let memo = watch.and_then(|watch| watch.memo.as_ref());
+                if let Some(beneath) = memo.and_then(|memo| memo.replays_beneath.as_ref()) {
+                    beneath.answer();
                 }
                 let observes = watch.is_some_and(|watch| watch.observes);
                 span.is_recording() || (observes && span.span_context().is_valid())
@@ -265,6 +271,12 @@ pub(super) struct Memo {
     late_winner: Option<LateWinner>,
     /// Set if it is a poller, as long as it lives.
     poller: Option<PollerTrace>,
+    /// The number by which its children in `tracing` find it, as soon as they are replayed; zero if it has none.
+    number: u64,
+    /// Set once the span has said that what is opened beneath it is replayed.
+    replays_beneath: Option<ReplaysBeneath>,
+    /// Set if it was opened inside a replay through the OpenTelemetry API, and is real.
+    new_work: Option<NewWork>,
 }
 
 /// The trace of a live poller.
@@ -353,6 +365,33 @@ impl Watch {
         self.memo().poller = Some(PollerTrace { shared, trace });
     }
 
+    /// Notes the number by which its children in `tracing` find the span, should they be replayed.
+    pub(super) fn note_number(&mut self, mark: Mark) {
+        if mark.may_be_replayed {
+            self.memo().number = mark.number;
+        }
+    }
+
+    pub(super) fn set_new_work(&mut self, span: &SpanContext) {
+        let new_work = NewWork::new(&self.shared, span);
+        self.memo().new_work = Some(new_work);
+    }
+
+    /// Says whether what is opened beneath is replayed from now on. The span itself has started, and stays real.
+    pub(super) fn replay_beneath(&mut self, span: &SpanContext, replaying: bool) {
+        let is_known = self
+            .memo
+            .as_ref()
+            .is_some_and(|memo| memo.replays_beneath.is_some());
+        if !replaying && !is_known {
+            return;
+        }
+        let shared = self.shared.clone();
+        let memo = self.memo();
+        let new = || ReplaysBeneath::new(&shared, memo.number, span);
+        memo.replays_beneath.get_or_insert_with(new).set(replaying);
+    }
+
     pub(super) fn expect_late_winner(&mut self, late_winner: Option<LateWinner>) {
         if late_winner.is_some() {
             self.memo().late_winner = late_winner;
@@ -385,6 +424,9 @@ impl Watch {
         }
         if let Some(id) = &tag.parent_instance_id {
             self.learn_parent(span, id);
+        }
+        if let Some(replaying) = tag.replaying.or(tag.replaying_children) {
+            self.replay_beneath(span.span_context(), replaying);
         }
         self.complete_if(tag.terminal);
     }
@@ -466,7 +508,7 @@ impl Watch {
         let parent = self.shared.tier.peek(id);
         if parent.is_none() {
             self.shared
-                .note(instance, || Event::UnknownParent(id.into()));
+                .note(instance, || trail::Event::UnknownParent(id.into()));
         }
         self.link(span, parent.as_ref(), Relation::Child);
     }

@@ -1,6 +1,8 @@
 //! Replayed code exports no span again, and work that it newly schedules joins the recorded trace.
 
+use std::cell::Cell;
 use std::collections::HashMap;
+use std::rc::Rc;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Barrier, Mutex};
 use std::thread;
@@ -9,17 +11,21 @@ use std::time::Duration;
 use crate::support::*;
 use opentelemetry::propagation::TextMapPropagator as _;
 use opentelemetry::trace::{
-    Span as _, SpanBuilder, SpanContext, TraceContextExt as _, Tracer as _, TracerProvider as _,
+    FutureExt as _, Span as _, SpanBuilder, SpanContext, TraceContextExt as _, Tracer as _,
+    TracerProvider as _,
 };
 use opentelemetry::{Context, KeyValue, SpanId};
 use opentelemetry_sdk::error::OTelSdkResult;
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::{Sampler, SdkTracerProvider, SpanData, SpanProcessor};
 use tracing::field::Empty;
-use tracing::{Span, error, info, info_span};
+use tracing::{Instrument as _, Span, error, info, info_span, warn};
+use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 use tracing_subscriber::prelude::*;
 use tracing_workflow_context::testing::TraceForest;
-use tracing_workflow_context::{Continuation, Relation, WorkflowContext, WorkflowContextStorage};
+use tracing_workflow_context::{
+    BuildError, Continuation, Engine, Relation, WorkflowContext, WorkflowContextStorage,
+};
 
 const ID: &str = "order-42";
 
@@ -531,6 +537,726 @@ fn a_started_replay_whose_id_is_recorded_exports_and_records_nothing() {
     });
 }
 
+// Contexts that are attached or set by hand inside a replay.
+
+/// The spans that are run again on each turn.
+const STEPS: usize = 10;
+
+/// A way to open spans beneath a context that is not the one of the span around them.
+type ByHand = fn(&Worker, &str);
+
+const BY_HAND: [(&str, ByHand); 5] = [
+    ("attached around all", |worker, name| {
+        let _attached = context_of(worker).attach();
+        (0..STEPS).for_each(|_| worker.step(name, UNTAGGED));
+    }),
+    (
+        "attached around each, with spans beneath",
+        |worker, name| {
+            for _ in 0..STEPS / 2 {
+                let _attached = context_of(worker).attach();
+                worker.within(name, live(), || {
+                    let _attached = context_of(worker).attach();
+                    worker.step(name, UNTAGGED);
+                });
+            }
+        },
+    ),
+    ("set as the parent", |worker, name| {
+        for _ in 0..STEPS / 2 {
+            let span = info_span!("step", otel.name = name);
+            span.set_parent(context_of(worker)).unwrap();
+            span.in_scope(|| worker.step(name, UNTAGGED));
+        }
+    }),
+    (
+        "set as the parent of a tagged span that is never entered",
+        |worker, name| {
+            for _ in 0..STEPS {
+                let span = info_span!("step", otel.name = name, workflow.instance_id = ID);
+                span.set_parent(context_of(worker)).unwrap();
+            }
+        },
+    ),
+    ("of a future", |worker, name| {
+        let steps = async {
+            for _ in 0..STEPS / 2 {
+                tokio::task::yield_now().await;
+                worker.step(name, live());
+                let span = info_span!("step", otel.name = name);
+                async {}
+                    .with_context(context_of(worker))
+                    .instrument(span)
+                    .await;
+            }
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .build()
+            .unwrap();
+        runtime.block_on(steps.with_context(context_of(worker)));
+    }),
+];
+
+/// The context of the workflow, as the README attaches it.
+fn context_of(worker: &Worker) -> Context {
+    worker.storage.get(ID).unwrap().expect("recorded").to_otel()
+}
+
+const LAYERS: [Via; 2] = [Via::Layer, Via::LayerWithoutActivation];
+
+/// Runs a test on a new worker with and without context activation, within the worker's subscriber.
+fn for_each_layer(make: impl Fn() -> WorkflowContextStorage, test: impl Fn(&Worker)) {
+    for via in LAYERS {
+        labelled(&format!("spans made via {via:?}"), || {
+            let worker = Worker::via(via, make());
+            worker.run(|| test(&worker));
+        });
+    }
+}
+
+#[test]
+fn of_10_spans_beneath_a_context_that_is_attached_or_set_by_hand_each_replay_exports_none() {
+    const TURNS: usize = 4;
+    for (way, steps) in BY_HAND {
+        for_each_layer(WorkflowContextStorage::new, |worker| {
+            labelled(way, || {
+                let workflow = recorded(worker);
+                for turn in 0..TURNS {
+                    worker.within("replay", replay(), || match turn % 2 {
+                        0 => steps(worker, "replayed"),
+                        _ => worker.within("helper", UNTAGGED, || steps(worker, "replayed")),
+                    });
+                }
+                assert_exported(worker, &["workflow"]);
+                assert_eq!(ids(&worker.stored(ID)), ids(&workflow));
+                let helpers = TURNS / 2;
+                let replayed = TURNS * (1 + STEPS) + helpers;
+                assert_eq!(worker.storage.stats().replayed, replayed as u64);
+            });
+        });
+    }
+}
+
+#[test]
+fn on_another_thread_children_of_a_replay_are_judged_by_their_parent_in_tracing_too() {
+    for_each_layer(WorkflowContextStorage::new, |worker| {
+        recorded(worker);
+        let turn = worker.open("replay", replay());
+        for enters_first in [false, true] {
+            if enters_first {
+                turn.inside(|| ());
+            }
+            thread::scope(|scope| {
+                scope.spawn(|| {
+                    worker.run(|| {
+                        let parent = turn.tracing();
+                        let child = info_span!(parent: parent, "child");
+                        child.set_parent(context_of(worker)).unwrap();
+                        let _attached = context_of(worker).attach();
+                        child.in_scope(|| {
+                            let _attached = context_of(worker).attach();
+                            worker.step("grandchild", live());
+                        });
+                    });
+                });
+            });
+        }
+        drop(turn);
+        assert_exported(worker, &["workflow"]);
+        assert_eq!(worker.storage.stats().replayed, 5);
+    });
+}
+
+#[test]
+fn past_the_replay_a_context_attached_or_set_by_hand_is_the_parent_again() {
+    for_each_layer(WorkflowContextStorage::new, |worker| {
+        let workflow = recorded(worker);
+        let request = remote(0xf0, 0xf1);
+        let by_hand = || Context::new().with_remote_span_context(request.clone());
+        let turn = worker.open("replay", replay());
+        turn.inside(|| {
+            // It is new work by its own flag.
+            let new = info_span!("new", workflow.replaying = false);
+            new.set_parent(by_hand()).unwrap();
+            new.in_scope(|| {
+                let _attached = by_hand().attach();
+                worker.step("in new", UNTAGGED);
+            });
+            // Opened within the replay, and started past it.
+            let span = info_span!("caught up");
+            span.set_parent(by_hand()).unwrap();
+            turn.record_replaying(false);
+            span.in_scope(|| worker.step("beneath", UNTAGGED));
+            let tagged = info_span!("tagged", workflow.instance_id = ID);
+            tagged.set_parent(by_hand()).unwrap();
+            tagged.in_scope(|| ());
+        });
+        drop(turn);
+        assert_exported(
+            worker,
+            &[
+                "beneath",
+                "caught up",
+                "in new",
+                "new",
+                "tagged",
+                "workflow",
+            ],
+        );
+        for name in ["new", "caught up"] {
+            assert_continues(&worker.span(name), &request);
+        }
+        assert_nested(&worker.span("beneath"), &worker.span("caught up"));
+        let tagged = worker.span("tagged");
+        assert_child_of(&tagged, &workflow);
+        assert_eq!(links(&tagged), [("foreign".to_owned(), ids(&request))]);
+    });
+}
+
+#[test]
+fn new_work_through_the_opentelemetry_api_inside_a_replay_keeps_its_children_in_tracing() {
+    for_each_layer(WorkflowContextStorage::new, |worker| {
+        let workflow = recorded(worker);
+        let turn = worker.open("replay", replay());
+        turn.inside(|| {
+            let _within = turn.otel_context().attach();
+            let new = worker.open_via(Via::Api, "new", new_work());
+            new.inside(|| {
+                let nested = worker.open_via(Via::Api, "nested", UNTAGGED);
+                nested.inside(|| {
+                    // Without activation, `tracing` knows of no span in between.
+                    let child = info_span!("child");
+                    child.set_parent(Context::current()).unwrap();
+                    child.in_scope(|| ());
+                });
+            });
+        });
+        drop(turn);
+        assert_exported(worker, &["child", "nested", "new", "workflow"]);
+        assert_child_of(&worker.span("new"), &workflow);
+        assert_nested(&worker.span("nested"), &worker.span("new"));
+        assert_nested(&worker.span("child"), &worker.span("nested"));
+    });
+}
+
+#[test]
+fn in_tracing_beneath_a_replay_through_the_opentelemetry_api_an_attached_context_exports_nothing() {
+    for_each_layer(WorkflowContextStorage::new, |worker| {
+        let workflow = recorded(worker);
+        let turn = worker.open_via(Via::Api, "replay", replay());
+        turn.inside(|| {
+            worker.within("replayed", UNTAGGED, || {
+                let _attached = context_of(worker).attach();
+                worker.step("replayed", live());
+                worker.step("new", new_work());
+            });
+        });
+        drop(turn);
+        assert_exported(worker, &["new", "workflow"]);
+        assert_child_of(&worker.span("new"), &workflow);
+        assert_eq!(worker.storage.stats().replayed, 3);
+    });
+}
+
+#[test]
+fn spans_that_have_nothing_to_do_with_a_replay_keep_a_parent_that_is_set_by_hand() {
+    for_each_layer(WorkflowContextStorage::new, |worker| {
+        let workflow = recorded(worker);
+        let turn = worker.open("replay", replay());
+        turn.inside(|| ());
+        worker.within("poll", UNTAGGED, || {
+            let span = info_span!("by hand");
+            span.set_parent(context_of(worker)).unwrap();
+            span.in_scope(|| worker.step("nested", UNTAGGED));
+        });
+        turn.inside(|| info_span!(parent: None, "root").in_scope(|| ()));
+        drop(turn);
+        assert_exported(worker, &["by hand", "nested", "poll", "root", "workflow"]);
+        assert_continues(&worker.span("by hand"), &workflow);
+        assert_nested(&worker.span("nested"), &worker.span("by hand"));
+        assert_root(&worker.span("root"));
+    });
+}
+
+// A flag that is recorded in the body.
+
+/// In each order in which a span can learn its id and its flag, before it is entered or after.
+const ORDERS: [[&str; 2]; 2] = [
+    ["workflow.instance_id", "workflow.replaying"],
+    ["workflow.replaying", "workflow.instance_id"],
+];
+
+#[test]
+fn a_flag_recorded_beside_a_late_id_counts_in_either_order() {
+    for (order, is_entered) in ORDERS
+        .iter()
+        .flat_map(|order| [(order, false), (order, true)])
+    {
+        for_each_layer(WorkflowContextStorage::new, |worker| {
+            labelled(&format!("{order:?}, entered before {is_entered}"), || {
+                let workflow = recorded(worker);
+                let (id, flag) = (Empty, Empty);
+                let turn = info_span!("t", workflow.instance_id = id, workflow.replaying = flag);
+                let record = || {
+                    for field in order {
+                        match *field {
+                            "workflow.replaying" => turn.record(*field, true),
+                            _ => turn.record(*field, ID),
+                        };
+                    }
+                };
+                if !is_entered {
+                    record();
+                }
+                turn.in_scope(|| {
+                    if is_entered {
+                        record();
+                    }
+                    worker.step("replayed", UNTAGGED);
+                    let _attached = context_of(worker).attach();
+                    worker.step("replayed too", live());
+                    worker.step("new", new_work());
+                });
+                drop(turn);
+                assert_exported(worker, &["new", "workflow"]);
+                assert_child_of(&worker.span("new"), &workflow);
+                assert_eq!(worker.storage.stats().replayed, 3);
+            });
+        });
+    }
+}
+
+#[test]
+fn a_span_that_never_records_its_flag_is_real() {
+    for_each_layer(WorkflowContextStorage::new, |worker| {
+        let workflow = recorded(worker);
+        for child in [true, false] {
+            let (id, flag) = (Empty, Empty);
+            let turn = info_span!("t", workflow.instance_id = id, workflow.replaying = flag);
+            turn.in_scope(|| {
+                turn.record("workflow.instance_id", ID);
+                if child {
+                    worker.step("child", UNTAGGED);
+                }
+            });
+        }
+        assert_exported(worker, &["child", "t", "t", "workflow"]);
+        for turn in worker.spans().iter().filter(|span| span.name == "t") {
+            assert_child_of(turn, &workflow);
+        }
+    });
+}
+
+#[test]
+fn once_a_span_has_started_true_replays_what_is_opened_beneath_until_false() {
+    for_each_worker(WorkflowContextStorage::new, |worker| {
+        let turn = worker.open("turn", live());
+        turn.inside(|| {
+            worker.step("before", UNTAGGED);
+            let earlier = worker.open("earlier", UNTAGGED);
+            earlier.inside(|| ());
+            turn.record_replaying(true);
+            earlier.inside(|| worker.step("in earlier", UNTAGGED));
+            worker.within("replayed", UNTAGGED, || worker.step("replayed", live()));
+            worker.within("replayed", live(), || worker.step("new", new_work()));
+            let helper = worker.open("replayed", UNTAGGED);
+            helper.inside(|| {
+                turn.record_replaying(false);
+                worker.step("new in helper", UNTAGGED);
+            });
+            worker.step("after", UNTAGGED);
+            worker.step("after, tagged", live());
+            turn.record_replaying(true);
+            worker.step("replayed", UNTAGGED);
+            turn.record_replaying(false);
+            worker.step("after again", UNTAGGED);
+        });
+        drop(turn);
+        let exported = [
+            "after",
+            "after again",
+            "after, tagged",
+            "before",
+            "earlier",
+            "in earlier",
+            "new",
+            "new in helper",
+            "turn",
+        ];
+        assert_exported(worker, &exported);
+        let turn = worker.span("turn");
+        for name in exported {
+            match name {
+                "turn" => assert_root(&turn),
+                "in earlier" => assert_nested(&worker.span(name), &worker.span("earlier")),
+                _ => assert_eq!(
+                    worker.span(name).parent_span_id,
+                    turn.span_context.span_id()
+                ),
+            }
+        }
+        assert_eq!(ids(&worker.stored(ID)), ids(&turn.span_context));
+        assert_eq!(worker.storage.stats().replayed, 5);
+    });
+}
+
+#[test]
+fn local_nesting_wins_over_the_bounds_in_a_span_whose_replay_is_over() {
+    let make = || {
+        let builder = WorkflowContextStorage::builder().max_spans(1);
+        builder.build().expect("a valid setting")
+    };
+    for_each_worker(make, |worker| {
+        let turn = worker.open("turn", live());
+        turn.inside(|| {
+            turn.record_replaying(true);
+            worker.step("replayed", live());
+            turn.record_replaying(false);
+            worker.step("nested", live());
+        });
+        drop(turn);
+        assert_exported(worker, &["nested", "turn"]);
+        assert_nested(&worker.span("nested"), &worker.span("turn"));
+    });
+}
+
+#[test]
+fn what_is_replayed_beneath_a_real_span_stays_so_when_that_ends() {
+    for_each_worker(WorkflowContextStorage::new, |worker| {
+        let turn = worker.open("turn", live());
+        let helper = turn.inside(|| {
+            turn.record_replaying(true);
+            worker.open("helper", UNTAGGED)
+        });
+        helper.inside(|| ());
+        drop(turn);
+        helper.inside(|| worker.step("replayed", UNTAGGED));
+        drop(helper);
+        worker.within("next", live(), || worker.step("nested", UNTAGGED));
+        assert_exported(worker, &["nested", "next", "turn"]);
+        assert_nested(&worker.span("nested"), &worker.span("next"));
+        assert_eq!(worker.storage.stats().replayed, 2);
+    });
+}
+
+// Random programs: trees of spans with flags, contexts attached or set by hand, and flags that flip.
+
+/// Opens random spans inside one whose children are replayed if the cell says so, and notes what must be exported.
+fn grow(
+    worker: &Worker,
+    random: &mut Random,
+    depth: usize,
+    beneath: &Rc<Cell<bool>>,
+    real: &mut Vec<String>,
+    replayed: &mut u64,
+) {
+    for _ in 0..random.below(4) {
+        let flag = match random.below(6) {
+            0 => Some(true),
+            1 => Some(false),
+            _ => None,
+        };
+        let tags = [UNTAGGED, UNTAGGED, live(), Tags::instance("another")][random.below(4)];
+        let tags = flag.map_or(tags, |flag| tags.replaying(flag));
+        let name = format!("{} {}", real.len(), replayed);
+        let by_hand = random.below(4);
+        let attached = (by_hand == 0).then(|| context_of(worker).attach());
+        let span = worker.open(&name, tags);
+        drop(attached);
+        if by_hand == 1 {
+            span.tracing().set_parent(context_of(worker)).unwrap();
+        }
+        let is_replayed = flag.unwrap_or(beneath.get());
+        let own = match flag {
+            None if is_replayed => beneath.clone(),
+            _ => Rc::new(Cell::new(is_replayed)),
+        };
+        match is_replayed {
+            true => *replayed += 1,
+            false => real.push(name),
+        }
+        span.inside(|| {
+            let _attached = (by_hand == 2).then(|| context_of(worker).attach());
+            let is_flagged = declares_flag(&span);
+            for _ in 0..2 {
+                if depth > 0 {
+                    grow(worker, random, depth - 1, &own, real, replayed);
+                }
+                if is_flagged && random.below(3) == 0 {
+                    own.set(random.below(2) == 0);
+                    span.record_replaying(own.get());
+                }
+            }
+        });
+    }
+}
+
+/// Returns `true` if the span declares the flag.
+fn declares_flag(span: &Opened) -> bool {
+    let metadata = span.tracing().metadata().expect("enabled");
+    metadata.fields().field("workflow.replaying").is_some()
+}
+
+#[test]
+fn whatever_is_attached_set_or_recorded_a_span_is_exported_if_and_only_if_its_flags_say_so() {
+    const PROGRAMS: u64 = 300;
+    for seed in 0..PROGRAMS {
+        for_each_layer(WorkflowContextStorage::new, |worker| {
+            labelled(&format!("seed {seed}"), || {
+                recorded(worker);
+                let (mut real, mut replayed) = (vec!["workflow".to_owned()], 0);
+                let outside = Rc::new(Cell::new(false));
+                let mut random = Random::new(seed);
+                grow(worker, &mut random, 4, &outside, &mut real, &mut replayed);
+                real.sort();
+                let real: Vec<_> = real.iter().map(String::as_str).collect();
+                assert_exported(worker, &real);
+                assert_eq!(worker.storage.stats().replayed, replayed);
+                let forest = worker.forest();
+                forest.assert_no_orphans().assert_no_duplicates();
+            });
+        });
+    }
+}
+
+// A real span whose children are replayed.
+
+fn with_children_field() -> WorkflowContextStorage {
+    let builder = WorkflowContextStorage::builder().replay_children_field("is_replay");
+    builder.build().expect("a valid setting")
+}
+
+/// Runs all earlier steps again in a new span of the engine, then the new one.
+fn invoke(worker: &Worker, turn: usize, run_again: impl Fn(usize)) {
+    let invocation = info_span!(
+        "invocation",
+        otel.name = format!("invocation {turn}"),
+        workflow.instance_id = ID,
+        is_replay = turn > 0
+    );
+    invocation.in_scope(|| {
+        (0..turn).for_each(&run_again);
+        invocation.record("is_replay", false);
+        worker.within(&format!("step {turn}"), UNTAGGED, || {
+            worker.step(&format!("detail {turn}"), live());
+        });
+    });
+}
+
+#[test]
+fn beneath_a_real_span_whose_children_are_replayed_each_step_is_exported_once() {
+    for_each_layer(with_children_field, |worker| {
+        for turn in 0..TURNS {
+            invoke(worker, turn, |step| {
+                let _attached = (step % 3 == 0).then(|| context_of(worker).attach());
+                worker.within(&format!("step {step}"), UNTAGGED, || {
+                    let _attached = (step % 3 == 1).then(|| context_of(worker).attach());
+                    worker.step(&format!("detail {step}"), live());
+                });
+            });
+        }
+        let forest = worker.forest();
+        forest
+            .assert_one_trace()
+            .assert_no_orphans()
+            .assert_no_duplicates();
+        assert_eq!(worker.spans().len(), 3 * TURNS, "in\n{forest}");
+        let first = worker.span("invocation 0");
+        assert_root(&first);
+        for turn in 0..TURNS {
+            let invocation = worker.span(&format!("invocation {turn}"));
+            let step = worker.span(&format!("step {turn}"));
+            if turn > 0 {
+                assert_continues(&invocation, &first.span_context);
+            }
+            assert_nested(&step, &invocation);
+            assert_nested(&worker.span(&format!("detail {turn}")), &step);
+        }
+        let replayed = TURNS * (TURNS - 1);
+        assert_eq!(worker.storage.stats().replayed, replayed as u64);
+    });
+}
+
+#[test]
+fn the_flag_for_children_counts_through_the_opentelemetry_api_too() {
+    let worker = Worker::via(Via::Api, with_children_field());
+    let tracer = worker.storage.tracer(worker.tracer());
+    let builder = SpanBuilder::from_name("invocation").with_attributes([
+        KeyValue::new("workflow.instance_id", ID),
+        KeyValue::new("is_replay", true),
+    ]);
+    let invocation = Context::new().with_span(tracer.build_with_context(builder, &Context::new()));
+    {
+        let _inside = invocation.clone().attach();
+        worker.within("replayed", UNTAGGED, || worker.step("replayed", live()));
+        worker.step("new", new_work());
+        let flag = |replaying| KeyValue::new("is_replay", replaying);
+        invocation.span().set_attribute(flag(false));
+        worker.step("after", UNTAGGED);
+        invocation.span().set_attribute(flag(true));
+        worker.step("replayed", UNTAGGED);
+    }
+    drop(invocation);
+    assert_exported(&worker, &["after", "invocation", "new"]);
+    for name in ["after", "new"] {
+        assert_nested(&worker.span(name), &worker.span("invocation"));
+    }
+    assert_eq!(worker.storage.stats().replayed, 3);
+}
+
+#[test]
+fn the_flag_for_children_recorded_beside_a_late_id_counts_in_either_order() {
+    for flag_first in [true, false] {
+        for_each_layer(with_children_field, |worker| {
+            let workflow = recorded(worker);
+            let (id, flag) = (Empty, Empty);
+            let invocation = info_span!("invocation", workflow.instance_id = id, is_replay = flag);
+            invocation.in_scope(|| {
+                match flag_first {
+                    true => invocation
+                        .record("is_replay", true)
+                        .record("workflow.instance_id", ID),
+                    false => invocation
+                        .record("workflow.instance_id", ID)
+                        .record("is_replay", true),
+                };
+                worker.step("replayed", UNTAGGED);
+                invocation.record("is_replay", false);
+                worker.step("after", UNTAGGED);
+            });
+            drop(invocation);
+            assert_exported(worker, &["after", "invocation", "workflow"]);
+            assert_child_of(&worker.span("invocation"), &workflow);
+            assert_nested(&worker.span("after"), &worker.span("invocation"));
+        });
+    }
+}
+
+#[test]
+fn a_replay_of_an_unknown_instance_beneath_an_attached_context_stands_for_the_replay_around_it() {
+    for_each_layer(WorkflowContextStorage::new, |worker| {
+        let workflow = recorded(worker);
+        worker.within("replay", replay(), || {
+            let request = Context::new().with_remote_span_context(remote(0xf0, 0xf1));
+            let _attached = request.attach();
+            worker.within("unknown", Tags::instance("unknown").replaying(true), || {
+                worker.step("new", new_work());
+            });
+        });
+        assert_exported(worker, &["new", "workflow"]);
+        assert_child_of(&worker.span("new"), &workflow);
+    });
+}
+
+#[test]
+fn on_any_thread_children_of_a_real_span_are_replayed_as_its_flag_says() {
+    for_each_layer(with_children_field, |worker| {
+        let id = ID;
+        let invocation = info_span!("invocation", workflow.instance_id = id, is_replay = true);
+        let elsewhere = |name: &str| {
+            thread::scope(|scope| {
+                scope.spawn(|| {
+                    worker.run(|| {
+                        let child = info_span!(parent: &invocation, "child", otel.name = name);
+                        child.in_scope(|| worker.step(name, UNTAGGED));
+                    });
+                });
+            });
+        };
+        // The first child starts its parent, which was never entered.
+        elsewhere("replayed");
+        invocation.in_scope(|| elsewhere("replayed"));
+        invocation.record("is_replay", false);
+        elsewhere("after");
+        drop(invocation);
+        assert_exported(worker, &["after", "after", "invocation"]);
+        assert_eq!(worker.storage.stats().replayed, 4);
+    });
+}
+
+#[test]
+fn a_span_that_is_not_sampled_tells_of_its_children_all_the_same() {
+    for via in LAYERS {
+        for field in ["is_replay", "workflow.replaying"] {
+            labelled(&format!("{field}, spans made via {via:?}"), || {
+                let sampler = Switch::default();
+                let worker = Worker::via_with_sampler(via, with_children_field(), sampler.clone());
+                worker.run(|| {
+                    let (own, children) = (false, true);
+                    let turn = info_span!("turn", workflow.replaying = own, is_replay = children);
+                    turn.in_scope(|| {
+                        sampler.set(true);
+                        worker.step("replayed", UNTAGGED);
+                        turn.record(field, false);
+                        worker.step("after", UNTAGGED);
+                        turn.record(field, true);
+                        worker.step("replayed", UNTAGGED);
+                    });
+                });
+                assert_exported(&worker, &["after"]);
+                assert_eq!(worker.storage.stats().replayed, 2);
+            });
+        }
+    }
+}
+
+#[test]
+fn inside_a_replay_a_span_with_the_flag_for_children_is_replayed_itself() {
+    for_each_layer(with_children_field, |worker| {
+        recorded(worker);
+        worker.within("replay", replay(), || {
+            let invocation = info_span!("invocation", is_replay = false);
+            invocation.in_scope(|| worker.step("replayed", UNTAGGED));
+        });
+        let id = ID;
+        let both = info_span!(
+            "both",
+            workflow.instance_id = id,
+            workflow.replaying = true,
+            is_replay = false
+        );
+        both.in_scope(|| worker.step("replayed", UNTAGGED));
+        drop(both);
+        assert_exported(worker, &["workflow"]);
+    });
+}
+
+#[test]
+fn the_flag_for_children_has_one_meaning_and_a_name() {
+    let build = |name: &'static str| {
+        let builder = WorkflowContextStorage::builder().replay_children_field(name);
+        builder.build().map(|_| ())
+    };
+    assert!(matches!(
+        build(""),
+        Err(BuildError::EmptyName {
+            setting: "replay_children_field"
+        })
+    ));
+    for taken in [
+        "workflow.replaying",
+        "workflow.instance_id",
+        "workflow.status",
+        "workflow.relation",
+    ] {
+        let refused = build(taken);
+        assert!(
+            matches!(
+                &refused,
+                Err(BuildError::TwoMeanings { setting: "replay_children_field", name, .. }) if name == taken
+            ),
+            "{refused:?}"
+        );
+    }
+    let builder = WorkflowContextStorage::builder().engine(Engine::Temporal);
+    let refused = builder.replay_children_field("temporalRunID").build();
+    assert!(matches!(refused, Err(BuildError::TwoMeanings { .. })));
+    let builder = WorkflowContextStorage::builder().replay_field("flag");
+    let refused = builder.replay_children_field("flag").build();
+    assert!(matches!(refused, Err(BuildError::TwoMeanings { .. })));
+    assert_eq!(build("is_replay"), Ok(()));
+}
+
 // Samplers.
 
 #[test]
@@ -619,6 +1345,90 @@ fn events_inside_a_replay_are_dropped_with_it_and_counted() {
             "made via {via:?}"
         );
     }
+}
+
+/// The messages of a span's events, in their order.
+fn messages(span: &SpanData) -> Vec<String> {
+    span.events
+        .iter()
+        .map(|event| event.name.to_string())
+        .collect()
+}
+
+#[test]
+fn warnings_and_errors_past_a_replay_become_events_of_the_next_real_span_beneath() {
+    for_each_layer(WorkflowContextStorage::new, |worker| {
+        let workflow = recorded(worker);
+        let turn = worker.open("replay", replay());
+        turn.inside(|| {
+            warn!("before: dropped");
+            worker.within("helper", UNTAGGED, || {
+                turn.record_replaying(false);
+                info!("past it, below WARN: dropped");
+                warn!("one");
+            });
+            error!("two");
+            worker.within("next", UNTAGGED, || info!("its own"));
+            worker.step("after", UNTAGGED);
+            warn!("three");
+            worker.step("tagged", live());
+            error!("four");
+            let _attached = context_of(worker).attach();
+            worker.step("by hand", UNTAGGED);
+            warn!("nothing follows: dropped");
+        });
+        let dropped = |worker: &Worker| worker.storage.stats().replayed_events;
+        assert_eq!(dropped(worker), 2);
+        drop(turn);
+        assert_eq!(dropped(worker), 3);
+
+        let next = worker.span("next");
+        assert_eq!(messages(&next), ["one", "two", "its own"]);
+        let times: Vec<_> = next.events.iter().map(|event| event.timestamp).collect();
+        assert!(times.is_sorted() && times[1] <= next.start_time && next.start_time <= times[2]);
+        assert_eq!(messages(&worker.span("after")), [""; 0]);
+        assert_eq!(messages(&worker.span("tagged")), ["three"]);
+        assert_eq!(messages(&worker.span("by hand")), ["four"]);
+        for name in ["next", "after", "tagged", "by hand"] {
+            assert_child_of(&worker.span(name), &workflow);
+        }
+    });
+}
+
+#[test]
+fn of_the_warnings_past_a_replay_16_are_kept_and_the_others_counted() {
+    for_each_layer(WorkflowContextStorage::new, |worker| {
+        recorded(worker);
+        let turn = worker.open("replay", replay());
+        turn.inside(|| {
+            turn.record_replaying(false);
+            for _ in 0..20 {
+                warn!("kept, as far as there is room");
+            }
+            worker.step("next", UNTAGGED);
+            error!("there is room again");
+            worker.step("last", UNTAGGED);
+        });
+        drop(turn);
+        assert_eq!(worker.span("next").events.len(), 16);
+        assert_eq!(messages(&worker.span("last")), ["there is room again"]);
+        assert_eq!(worker.storage.stats().replayed_events, 4);
+    });
+}
+
+#[test]
+fn an_event_through_the_opentelemetry_api_has_no_level_and_is_dropped_past_a_replay_too() {
+    let worker = Worker::via(Via::Api, WorkflowContextStorage::new());
+    recorded(&worker);
+    let turn = worker.open("replay", replay());
+    turn.inside(|| {
+        turn.record_replaying(false);
+        turn.otel_context().span().add_event("event", vec![]);
+        worker.step("next", UNTAGGED);
+    });
+    drop(turn);
+    assert_eq!(worker.span("next").events.len(), 0);
+    assert_eq!(worker.storage.stats().replayed_events, 1);
 }
 
 #[test]
