@@ -197,6 +197,14 @@ impl Cache {
         })
     }
 
+    /// Returns the id of the latest run, if it has one, without counting.
+    pub(crate) fn latest_run_id(&self, key: Key<'_>) -> Option<Box<str>> {
+        self.peek(key, |entry| {
+            let run_id = entry?.latest().run_id()?;
+            Some(run_id.as_str().into())
+        })
+    }
+
     /// Returns `true` if a context is stored for that run.
     pub(crate) fn has(&self, id: &str, run_id: Option<&str>) -> bool {
         self.peek(self.key(id, run_id), |entry| {

@@ -101,6 +101,15 @@ impl Tier {
         author: Option<NonZeroU16>,
         counters: &Arc<Counters>,
     ) -> Result<Option<LateWinner>, WorkflowContext> {
+        // The next trace of a run is that run's, also if a span opens it that does not name the run.
+        let run_id = match (follows, key.run_id) {
+            (Some(_), None) => self.cache.latest_run_id(key),
+            _ => None,
+        };
+        let key = Key {
+            run_id: key.run_id.or(run_id.as_deref()),
+            ..key
+        };
         let recorded = self.cache.record(key, follows, context.clone(), author);
         match (recorded, &self.remote) {
             (Err(Conflict { winner }), _) => {

@@ -258,6 +258,30 @@ fn each_run_has_bounds_of_its_own() {
 }
 
 #[test]
+fn the_next_trace_of_a_run_is_that_runs_also_if_a_span_without_its_run_id_opens_it() {
+    for_each_worker(
+        || max_spans(2),
+        |worker| {
+            let (run_1, run_2) = (
+                Tags::instance(ID).run("run-1"),
+                Tags::instance(ID).run("run-2"),
+            );
+            worker.step("run-1", run_1);
+            worker.step("run-1 is full", run_1);
+            step(worker, "second");
+            worker.step("run-2", run_2);
+            worker.step("late in run-1", run_1);
+
+            assert_next_root(&worker.span("second"), 2, &worker.span("run-1"));
+            let second = ids(&worker.span("second").span_context);
+            let run_2 = worker.span("run-2");
+            assert_eq!(links(&run_2), [("new_run".to_owned(), second)]);
+            assert_joins(worker, "late in run-1", "second");
+        },
+    );
+}
+
+#[test]
 fn each_instance_has_bounds_of_its_own() {
     for_each_worker(
         || max_spans(1),

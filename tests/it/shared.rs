@@ -285,6 +285,22 @@ fn generations_agree_between_workers() {
     }
 }
 
+#[test]
+fn a_trace_that_a_span_without_a_run_id_opened_is_its_runs_for_other_workers_too() {
+    let backend = MemoryBackend::new();
+    let a = rolling(backend.clone());
+    let run = Tags::instance(ID).run("run");
+    for (name, tags) in [("1", run), ("1 too", run), ("2", Tags::instance(ID))] {
+        a.step(name, tags);
+    }
+    a.storage.flush().unwrap();
+    let b = rolling(backend.clone());
+    b.step("another run", Tags::instance(ID).run("another"));
+    b.step("2 too", run);
+    assert_root(&b.span("another run"));
+    assert_continues(&b.span("2 too"), &a.span("2").span_context);
+}
+
 /// Each has the first trace in memory, finds it full, and opens the next one.
 #[test]
 fn two_workers_that_open_a_generation_at_once_agree_on_it() {
