@@ -120,7 +120,13 @@ pub(crate) fn decide(
     match arrival.moment {
         Moment::Start | Moment::StartAfterReplay => {}
         Moment::Replay => return Decision::replayed(known.map(|_| stored)),
-        Moment::Late => return Decision::late(stored, known.is_some(), is_nested, relations),
+        Moment::Late => {
+            let decision = Decision::late(stored, known.is_some(), is_nested, relations);
+            return match decision.record {
+                Record::First if arrival.is_polled && !is_nested => decision.in_poller(),
+                _ => decision,
+            };
+        }
     }
     if known.is_none() {
         // The first span of another run. Nested in the old run's trace, it stays there.
@@ -185,15 +191,7 @@ fn decide_first(arrival: &Arrival<'_>, relations: &Relations) -> Decision {
                 ..Decision::continued(Relation::Child, continuation, parent.clone(), arrival)
             }
         }
-        // The parent can no longer change, and a poller's trace must not become the instance's.
-        (Moment::Late, _) if arrival.is_polled => {
-            let outcome = Outcome::Related(Relation::Polled, Continuation::Keep);
-            Decision {
-                outcome,
-                record: Record::No,
-                ..Decision::first(None)
-            }
-        }
+        (Moment::Late, _) if arrival.is_polled => Decision::first(None).in_poller(),
         (Moment::Late, _) => Decision::first(None),
         (Moment::Start | Moment::StartAfterReplay, _) => match arrival.natural {
             None => Decision::first(None),
@@ -262,6 +260,15 @@ impl Decision {
             after_end: false,
             count: false,
             wait: false,
+        }
+    }
+
+    /// Not recorded: the parent can no longer change, and a poller's trace must not become an instance's or a run's.
+    fn in_poller(self) -> Self {
+        Self {
+            outcome: Outcome::Related(Relation::Polled, Continuation::Keep),
+            record: Record::No,
+            ..self
         }
     }
 
@@ -633,6 +640,8 @@ mod tests {
             (Row { moment: Late, natural: request, policy: with(Relation::Late, Continuation::Keep), ..row() }, "late: natural"),
             (Row { moment: Late, natural: request, stored_run: Some("1"), run_id: Some("2"), ..row() }, "first: natural + link to stored, recorded"),
             (Row { moment: Late, natural: nested, stored_run: Some("1"), run_id: Some("2"), ..row() }, "first: natural, recorded"),
+            (Row { moment: Late, natural: request, is_polled: true, stored_run: Some("1"), run_id: Some("2"), ..row() }, "polled: natural + link to stored"),
+            (Row { moment: Late, natural: nested, is_polled: true, stored_run: Some("1"), run_id: Some("2"), ..row() }, "first: natural, recorded"),
             (Row { moment: Late, natural: request, ..full() }, "late: natural + link to stored"),
             // Replays.
             (Row { moment: Replay, ..none() }, "replayed: natural"),

@@ -213,6 +213,38 @@ fn an_id_that_comes_late_in_a_poller_does_not_make_its_trace_the_instances() {
 }
 
 #[test]
+fn a_run_id_that_comes_late_in_a_poller_does_not_make_its_trace_the_runs() {
+    for worker in both_activations(|| polling().build().unwrap()) {
+        worker.run(|| {
+            info_span!(
+                "run 1",
+                workflow.instance_id = "order-42",
+                workflow.run_id = "1"
+            )
+            .in_scope(|| ());
+            let poller = poller();
+            let empty = tracing::field::Empty;
+            let span = info_span!("late", workflow.instance_id = empty, workflow.run_id = "2");
+            span.in_scope(|| info_span!("inside").in_scope(|| ()));
+            span.record("workflow.instance_id", "order-42");
+            drop((span, poller));
+            info_span!(
+                "run 2",
+                workflow.instance_id = "order-42",
+                workflow.run_id = "2"
+            )
+            .in_scope(|| ());
+        });
+        assert_eq!(worker.trace_of("late"), worker.trace_of("worker"));
+        let run_1 = ids(&worker.span("run 1").span_context);
+        let to_run_1 = [("new_run".to_owned(), run_1)];
+        assert_eq!(links(&worker.span("late")), to_run_1);
+        assert_root(&worker.span("run 2"));
+        assert_eq!(links(&worker.span("run 2")), to_run_1);
+    }
+}
+
+#[test]
 fn a_new_run_or_generation_keeps_its_request_as_a_link() {
     let clock = ManualClock::new();
     let builder = WorkflowContextStorage::builder()
