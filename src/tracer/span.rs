@@ -458,10 +458,11 @@ impl Watch {
             run_id: run_id.as_deref(),
             parent_instance_id: None,
         };
-        if self.instance != Some(hash) {
+        let joined = self.memo.as_ref().and_then(|memo| memo.identity.as_ref());
+        let joined_run = joined.and_then(|joined| joined.run_id.as_deref());
+        let is_other_run = run_id.is_some() && run_id.as_deref() != joined_run;
+        if self.instance != Some(hash) || is_other_run {
             self.join_late(span, names, author);
-        } else if run_id.is_some() {
-            self.memo().identity = Some(names.to_identity());
         }
         if let Some(parent) = parent_instance_id {
             self.learn_parent(span, &parent);
@@ -471,10 +472,10 @@ impl Watch {
 
     /// A run id was recorded after the start.
     fn learn_run<S: Span>(&mut self, span: &mut S, run_id: &str) {
+        if let Some(unnamed) = (self.memo.as_mut()).and_then(|memo| memo.unnamed.as_mut()) {
+            unnamed.run_id = Some(run_id.into());
+        }
         let Some(instance) = self.instance else {
-            if let Some(unnamed) = self.memo().unnamed.as_mut() {
-                unnamed.run_id = Some(run_id.into());
-            }
             return;
         };
         let identity = self.memo.as_ref().and_then(|memo| memo.identity.clone());

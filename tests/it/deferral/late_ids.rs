@@ -452,6 +452,54 @@ fn a_run_id_recorded_after_the_start_names_the_run_or_is_linked() {
     });
 }
 
+#[test]
+fn an_adopted_span_that_names_a_new_run_of_its_instance_is_recorded_for_it() {
+    in_both_modes(|worker| {
+        let run = |name: &str, run: &str| {
+            let span = awaiting_a_run(name);
+            span.record(RUN, run);
+            span.in_scope(|| record_id("order"));
+        };
+        run("first", "1");
+        let span = awaiting_a_run("second");
+        span.record(RUN, "2");
+        span.in_scope(|| {
+            tagged_step("child", "order");
+            record_id("order");
+        });
+        drop(span);
+        run("second again", "2");
+
+        let second = worker.span("second");
+        assert_joined(&second, &worker.span("first").span_context);
+        assert_joined(&worker.span("second again"), &second.span_context);
+        assert_eq!(worker.storage.stats().late, 1);
+    });
+}
+
+#[test]
+fn a_run_id_recorded_on_an_adopted_span_counts_for_the_instance_that_it_names_later() {
+    in_both_modes(|worker| {
+        for run in ["1", "2"] {
+            let span = awaiting_a_run(run);
+            span.record(RUN, run);
+            span.in_scope(|| record_id("order"));
+        }
+        let adopter = stored_first(worker, "adopter");
+        let span = awaiting_a_run("span");
+        span.in_scope(|| {
+            tagged_step("child", "adopter");
+            span.record(RUN, "1");
+            record_id("order");
+        });
+        drop(span);
+
+        let span = worker.span("span");
+        assert_continues(&span, &adopter);
+        assert_linked(&span, "late", &worker.span("1").span_context);
+    });
+}
+
 /// A span that declares both ids, each to be recorded.
 fn awaiting_a_run(name: &str) -> Span {
     info_span!(
