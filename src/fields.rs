@@ -17,7 +17,7 @@ use tracing::{Metadata, span};
 
 use self::callsite::{Callsite, Role};
 use self::engine::Engine;
-use self::identity::{Identity, Names};
+use self::identity::{Identity, Ids, Names};
 pub(crate) use self::meaning::ReservedFields;
 use self::meaning::{Meaning, Meanings};
 use self::names::FieldNames;
@@ -182,20 +182,18 @@ impl Fields {
     }
 
     /// Reads the ids from a span that is being created, or from what is recorded on one.
-    pub(crate) fn identify(&self, record: impl FnOnce(&mut dyn Visit)) -> Option<Identity> {
+    pub(crate) fn ids(&self, record: impl FnOnce(&mut dyn Visit)) -> Ids {
         let mut visitor = IdentityVisitor {
             meanings: &self.meanings,
-            rank: u16::MAX,
-            instance_id: None,
-            run_id: None,
-            parent_instance_id: None,
+            ids: Ids::default(),
         };
         record(&mut visitor);
-        Some(Identity {
-            instance_id: visitor.instance_id?,
-            run_id: visitor.run_id,
-            parent_instance_id: visitor.parent_instance_id,
-        })
+        visitor.ids
+    }
+
+    /// Reads the identity from a span that is being created.
+    pub(crate) fn identify(&self, attributes: &span::Attributes<'_>) -> Option<Identity> {
+        self.ids(|visitor| attributes.record(visitor)).identity()
     }
 
     /// Returns the declared reserved fields that have no value yet. Only an empty `&str` counts as none: formatting every other

@@ -8,6 +8,36 @@ pub(crate) struct Identity {
     pub(crate) parent_instance_id: Option<Box<str>>,
 }
 
+/// The ids that a span was given so far.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Ids {
+    pub(super) instance_id: Option<Box<str>>,
+    /// The rank of the field that named the instance; a lower one counts more.
+    pub(super) rank: u16,
+    pub(super) run_id: Option<Box<str>>,
+    pub(super) parent_instance_id: Option<Box<str>>,
+}
+
+impl Ids {
+    /// Adds what was given later.
+    pub(crate) fn add(&mut self, later: Self) {
+        if later.instance_id.is_some() && (self.instance_id.is_none() || later.rank <= self.rank) {
+            (self.instance_id, self.rank) = (later.instance_id, later.rank);
+        }
+        self.run_id = later.run_id.or(self.run_id.take());
+        self.parent_instance_id = later.parent_instance_id.or(self.parent_instance_id.take());
+    }
+
+    /// Returns the identity, if an instance is named.
+    pub(crate) fn identity(self) -> Option<Identity> {
+        Some(Identity {
+            instance_id: self.instance_id?,
+            run_id: self.run_id,
+            parent_instance_id: self.parent_instance_id,
+        })
+    }
+}
+
 /// An [`Identity`] of borrowed strings.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Names<'a> {

@@ -91,6 +91,11 @@ impl ReservedFields {
         }
     }
 
+    /// Returns `true` if one of the fields tells more of an instance than its id.
+    pub(crate) fn has_more_than_id(self) -> bool {
+        self.0 & (Self::RUN_ID.0 | Self::PARENT_INSTANCE_ID.0) != 0
+    }
+
     #[inline]
     pub(crate) fn has_id(self) -> bool {
         self.0 & Self::INSTANCE_ID.0 != 0

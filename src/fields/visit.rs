@@ -4,28 +4,25 @@ use std::fmt::{self, Write as _};
 
 use tracing::field::{Field, Visit};
 
+use super::identity::Ids;
 use super::meaning::{Meaning, Meanings, ReservedFields};
 use super::value::{LONGEST_TEXT, plain};
 use crate::error::InvalidInstanceId;
 
 pub(super) struct IdentityVisitor<'a> {
     pub(super) meanings: &'a Meanings,
-    pub(super) rank: u16,
-    pub(super) instance_id: Option<Box<str>>,
-    pub(super) run_id: Option<Box<str>>,
-    pub(super) parent_instance_id: Option<Box<str>>,
+    pub(super) ids: Ids,
 }
 
 impl IdentityVisitor<'_> {
     fn take(&mut self, field: &Field, value: fmt::Arguments<'_>) {
+        let ids = &mut self.ids;
         let slot = match self.meanings.get(field.name()) {
-            Some(Meaning::InstanceId { rank })
-                if self.instance_id.is_none() || rank <= self.rank =>
-            {
-                &mut self.instance_id
+            Some(Meaning::InstanceId { rank }) if ids.instance_id.is_none() || rank <= ids.rank => {
+                &mut ids.instance_id
             }
-            Some(Meaning::RunId) => &mut self.run_id,
-            Some(Meaning::ParentInstanceId) => &mut self.parent_instance_id,
+            Some(Meaning::RunId) => &mut ids.run_id,
+            Some(Meaning::ParentInstanceId) => &mut ids.parent_instance_id,
             _ => return,
         };
         let mut text = Bounded(String::new());
@@ -36,7 +33,7 @@ impl IdentityVisitor<'_> {
         if InvalidInstanceId::check(&id).is_ok() {
             *slot = Some(id.into());
             if let Some(Meaning::InstanceId { rank }) = self.meanings.get(field.name()) {
-                self.rank = rank;
+                ids.rank = rank;
             }
         }
     }

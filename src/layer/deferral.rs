@@ -21,6 +21,7 @@ use crate::fields::ReservedFields;
 use crate::fields::callsite::{Callsite, Role};
 use crate::fields::identity::Identity;
 use crate::tracer::handoff::{self, Adoption, HeldSpan, Mark, StartNumber, StorageId};
+use crate::tracer::held_parents::inside_held;
 use crate::tracer::replay::Numbered;
 use crate::tracer::with_baggage_of;
 
@@ -56,7 +57,7 @@ where
             ..self.mark(role, may_be_held, declares.has_replay(), attrs, &ctx)
         };
         let number = mark.number;
-        let identity = || self.shared.fields.identify(|visitor| attrs.record(visitor));
+        let identity = || self.shared.fields.identify(attrs);
         let may_wait = may_be_held && (awaits.has_id() || identity().is_none());
         let is_inside_held = may_wait && self.note_held_parent(attrs, number, &ctx);
         // Without activation, and as long as that is unknown, creating a contextual span starts the current one.
@@ -83,7 +84,7 @@ where
                 create();
             }
             // Held as its parent is, and released with it.
-            None if is_inside_held => create(),
+            None if is_inside_held => inside_held(number, create),
             None if attrs.is_contextual() && handoff::is_any_held() => {
                 let identity = identity();
                 let attached = OtelContext::current();
@@ -113,8 +114,11 @@ where
             _ => Awaits::Nothing,
         };
         if let Some(span) = ctx.span(id) {
-            span.extensions_mut()
-                .replace(Pending::new(awaits_what, number));
+            let pending = Pending::new(awaits_what, number);
+            if may_wait && declares.has_more_than_id() {
+                pending.note(self.shared.fields.ids(|visitor| attrs.record(visitor)));
+            }
+            span.extensions_mut().replace(pending);
             self.pending_spans.add(id);
         }
     }
@@ -213,14 +217,26 @@ where
     pub(super) fn record(&self, id: &span::Id, values: &span::Record<'_>, ctx: Context<'_, S>) {
         self.inner.on_record(id, values, ctx.clone());
         let recorded = self.shared.fields.recorded(values);
-        let free_now = self.pending(id, &ctx, |pending| {
-            (pending.learn(recorded) && pending.set_free()).then_some(pending.number)
-        });
-        let Some(Some(number)) = free_now else {
+        let ids = || self.shared.fields.ids(|visitor| values.record(visitor));
+        let waited = match self.pending(id, &ctx, |pending| pending.learn(recorded)) {
+            Some(Some(true)) => self.set_free(id, &ctx),
+            Some(Some(false)) if recorded != ReservedFields::NONE => {
+                let ids = ids();
+                self.pending(id, &ctx, |pending| pending.note(ids));
+                None
+            }
+            _ => None,
+        };
+        let Some(waited) = waited else {
             return;
         };
+        let number = waited.number;
         // The span itself reads its ids from its attributes; those around it join it.
-        let identity = || (self.shared.fields).identify(|visitor| values.record(visitor));
+        let identity = || {
+            let mut known = waited.ids.unwrap_or_default();
+            known.add(ids());
+            known.identity()
+        };
         if self.pending_spans.holds(id) {
             self.release(Some(id), identity(), &ctx);
         } else if let Some(parent) = self.shared.held_parents.of(number) {
@@ -285,11 +301,25 @@ where
     /// Tells the inner layer of the held spans, outermost first, up to a span or all of them.
     fn release(&self, up_to: Option<&span::Id>, identity: Option<Identity>, ctx: &Context<'_, S>) {
         while let Some(held) = self.pending_spans.take_outermost() {
-            self.start(&held, identity.clone(), ctx);
-            if up_to.is_some_and(|last| *last == held.id && !self.pending_spans.holds(last)) {
+            let is_last = |last: &span::Id| *last == held.id && !self.pending_spans.holds(last);
+            let is_last = up_to.is_some_and(is_last);
+            let named = (!is_last).then(|| self.named_inside(up_to, ctx)).flatten();
+            self.start(&held, named.or_else(|| identity.clone()), ctx);
+            if is_last {
                 break;
             }
         }
+    }
+
+    /// Returns the identity of the outermost held span, up to the given one, that has one and waits for more.
+    fn named_inside(&self, up_to: Option<&span::Id>, ctx: &Context<'_, S>) -> Option<Identity> {
+        let mut held = self.pending_spans.held();
+        if let Some(last) = up_to.and_then(|last| held.iter().rposition(|id| id == last)) {
+            held.truncate(last + 1);
+        }
+        let mut identities =
+            (held.iter()).filter_map(|id| self.pending(id, ctx, Pending::held_identity)?);
+        identities.next()
     }
 
     fn start(&self, held: &HeldSpan, identity: Option<Identity>, ctx: &Context<'_, S>) {
@@ -309,7 +339,8 @@ where
         }
     }
 
-    /// Runs `start`, which starts a span that waits no more, after its held parents. All are offered the identity.
+    /// Runs `start`, which starts a span that waits no more, after its held parents. Each is offered the identity of the next
+    /// one inside it that has one, or else the given one.
     fn start_held(
         &self,
         waited: &WaitsNoMore,
@@ -319,15 +350,17 @@ where
     ) {
         let mut parents = Vec::new();
         let mut number = waited.number;
+        let mut offer = waited.identity().or_else(|| identity.clone());
         while let Some(parent) = self.shared.held_parents.of(number) {
             let Some(waited) = self.set_free(&parent, ctx) else {
                 break;
             };
             number = waited.number;
-            parents.push((parent, waited));
+            let next_offer = waited.identity().or_else(|| offer.clone());
+            parents.push((parent, waited, std::mem::replace(&mut offer, next_offer)));
         }
-        for (parent, waited) in parents.into_iter().rev() {
-            let adoption = self.adoption(identity.clone(), waited.may_name_itself);
+        for (parent, waited, offer) in parents.into_iter().rev() {
+            let adoption = self.adoption(offer, waited.may_name_itself);
             let start = || self.with_started(&parent, ctx, |_| ());
             handoff::starting(|| handoff::adopting(adoption, start));
         }

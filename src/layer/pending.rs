@@ -7,6 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 use tracing::span;
 
 use crate::fields::ReservedFields;
+use crate::fields::identity::{Identity, Ids};
 use crate::lock::lock;
 use crate::tracer::handoff::{self, HeldSpan, HeldTimes, StartNumber};
 
@@ -25,6 +26,8 @@ pub(super) struct Pending {
     /// The number of events that the inner layer may have buffered for the span.
     events: AtomicU32,
     times: Mutex<Times>,
+    /// The ids that it has while it waits for more.
+    ids: Mutex<Option<Box<Ids>>>,
 }
 
 /// The number of events that a held span may have. opentelemetry_sdk 0.33 keeps no more of a span by default
@@ -32,10 +35,12 @@ pub(super) struct Pending {
 const MAX_EVENTS: u32 = 128;
 
 /// A span that is no longer held when it is entered.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub(super) struct WaitsNoMore {
     pub(super) number: StartNumber,
     pub(super) may_name_itself: bool,
+    /// The ids that were noted while it waited for more.
+    pub(super) ids: Option<Ids>,
 }
 
 impl WaitsNoMore {
@@ -43,7 +48,13 @@ impl WaitsNoMore {
         Self {
             number: pending.number,
             may_name_itself: pending.may_name_itself,
+            ids: pending.ids(),
         }
+    }
+
+    /// Returns its identity, if it had one while it waited for more.
+    pub(super) fn identity(&self) -> Option<Identity> {
+        self.ids.clone()?.identity()
     }
 }
 
@@ -94,7 +105,23 @@ impl Pending {
                 idle: Duration::ZERO,
                 left: None,
             }),
+            ids: Mutex::default(),
         }
+    }
+
+    /// Keeps ids that the span has, for the spans around it.
+    pub(super) fn note(&self, ids: Ids) {
+        lock(&self.ids).get_or_insert_default().add(ids);
+    }
+
+    fn ids(&self) -> Option<Ids> {
+        lock(&self.ids).as_deref().cloned()
+    }
+
+    /// Returns the identity that was noted, as long as the span is held when it is entered.
+    pub(super) fn held_identity(&self) -> Option<Identity> {
+        let is_held = !self.is_free.load(Relaxed);
+        is_held.then(|| self.ids())??.identity()
     }
 
     /// Makes the span one that is not held when it is entered. Returns `true` if it would have been.
@@ -151,10 +178,11 @@ impl Pending {
             && self.was_held.load(Relaxed)
     }
 
-    /// Notes which ids were recorded. Returns `true` if the span has all that it awaited.
-    pub(super) fn learn(&self, recorded: ReservedFields) -> bool {
+    /// Notes which ids were recorded. Returns whether the span has all that it awaited; `None` if it waits no more.
+    pub(super) fn learn(&self, recorded: ReservedFields) -> Option<bool> {
         let others = !recorded.bits();
-        self.awaits.fetch_and(others, Relaxed) & others == 0
+        let has_all = self.awaits.fetch_and(others, Relaxed) & others == 0;
+        (!self.is_free.load(Relaxed)).then_some(has_all)
     }
 
     fn times(&self) -> MutexGuard<'_, Times> {
@@ -242,6 +270,14 @@ impl PendingSpans {
     /// The number of this layer, in the stack of held spans.
     pub(super) fn layer(&self) -> usize {
         self.layer
+    }
+
+    /// Returns the held spans of this layer and thread, outermost first.
+    pub(super) fn held(&self) -> Vec<span::Id> {
+        let held = handoff::held_spans().into_iter();
+        held.filter(|(layer, _)| *layer == self.layer)
+            .map(|(_, id)| id)
+            .collect()
     }
 
     pub(super) fn holds(&self, id: &span::Id) -> bool {

@@ -212,7 +212,7 @@ pub(crate) fn remove_outermost_held(layer: usize) -> Option<HeldSpan> {
 }
 
 /// Returns the layers and ids of the held spans of this thread, outermost first.
-pub(super) fn held_spans() -> Vec<(usize, span::Id)> {
+pub(crate) fn held_spans() -> Vec<(usize, span::Id)> {
     let held = edit_held(|held| {
         let reachable = held.get(FLOOR.get()..).unwrap_or_default();
         let ids = reachable.iter().map(|span| (span.layer, span.id.clone()));

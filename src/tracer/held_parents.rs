@@ -17,6 +17,18 @@ pub(crate) struct HeldParents {
     parents: DashMap<StartNumber, (WeakDispatch, span::Id)>,
 }
 
+/// The mark of the context that a span keeps which is created inside a held one: the number of that span.
+#[derive(Debug, PartialEq, Eq)]
+struct InsideHeld(StartNumber);
+
+/// Runs `create`, which creates a span inside a held one, so that a parent that is set by hand afterwards is told from the one
+/// that was current.
+pub(crate) fn inside_held(child: StartNumber, create: impl FnOnce()) {
+    let current = Context::current_with_value(InsideHeld(child));
+    let _marked = current.attach();
+    create();
+}
+
 impl HeldParents {
     pub(crate) fn add(&self, child: StartNumber, dispatch: WeakDispatch, parent: span::Id) {
         self.len.fetch_add(1, Relaxed);
@@ -38,9 +50,14 @@ impl HeldParents {
         Some(self.parents.get(&child)?.1.clone())
     }
 
-    /// Returns the context in which a span starts whose held parent has started by now, or is started by this.
+    /// Returns the context in which a span starts whose held parent has started by now, or is started by this; `None` if
+    /// another parent was set by hand.
     pub(super) fn beneath(&self, child: StartNumber, given: &Context) -> Option<Context> {
         if self.len.load(Relaxed) == 0 {
+            return None;
+        }
+        let is_as_created = given.get::<InsideHeld>() == Some(&InsideHeld(child));
+        if given.has_active_span() && !is_as_created {
             return None;
         }
         // No guard of the map is held while the parent starts.

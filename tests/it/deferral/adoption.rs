@@ -478,3 +478,100 @@ fn a_child_adopts_a_span_that_was_never_entered() {
         assert_eq!((stats.deferred, stats.adopted), (0, 2));
     });
 }
+
+/// A span that waits for its instance id and its run id.
+fn awaiting_a_run(name: &str) -> Span {
+    info_span!(
+        "awaiting a run",
+        otel.name = name,
+        workflow.instance_id = Empty,
+        workflow.run_id = Empty
+    )
+}
+
+#[test]
+fn an_engine_span_joins_the_run_of_the_held_span_inside_it_in_whatever_order_that_learns_it() {
+    const RUN: &str = "workflow.run_id";
+    in_both_modes(|worker| {
+        for run in ["1", "2"] {
+            let span = awaiting_a_run(run);
+            span.record(RUN, run);
+            span.in_scope(|| record_id("order"));
+        }
+        for order in [[ID, RUN], [RUN, ID]] {
+            engine("engine").in_scope(|| {
+                let span = awaiting_a_run("inside");
+                span.in_scope(|| {
+                    for field in order {
+                        span.record(field, if field == ID { "order" } else { "1" });
+                    }
+                });
+            });
+        }
+        let of_both = |name| (worker.spans().into_iter()).filter(move |span| span.name == name);
+        assert_eq!(of_both("engine").count(), 2);
+        for engine in of_both("engine") {
+            assert_joined(&engine, &worker.span("1").span_context);
+            assert_id(&engine, "order");
+        }
+        for inside in of_both("inside") {
+            assert_unlinked(&inside);
+        }
+        assert_eq!(worker.storage.stats().adopted, 2);
+    });
+}
+
+#[test]
+fn an_engine_span_joins_the_held_span_inside_it_and_not_what_opens_in_that() {
+    type Open = fn(&Span);
+    let ways: [Open; 3] = [
+        |_| step("untagged"),
+        |_| tagged_step("of another order", "other order"),
+        |inside| drop(info_span!(parent: inside, "explicit")),
+    ];
+    for open in ways {
+        in_both_modes(|worker| {
+            let stored = stored_first(worker, "order");
+            engine("engine").in_scope(|| {
+                let inside = awaiting_a_run("inside");
+                inside.in_scope(|| {
+                    record_id("order");
+                    open(&inside);
+                });
+            });
+            let engine = worker.span("engine");
+            assert_joined(&engine, &stored);
+            assert_id(&engine, "order");
+            assert_nested(&worker.span("inside"), &engine);
+            assert_unlinked(&worker.span("inside"));
+        });
+    }
+}
+
+#[test]
+fn a_parent_that_is_set_by_hand_on_a_span_held_inside_a_held_one_is_kept() {
+    in_both_modes(|worker| {
+        for outer in [None, Some(ordinary("outer"))] {
+            let request = ordinary("request");
+            let _outer = outer.map(Span::entered);
+            engine("engine").in_scope(|| {
+                for span in [awaiting("awaiting"), engine("inner engine")] {
+                    span.set_parent(request.context()).expect("not started");
+                    span.in_scope(|| step("child"));
+                }
+            });
+        }
+        let spans = worker.spans();
+        let named = |name: &str| {
+            let named = spans.iter().filter(|span| span.name == name);
+            named.collect::<Vec<_>>()
+        };
+        for name in ["awaiting", "inner engine"] {
+            let set_by_hand = named(name);
+            assert_eq!(set_by_hand.len(), 2);
+            for (span, request) in set_by_hand.into_iter().zip(named("request")) {
+                assert_nested(span, request);
+            }
+        }
+    });
+}
