@@ -189,7 +189,8 @@ where
             || !shared.stand_ins.is_empty()
             || parent.is_telemetry_suppressed();
         let attributes = builder.attributes.as_deref().unwrap_or_default();
-        match shared.fields.only_id(attributes).filter(|_| !is_special) {
+        let only_id = || shared.fields.only_id(attributes);
+        match if is_special { None } else { only_id() } {
             // Fast path: only the instance id is present.
             Some((id, rank)) => {
                 let names = Names::from_id(&id);

@@ -406,7 +406,9 @@ impl Watch {
     }
 
     fn observe<S: Span>(&mut self, span: &mut S, attribute: &mut KeyValue) {
-        handoff::correct_times(attribute);
+        if handoff::may_be_time(attribute.key.as_str()) {
+            handoff::correct_times(attribute);
+        }
         if self.shared.fields.may_mean(attribute.key.as_str()) {
             self.read(span, attribute);
         }
