@@ -13,6 +13,7 @@ pub(crate) mod replays;
 pub(crate) mod shared_traces;
 mod span;
 mod special;
+mod watch;
 
 use std::borrow::Cow;
 use std::fmt;
@@ -33,7 +34,7 @@ use self::handoff::{Adoption, Mark, Marking};
 use self::lost::Lost;
 use self::mark::{is_marked, mark, mark_with, take_mark};
 use self::recording::Recording;
-use self::span::{Memo, Unnamed, Watch, link_unless_in_trace, relation_attribute};
+use self::watch::{Memo, Unnamed, Watch, link_unless_in_trace, relation_attribute};
 use crate::cache::Key;
 use crate::cache::entry::Entry;
 use crate::context::WorkflowContext;
