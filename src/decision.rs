@@ -3,7 +3,7 @@
 //! [`decide`] is a pure function of the span that arrives, the cache entry of its instance, the policy and the time. It
 //! does no I/O, takes no lock, reads no clock and calls nothing back, so it runs under the lock of the entry's shard.
 //! Its callers look up the entry, act on the [`Decision`], and record the span: `tracer.rs` for a span that starts,
-//! `tracer/span.rs` for one whose id came late, `tracer/replay.rs` for one that is re-executed.
+//! `tracer/watch.rs` for one whose id came late, `tracer/replay.rs` for one that is re-executed.
 
 pub(crate) mod bounds;
 pub(crate) mod relation;

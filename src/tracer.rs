@@ -12,6 +12,8 @@ pub(crate) mod replay;
 pub(crate) mod replays;
 pub(crate) mod shared_traces;
 mod span;
+mod special;
+mod watch;
 
 use std::borrow::Cow;
 use std::fmt;
@@ -28,22 +30,19 @@ use opentelemetry::{Context, KeyValue};
 pub use self::provider::WorkflowTracerProvider;
 pub use self::span::WorkflowSpan;
 
-use self::handoff::{Adoption, Mark, StorageId};
+use self::handoff::{Adoption, Mark, Marking};
 use self::lost::Lost;
-use self::mark::{is_marked, mark, take_mark};
+use self::mark::{is_marked, mark, mark_with, take_mark};
 use self::recording::Recording;
-use self::replay::{Beneath, StandIn};
-use self::replays::Replay;
-use self::span::{Memo, State, Unnamed, Watch, link_unless_in_trace, relation_attribute};
+use self::watch::{Memo, Unnamed, Watch, link_unless_in_trace, relation_attribute};
 use crate::cache::Key;
 use crate::cache::entry::Entry;
 use crate::context::WorkflowContext;
 use crate::decision::relation::Relation;
 use crate::decision::{Arrival, Decision, Links, Moment, Parent, Record, decide};
-use crate::explain::author::Author;
 use crate::explain::trail::{Event, Outcome};
 use crate::fields;
-use crate::fields::identity::{Identity, Names};
+use crate::fields::identity::Names;
 use crate::storage::shared::Shared;
 
 /// The number of a trace among those of its instance, on the first span of each but the first.
@@ -106,10 +105,10 @@ where
     where
         N: Into<Cow<'static, str>>,
     {
-        if self.origin != Origin::Layer || !handoff::is_marking() {
-            return self.inner.span_builder(name);
+        match handoff::marks() {
+            Marking::No => self.inner.span_builder(name),
+            marking => self.marked_builder(name.into(), marking),
         }
-        self.marked_builder(name.into())
     }
 
     #[inline]
@@ -143,11 +142,17 @@ impl<T> WorkflowTracer<T>
 where
     T: Tracer,
 {
-    fn marked_builder(&self, name: Cow<'static, str>) -> SpanBuilder {
-        // The parent has started by now: a span opened while the fields are formatted must not be adopted.
-        handoff::end_adoption();
+    #[inline]
+    fn marked_builder(&self, name: Cow<'static, str>, marking: Marking) -> SpanBuilder {
         let mut builder = self.inner.span_builder(name);
-        mark(&mut builder, handoff::mark());
+        if self.origin == Origin::Layer {
+            // The parent has started by now: a span opened while the fields are formatted must not be adopted.
+            handoff::end_adoption();
+            match marking {
+                Marking::With(mark) => mark_with(&mut builder, mark),
+                Marking::Plain | Marking::No => drop(mark(&mut builder)),
+            }
+        }
         builder
     }
 
@@ -157,54 +162,36 @@ where
         WorkflowSpan::start(None, build, || Lost::new(&self.shared, parent))
     }
 
-    /// An ordinary span, which may be beneath a replayed one.
-    #[inline(never)]
-    fn build_beneath_replay(
-        &self,
-        mut builder: SpanBuilder,
-        parent: &Context,
-        mark: Mark,
-    ) -> WorkflowSpan<T::Span> {
-        match Beneath::find(&self.shared, mark, parent) {
-            Some(beneath) if !beneath.replay.is_over() => {
-                let natural = beneath.context(parent);
-                self.stand_in(None, beneath.replay, builder, &natural, mark)
-            }
-            beneath => {
-                if let Some(beneath) = beneath {
-                    beneath.replay.give_events(&mut builder.events);
-                }
-                self.build_ordinary(builder, &past_stand_in(parent))
-            }
-        }
-    }
-
     #[inline(never)]
     fn build_marked(&self, mut builder: SpanBuilder, parent: &Context) -> WorkflowSpan<T::Span> {
         #[cfg(test)]
         tests::MARKED.set(tests::MARKED.get() + 1);
-        let shared = &self.shared;
-        let mark = take_mark(&mut builder);
-        if mark.is_ordinary {
-            return self.build_beneath_replay(builder, parent, mark);
+        match (self.origin, take_mark(&mut builder)) {
+            (Origin::Layer, None) => self.build_tagged(builder, parent, None, Mark::NONE),
+            (Origin::Layer, Some(mark)) => self.build_carrying(builder, parent, mark),
+            (Origin::Api, _) => self.build_api(builder, parent),
         }
-        let adopted = match self.origin {
-            Origin::Layer => handoff::take_adoption(StorageId::new(shared)),
-            Origin::Api => None,
-        };
-        let beneath_held = match self.origin {
-            Origin::Layer if mark.may_be_held => self.start_noted(mark, parent),
-            Origin::Layer => None,
-            Origin::Api => self.start_held(&builder, parent),
-        };
-        let parent = beneath_held.as_ref().unwrap_or(parent);
+    }
+
+    /// A span that most probably names its instance, and nothing else. Inlined twice, since nearly all spans carry no mark:
+    /// that saves 40 instructions of a hit.
+    #[inline(always)]
+    fn build_tagged(
+        &self,
+        builder: SpanBuilder,
+        parent: &Context,
+        adopted: Option<Adoption>,
+        mark: Mark,
+    ) -> WorkflowSpan<T::Span> {
+        let shared = &self.shared;
         let is_special = adopted.is_some()
             || mark.may_be_replayed
             || builder.events.is_some()
             || !shared.stand_ins.is_empty()
             || parent.is_telemetry_suppressed();
         let attributes = builder.attributes.as_deref().unwrap_or_default();
-        match shared.fields.only_id(attributes).filter(|_| !is_special) {
+        let only_id = || shared.fields.only_id(attributes);
+        match if is_special { None } else { only_id() } {
             // Fast path: only the instance id is present.
             Some((id, rank)) => {
                 let names = Names::from_id(&id);
@@ -218,151 +205,6 @@ where
             }
             None => self.build_special(builder, parent, adopted, mark),
         }
-    }
-
-    /// Notes the start of a span that may be held, unless the layer starts it. Returns the context beneath its parent if that
-    /// was held when the span was created.
-    #[inline(never)]
-    fn start_noted(&self, mark: Mark, given: &Context) -> Option<Context> {
-        if !handoff::is_starting() {
-            self.shared.started.add(mark.number);
-        }
-        self.shared.held_parents.beneath(mark.number, given)
-    }
-
-    /// Starts the held spans of this thread, outermost first, for a span of the OpenTelemetry API that opens inside them,
-    /// and offers them its instance. Returns the context beneath the innermost of them.
-    #[inline(never)]
-    fn start_held(&self, builder: &SpanBuilder, given: &Context) -> Option<Context> {
-        if !handoff::is_any_held() {
-            return None;
-        }
-        let attributes = builder.attributes.as_deref().unwrap_or_default();
-        let tag = self.shared.fields.tag_of(attributes);
-        let identity = tag.names()?.to_identity();
-        let ids = |cx: &Context| {
-            let span = cx.span();
-            (
-                span.span_context().trace_id(),
-                span.span_context().span_id(),
-            )
-        };
-        // A parent of the caller's own choice is not the current one.
-        if Context::map_current(ids) != ids(given) {
-            return None;
-        }
-        let mut innermost = None;
-        for (layer, id) in handoff::held_spans() {
-            let Some(dispatch) = self.shared.layers.dispatch_of(layer) else {
-                continue;
-            };
-            let offer = Adoption {
-                storage: StorageId::new(&self.shared),
-                identity: identity.clone(),
-                may_name_itself: true,
-            };
-            let start = || tracing_opentelemetry::get_otel_context(&id, &dispatch);
-            let started = handoff::behind_the_layer(|| handoff::adopting(Some(offer), start));
-            innermost = started.or(innermost);
-        }
-        let span = innermost?.span().span_context().clone();
-        Some(given.with_remote_span_context(span))
-    }
-
-    #[inline(never)]
-    fn build_special(
-        &self,
-        mut builder: SpanBuilder,
-        parent: &Context,
-        adopted: Option<Adoption>,
-        mark: Mark,
-    ) -> WorkflowSpan<T::Span> {
-        let shared = &self.shared;
-        if parent.is_telemetry_suppressed() {
-            return self.build_ordinary(builder, parent);
-        }
-        let tag = shared.tag_of(builder.attributes.as_deref().unwrap_or_default());
-        let may_name_itself = adopted.as_ref().is_some_and(|offer| offer.may_name_itself);
-        let adopted = adopted.map(|offer| offer.identity);
-        let events = builder.events.as_deref();
-        let is_terminal = tag.terminal || events.is_some_and(|e| shared.fields.any_terminal(e));
-        let replays_beneath = tag.replaying_children == Some(true);
-        let beneath = Beneath::find(shared, mark, parent);
-        let under = (beneath.as_ref()).filter(|beneath| !beneath.replay.is_over());
-        let replay = match tag.replaying {
-            Some(replaying) => replaying.then(|| Replay::new(&shared.counters)),
-            None => under.map(|beneath| beneath.replay.clone()),
-        };
-        if let Some(replay) = replay {
-            let natural = match under {
-                Some(beneath) => beneath.context(parent),
-                None => parent.span().span_context().clone(),
-            };
-            let identity = tag.names().map(Names::to_identity).or(adopted);
-            let stand_in = self.stand_in(identity, replay, builder, &natural, mark);
-            if let (true, State::StandIn(stand_in)) = (is_terminal, &stand_in.state) {
-                stand_in.complete();
-            }
-            return stand_in;
-        }
-        let moment = match &beneath {
-            Some(beneath) if beneath.is_by_parent() => Moment::StartAfterReplay,
-            _ => Moment::Start,
-        };
-        // A span that the layer makes is found by its children in `tracing`.
-        let is_new_work = self.origin == Origin::Api
-            && (beneath.is_some() || replay::is_new_work(shared, parent));
-        let parent = match shared.stand_ins.is_empty() {
-            true => Cow::Borrowed(parent),
-            false => past_stand_in(parent),
-        };
-        let parent = &*parent;
-        let own = tag.names();
-        // A span that has not named itself may still do so, and be recorded late.
-        let unnamed = own.is_none().then(|| {
-            Box::new(Unnamed {
-                run_id: tag.run_id.as_deref().map(Box::from),
-                parent_instance_id: tag.parent_instance_id.as_deref().map(Box::from),
-                owes_id: may_name_itself,
-                author: Author::from_span(&builder),
-                is_terminal,
-            })
-        });
-        if let Some(beneath) = beneath {
-            beneath.replay.give_events(&mut builder.events);
-        }
-        let mut started = match own.or(adopted.as_ref().map(Identity::names)) {
-            None => {
-                let is_poller = shared.fields.is_poller(&builder);
-                let watch = self.watch(None, Some(Memo::new(None, unnamed)), mark.awaits);
-                let build = || self.inner.build_with_context(builder, parent);
-                let lose = || Lost::new(shared, parent);
-                let mut started = WorkflowSpan::start(Some(watch), build, lose);
-                if let Some((span, watch)) = started.watched().filter(|_| is_poller) {
-                    watch.set_poller(span.span_context().trace_id());
-                }
-                started
-            }
-            Some(names) => {
-                let key = shared.key(names.instance_id, names.run_id);
-                let decision = self.place(key, names.parent_instance_id, parent, moment);
-                if names.parent_instance_id.is_none() {
-                    self.diagnose(&decision, parent);
-                }
-                let mut plan = self.plan(key, tag.rank(), names, unnamed);
-                (plan.awaits, plan.is_terminal) = (mark.awaits, is_terminal);
-                plan.recording = self.recording(&builder, key, &decision);
-                self.start(builder, parent, &decision, plan)
-            }
-        };
-        if let Some((span, watch)) = started.watched() {
-            watch.note_number(mark);
-            if is_new_work {
-                watch.set_new_work(span.span_context());
-            }
-            watch.replay_beneath(span.span_context(), replays_beneath);
-        }
-        started
     }
 
     /// Looks the instance up and decides where the span starts.
@@ -562,28 +404,6 @@ where
     fn watch(&self, instance: Option<(u64, u16)>, memo: Option<Box<Memo>>, awaits: bool) -> Watch {
         Watch::new(&self.shared, instance, memo, awaits)
     }
-
-    fn stand_in(
-        &self,
-        identity: Option<Identity>,
-        replay: Replay,
-        builder: SpanBuilder,
-        natural: &SpanContext,
-        mark: Mark,
-    ) -> WorkflowSpan<T::Span> {
-        let observes = self.origin == Origin::Layer;
-        let stand_in = StandIn::new(
-            &self.shared,
-            identity,
-            replay,
-            builder.name,
-            natural,
-            mark.number,
-            observes,
-        );
-        stand_in.drop_events(builder.events.map_or(0, |events| events.len()));
-        WorkflowSpan::new(State::StandIn(Box::new(stand_in)))
-    }
 }
 
 impl<T> fmt::Debug for WorkflowTracer<T> {
@@ -638,16 +458,6 @@ fn decide_again(
         decision = decide(&arrival, None, &shared.policy, now);
     }
     decision
-}
-
-/// Work past a replay attaches to the recorded span; if nothing is recorded, to nothing. Work beneath a lost span attaches to
-/// that one's parent.
-fn past_stand_in(parent: &Context) -> Cow<'_, Context> {
-    if parent.span().span_context().is_valid() {
-        Cow::Borrowed(parent)
-    } else {
-        Cow::Owned(without_span(parent))
-    }
 }
 
 /// Only without a span, not with an invalid one, does a parent-based sampler take the new span for a root.

@@ -49,7 +49,7 @@ where
         let is_plain = role == Role::Tagged && attrs.is_contextual() && !handoff::is_any_held();
         if is_plain && awaits == ReservedFields::NONE && !is_replayed && self.activation.is_on() {
             let create = || self.inner.on_new_span(attrs, id, ctx);
-            return handoff::marking(Mark::NONE, create);
+            return handoff::marking(None, create);
         }
         let mark = Mark {
             awaits: role != Role::Ordinary
@@ -67,7 +67,7 @@ where
         let create = || self.inner.on_new_span(created, id, ctx.clone());
         let create = || match role {
             Role::Ordinary if number == 0 => create(),
-            _ => handoff::marking(mark, create),
+            _ => handoff::marking(Some(mark).filter(|mark| *mark != Mark::NONE), create),
         };
         match attrs.parent() {
             // The parent is held on another thread, or was not entered at all: creating a child starts it.

@@ -159,6 +159,7 @@ impl Shared {
     }
 
     /// Reads and checks an id that a call was given, as those of spans are; one that is too long is counted.
+    #[inline]
     pub(super) fn read_id<'a>(&self, id: &'a str) -> Result<Cow<'a, str>, InvalidInstanceId> {
         let id = plain(id);
         let checked = InvalidInstanceId::check(&id);

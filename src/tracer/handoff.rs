@@ -5,7 +5,7 @@
 //!
 //! | thread-local | set by | read by | for the time of |
 //! |---|---|---|---|
-//! | `IS_MARKING`, `MARK` | layer, `on_new_span` | tracer, `span_builder` | one call of the inner layer |
+//! | `MARKING`, `MARK` | layer, `on_new_span` | tracer, `span_builder` | one call of the inner layer |
 //! | `ADOPTION`, `ADOPTS` | layer, for a held span and its first child | tracer, `build_with_context`, once | one start |
 //! | `HELD`, `DEPTH` | layer, `on_enter` and `on_exit` | layer | as long as a span is held on this thread |
 //! | `FLOOR` | layer, while it starts a span | layer | one start |
@@ -50,8 +50,13 @@ pub(crate) struct HeldSpan {
     pub(crate) is_heard: bool,
 }
 
+/// The values of `MARKING`.
+const MARKS_PLAINLY: u8 = 1;
+const MARKS_WITH: u8 = 2;
+
 thread_local! {
-    static IS_MARKING: Cell<bool> = const { Cell::new(false) };
+    /// Zero if nothing is marked.
+    static MARKING: Cell<u8> = const { Cell::new(0) };
     static MARK: Cell<Mark> = const { Cell::new(Mark::NONE) };
     static ADOPTS: Cell<bool> = const { Cell::new(false) };
     static ADOPTION: RefCell<Option<Adoption>> = const { RefCell::new(None) };
@@ -100,24 +105,30 @@ impl Mark {
     };
 }
 
+/// Says whether builders are marked at this moment, and by what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Marking {
+    No,
+    Plain,
+    With(Mark),
+}
+
 /// Marks the span builder that the inner layer asks for within `create`.
 #[inline]
-pub(crate) fn marking<R>(mark: Mark, create: impl FnOnce() -> R) -> R {
-    let create = || scoped::with(&IS_MARKING, true, create);
+pub(crate) fn marking<R>(mark: Option<Mark>, create: impl FnOnce() -> R) -> R {
     match mark {
-        Mark::NONE => create(),
-        _ => scoped::with(&MARK, mark, create),
+        None => scoped::with(&MARKING, MARKS_PLAINLY, create),
+        Some(mark) => scoped::with(&MARK, mark, || scoped::with(&MARKING, MARKS_WITH, create)),
     }
 }
 
 #[inline]
-pub(super) fn is_marking() -> bool {
-    IS_MARKING.get()
-}
-
-#[inline]
-pub(super) fn mark() -> Mark {
-    MARK.get()
+pub(super) fn marks() -> Marking {
+    match MARKING.get() {
+        MARKS_PLAINLY => Marking::Plain,
+        MARKS_WITH => Marking::With(MARK.get()),
+        _ => Marking::No,
+    }
 }
 
 // Adoption: a span without an id of its own joins the instance of its first child.

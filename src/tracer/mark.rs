@@ -15,12 +15,15 @@ const AWAITS: u8 = 8;
 /// Reading those of each ordinary span would cost more than all else that this crate does to it. The numbers of a span that
 /// may be held or replayed go along in the list, as the trace id of a link without a span.
 #[inline]
-pub(super) fn mark(builder: &mut SpanBuilder, mark: Mark) {
-    let links = builder.links.get_or_insert_default();
-    if mark != Mark::NONE {
-        links.reserve(2);
-        links.insert(0, link_with(mark));
-    }
+pub(super) fn mark(builder: &mut SpanBuilder) -> &mut Vec<Link> {
+    builder.links.get_or_insert_default()
+}
+
+#[cold]
+pub(super) fn mark_with(builder: &mut SpanBuilder, carried: Mark) {
+    let links = mark(builder);
+    links.reserve(2);
+    links.insert(0, link_with(carried));
 }
 
 #[inline(never)]
@@ -42,27 +45,26 @@ fn link_with(mark: Mark) -> Link {
     ))
 }
 
-/// Takes the mark out of a marked builder.
+/// Takes out of a marked builder what it carries.
 #[inline]
-pub(super) fn take_mark(builder: &mut SpanBuilder) -> Mark {
-    let Some(links) = builder.links.as_mut() else {
-        return Mark::NONE;
-    };
-    match links.first().map(|link| &link.span_context) {
-        Some(first) if first.span_id() == SpanId::INVALID => {
-            let numbers = u128::from_be_bytes(first.trace_id().to_bytes());
-            let flags = first.trace_flags().to_u8();
-            links.remove(0);
-            Mark {
-                number: numbers as StartNumber,
-                beneath: (numbers >> 64) as StartNumber,
-                may_be_held: flags & MAY_BE_HELD != 0,
-                may_be_replayed: flags & MAY_BE_REPLAYED != 0,
-                is_ordinary: flags & IS_ORDINARY != 0,
-                awaits: flags & AWAITS != 0,
-            }
-        }
-        _ => Mark::NONE,
+pub(super) fn take_mark(builder: &mut SpanBuilder) -> Option<Mark> {
+    let links = builder.links.as_mut()?;
+    let carrier = &links.first()?.span_context;
+    (carrier.span_id() == SpanId::INVALID).then(|| take_first(links))
+}
+
+#[inline(never)]
+fn take_first(links: &mut Vec<Link>) -> Mark {
+    let carrier = links.remove(0).span_context;
+    let numbers = u128::from_be_bytes(carrier.trace_id().to_bytes());
+    let flags = carrier.trace_flags().to_u8();
+    Mark {
+        number: numbers as StartNumber,
+        beneath: (numbers >> 64) as StartNumber,
+        may_be_held: flags & MAY_BE_HELD != 0,
+        may_be_replayed: flags & MAY_BE_REPLAYED != 0,
+        is_ordinary: flags & IS_ORDINARY != 0,
+        awaits: flags & AWAITS != 0,
     }
 }
 

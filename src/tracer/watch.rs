@@ -1,0 +1,404 @@
+//! The watch over a started span: which instance it has, and what may still be recorded on it.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use opentelemetry::trace::{Span, SpanContext};
+use opentelemetry::{KeyValue, TraceId};
+
+use super::handoff::{self, Mark};
+use super::replay::{NewWork, ReplaysBeneath};
+use crate::context::WorkflowContext;
+use crate::decision::relation::Relation;
+use crate::decision::{Arrival, Decision, Moment, Record, decide};
+use crate::explain::author::Author;
+use crate::explain::trail;
+use crate::fields::identity::{Identity, Names};
+use crate::fields::{self, Fields};
+use crate::storage::remote::LateWinner;
+use crate::storage::shared::Shared;
+
+/// The knowledge of a started span, and of what may still be recorded on it.
+pub(super) struct Watch {
+    pub(super) shared: Arc<Shared>,
+    /// The hash of its instance's id; `None` as long as no instance is named.
+    instance: Option<u64>,
+    memo: Option<Box<Memo>>,
+    /// The rank of the field that named its instance; a lower one counts more.
+    rank: u16,
+    /// Its attributes are read whether it records or not.
+    observes: bool,
+}
+
+/// The knowledge that only some spans need.
+#[derive(Default)]
+pub(super) struct Memo {
+    /// Kept for a run, or for a backend: the hash is not enough there.
+    identity: Option<Identity>,
+    /// Set if it has not named its instance itself; if that is known all the same, it is its first child's.
+    unnamed: Option<Box<Unnamed>>,
+    /// Set if it was recorded, and a backend may still know of a faster process.
+    late_winner: Option<LateWinner>,
+    /// Set if it is a poller, as long as it lives.
+    poller: Option<PollerTrace>,
+    /// The number by which its children in `tracing` find it, as soon as they are replayed; zero if it has none.
+    number: u64,
+    /// Set once the span has said that what is opened beneath it is replayed.
+    replays_beneath: Option<ReplaysBeneath>,
+    /// Set if it was opened inside a replay through the OpenTelemetry API, and is real.
+    new_work: Option<NewWork>,
+}
+
+/// The trace of a live poller.
+struct PollerTrace {
+    shared: Arc<Shared>,
+    trace: TraceId,
+}
+
+impl Drop for PollerTrace {
+    fn drop(&mut self) {
+        self.shared.poller_traces.remove(self.trace);
+    }
+}
+
+/// A span that has not named its instance, and may be recorded late.
+#[derive(Default)]
+pub(super) struct Unnamed {
+    pub(super) run_id: Option<Box<str>>,
+    pub(super) parent_instance_id: Option<Box<str>>,
+    /// The id of the instance that it was adopted into becomes an attribute when it ends, unless it names itself.
+    pub(super) owes_id: bool,
+    pub(super) author: Author,
+    /// A terminal status was told, which counts for the instance that it names later.
+    pub(super) is_terminal: bool,
+}
+
+impl Memo {
+    #[inline(never)]
+    pub(super) fn new(names: Option<Names<'_>>, unnamed: Option<Box<Unnamed>>) -> Box<Self> {
+        Box::new(Self {
+            identity: names.map(Names::to_identity),
+            unnamed,
+            ..Self::default()
+        })
+    }
+
+    /// Returns `true` for a span without an id of its own that has joined an instance.
+    pub(super) fn is_adopted(&self) -> bool {
+        self.identity.is_some() && self.unnamed.is_some()
+    }
+
+    /// Returns the id of an adopted span that certainly does not name itself.
+    pub(super) fn id_to_give_at_start(&self, fields: &Fields) -> Option<KeyValue> {
+        self.id_to_give(fields, false)
+    }
+
+    /// Returns the id of an adopted span that could have named itself, and has not.
+    fn id_to_give_at_end(&self, fields: &Fields) -> Option<KeyValue> {
+        self.id_to_give(fields, true)
+    }
+
+    fn id_to_give(&self, fields: &Fields, at_end: bool) -> Option<KeyValue> {
+        let identity = self.identity.as_ref()?;
+        (self.unnamed.as_ref()).filter(|unnamed| unnamed.owes_id == at_end)?;
+        let id = identity.instance_id.to_string();
+        Some(KeyValue::new(fields.primary_instance_id(), id))
+    }
+}
+
+impl Watch {
+    #[inline]
+    pub(super) fn new(
+        shared: &Arc<Shared>,
+        instance: Option<(u64, u16)>,
+        memo: Option<Box<Memo>>,
+        observes: bool,
+    ) -> Self {
+        Self {
+            shared: shared.clone(),
+            instance: instance.map(|(hash, _)| hash),
+            memo,
+            rank: instance.map_or(u16::MAX, |(_, rank)| rank),
+            observes,
+        }
+    }
+
+    /// Answers the questions that the tracer asks through `is_recording`. Returns `true` if a field may still be recorded.
+    #[inline]
+    pub(super) fn answer(&self) -> bool {
+        if self.instance.is_some() {
+            handoff::answer_tagged();
+        }
+        let memo = self.memo.as_ref();
+        if let Some(beneath) = memo.and_then(|memo| memo.replays_beneath.as_ref()) {
+            beneath.answer();
+        }
+        self.observes
+    }
+
+    #[cold]
+    fn memo(&mut self) -> &mut Memo {
+        self.memo.get_or_insert_default()
+    }
+
+    /// Makes the trace of the span a poller's, until it ends.
+    pub(super) fn set_poller(&mut self, trace: TraceId) {
+        let shared = self.shared.clone();
+        shared.poller_traces.add(trace);
+        self.memo().poller = Some(PollerTrace { shared, trace });
+    }
+
+    /// Notes the number by which its children in `tracing` find the span, should they be replayed.
+    pub(super) fn note_number(&mut self, mark: Mark) {
+        if mark.may_be_replayed {
+            self.memo().number = mark.number;
+        }
+    }
+
+    pub(super) fn set_new_work(&mut self, span: &SpanContext) {
+        let new_work = NewWork::new(&self.shared, span);
+        self.memo().new_work = Some(new_work);
+    }
+
+    /// Says whether what is opened beneath is replayed from now on. The span itself has started, and stays real.
+    pub(super) fn replay_beneath(&mut self, span: &SpanContext, replaying: bool) {
+        let is_known = self
+            .memo
+            .as_ref()
+            .is_some_and(|memo| memo.replays_beneath.is_some());
+        if !replaying && !is_known {
+            return;
+        }
+        let shared = self.shared.clone();
+        let memo = self.memo();
+        let new = || ReplaysBeneath::new(&shared, memo.number, span);
+        memo.replays_beneath.get_or_insert_with(new).set(replaying);
+    }
+
+    pub(super) fn expect_late_winner(&mut self, late_winner: Option<LateWinner>) {
+        if late_winner.is_some() {
+            self.memo().late_winner = late_winner;
+        }
+    }
+
+    /// Returns `false` if the attribute certainly need not be observed.
+    #[inline]
+    pub(super) fn wants(&self, attribute: &KeyValue) -> bool {
+        let name = attribute.key.as_str();
+        self.shared.fields.may_mean(name) || self.memo.is_some() || handoff::may_be_time(name)
+    }
+
+    pub(super) fn observe<S: Span>(&mut self, span: &mut S, attribute: &mut KeyValue) {
+        if handoff::may_be_time(attribute.key.as_str()) {
+            handoff::correct_times(attribute);
+        }
+        if self.shared.fields.may_mean(attribute.key.as_str()) {
+            self.read(span, attribute);
+        }
+    }
+
+    #[inline(never)]
+    fn read<S: Span>(&mut self, span: &mut S, attribute: &KeyValue) {
+        let shared = self.shared.clone();
+        let tag = shared.tag_of(std::slice::from_ref(attribute));
+        if let Some(id) = &tag.instance_id {
+            self.learn_id(span, id, tag.rank());
+        }
+        if let Some(run_id) = &tag.run_id {
+            self.learn_run(span, run_id);
+        }
+        if let Some(id) = &tag.parent_instance_id {
+            self.learn_parent(span, id);
+        }
+        if let Some(replaying) = tag.replaying.or(tag.replaying_children) {
+            self.replay_beneath(span.span_context(), replaying);
+        }
+        self.complete_if(tag.terminal);
+    }
+
+    /// An instance id was recorded after the start. The first one counts, unless the field of this one ranks higher; one that
+    /// a span was only adopted into gives way to its own.
+    fn learn_id<S: Span>(&mut self, span: &mut S, id: &str, rank: u16) {
+        let hash = self.shared.key(id, None).hash;
+        let unnamed = self.memo.as_mut().and_then(|memo| memo.unnamed.take());
+        let is_named = unnamed.is_none();
+        if is_named && self.instance == Some(hash) {
+            return;
+        }
+        if is_named && rank >= self.rank {
+            self.shared.counters.late.add();
+            let stored = self.shared.tier.peek(id);
+            return self.link(span, stored.as_ref(), Relation::Late);
+        }
+        self.rank = rank;
+        let Unnamed {
+            run_id,
+            parent_instance_id,
+            author,
+            is_terminal,
+            ..
+        } = *unnamed.unwrap_or_default();
+        let names = Names {
+            instance_id: id,
+            run_id: run_id.as_deref(),
+            parent_instance_id: None,
+        };
+        let joined = self.memo.as_ref().and_then(|memo| memo.identity.as_ref());
+        let joined_run = joined.and_then(|joined| joined.run_id.as_deref());
+        let is_other_run = run_id.is_some() && run_id.as_deref() != joined_run;
+        if self.instance != Some(hash) || is_other_run {
+            self.join_late(span, names, author);
+        }
+        if let Some(parent) = parent_instance_id {
+            self.learn_parent(span, &parent);
+        }
+        self.complete_if(is_terminal);
+    }
+
+    /// A run id was recorded after the start.
+    fn learn_run<S: Span>(&mut self, span: &mut S, run_id: &str) {
+        if let Some(unnamed) = (self.memo.as_mut()).and_then(|memo| memo.unnamed.as_mut()) {
+            unnamed.run_id = Some(run_id.into());
+        }
+        let Some(instance) = self.instance else {
+            return;
+        };
+        let identity = self.memo.as_ref().and_then(|memo| memo.identity.clone());
+        let known_run = identity.as_ref().and_then(|known| known.run_id.as_deref());
+        if known_run == Some(run_id) {
+            return;
+        }
+        let id = identity.as_ref().map(|known| known.instance_id.clone());
+        let id = id.or_else(|| self.shared.tier.cache().id_of(instance));
+        let (Some(id), None) = (&id, known_run) else {
+            // A second run id names no other run of a span, and an instance that is forgotten has none.
+            return self.shared.counters.late.add();
+        };
+        let names = Names {
+            instance_id: id,
+            run_id: Some(run_id),
+            parent_instance_id: None,
+        };
+        self.join_late(span, names, Author::default());
+    }
+
+    /// A parent instance id was recorded after the start: only a link is left.
+    fn learn_parent<S: Span>(&mut self, span: &mut S, id: &str) {
+        let Some(instance) = self.instance else {
+            if let Some(unnamed) = self.memo().unnamed.as_mut() {
+                unnamed.parent_instance_id = Some(id.into());
+            }
+            return;
+        };
+        self.shared.counters.late.add();
+        let parent = self.shared.tier.peek(id);
+        if parent.is_none() {
+            self.shared
+                .note(instance, || trail::Event::UnknownParent(id.into()));
+        }
+        self.link(span, parent.as_ref(), Relation::Child);
+    }
+
+    /// Leaves a link to a stored context that the span could not follow, if its relation is to be linked at all.
+    fn link<S: Span>(&self, span: &mut S, stored: Option<&WorkflowContext>, relation: Relation) {
+        let links = self.shared.policy.relations.get(relation).links();
+        if let Some(stored) = stored.filter(|_| links) {
+            link_unless_in_trace(span, stored, relation);
+        }
+    }
+
+    pub(super) fn observe_event(&mut self, attributes: &[KeyValue]) {
+        self.complete_if(self.shared.fields.tag_of(attributes).terminal);
+    }
+
+    #[inline]
+    pub(super) fn complete_if(&mut self, terminal: bool) {
+        if terminal {
+            self.complete();
+        }
+    }
+
+    #[cold]
+    fn complete(&mut self) {
+        let memo = self.memo.as_mut();
+        if let Some(unnamed) = memo.and_then(|memo| memo.unnamed.as_mut()) {
+            unnamed.is_terminal = true;
+        }
+        let identity = self.memo.as_ref().and_then(|memo| memo.identity.as_ref());
+        match (identity, self.instance) {
+            (_, None) => {}
+            (Some(identity), _) => self.shared.complete(identity),
+            (None, Some(instance)) => {
+                self.shared.tier.cache().complete_hashed(instance);
+            }
+        }
+    }
+
+    /// The id was recorded after the start: the parent can no longer change.
+    fn join_late<S: Span>(&mut self, span: &mut S, names: Names<'_>, author: Author) {
+        let shared = &self.shared;
+        shared.counters.late.add();
+        let key = shared.key(names.instance_id, names.run_id);
+        let own = span.span_context();
+        let arrival = Arrival {
+            moment: Moment::Late,
+            run_id: names.run_id,
+            natural: Some(own),
+            is_polled: shared.poller_traces.contains(own.trace_id()),
+            parent_instance: None,
+            stops_waiting: false,
+        };
+        let decide = |entry: Option<&_>| decide(&arrival, entry, &shared.policy, None);
+        let mut decision = shared.tier.look_up(key, decide);
+        let (name, mut late_winner) = (author.span_name.clone(), None);
+        let context = WorkflowContext::from_span(own, shared.clock.now());
+        if let (Record::First, Some(context)) = (decision.record, context) {
+            match shared.record(key, None, context, author) {
+                Ok(may_come) => late_winner = may_come,
+                Err(winner) => {
+                    decision = Decision::after_lost_race(winner, &arrival, &shared.policy);
+                }
+            }
+        }
+        let outcome = decision.outcome;
+        shared.note_decision(key.hash, name, own, &SpanContext::NONE, outcome, false);
+        if let Some(relation) = decision.links.to_stored {
+            self.link(span, decision.stored.as_ref(), relation);
+        }
+        self.instance = Some(key.hash);
+        self.memo().identity = Some(names.to_identity());
+        self.expect_late_winner(late_winner);
+    }
+
+    /// Leaves the last links. Returns the time of the end, if that is not the one the inner layer knows.
+    #[inline]
+    pub(super) fn end<S: Span>(&mut self, span: &mut S) -> Option<SystemTime> {
+        self.observes = false;
+        if let Some(memo) = &mut self.memo {
+            memo.poller = None;
+            if let Some(winner) = memo.late_winner.as_ref().and_then(|winner| winner.get()) {
+                link_unless_in_trace(span, winner, Relation::Late);
+            }
+            if let Some(id) = memo.id_to_give_at_end(&self.shared.fields) {
+                span.set_attribute(id);
+            }
+        }
+        handoff::take_times()?.end
+    }
+}
+
+/// Links a started span to the stored context that it could not follow.
+pub(super) fn link_unless_in_trace<S: Span>(
+    span: &mut S,
+    stored: &WorkflowContext,
+    relation: Relation,
+) {
+    if span.span_context().trace_id() != stored.trace_id() {
+        span.add_link(stored.to_span_context(), vec![relation_attribute(relation)]);
+    }
+}
+
+/// The attribute of every link of this crate.
+pub(super) fn relation_attribute(relation: Relation) -> KeyValue {
+    KeyValue::new(fields::RELATION, relation.as_str())
+}
