@@ -56,15 +56,15 @@ impl HeldParents {
         if self.len.load(Relaxed) == 0 {
             return None;
         }
-        let is_as_created = given.get::<InsideHeld>() == Some(&InsideHeld(child));
-        if given.has_active_span() && !is_as_created {
-            return None;
-        }
         // No guard of the map is held while the parent starts.
         let (dispatch, parent) = self.parents.get(&child)?.clone();
         let dispatch = dispatch.upgrade()?;
         let start = || tracing_opentelemetry::get_otel_context(&parent, &dispatch);
         let parent = handoff::behind_the_layer(start)?;
+        let is_as_created = given.get::<InsideHeld>() == Some(&InsideHeld(child));
+        if given.has_active_span() && !is_as_created {
+            return None;
+        }
         Some(given.with_remote_span_context(parent.span().span_context().clone()))
     }
 }

@@ -759,6 +759,24 @@ fn in_tracing_beneath_a_replay_through_the_opentelemetry_api_an_attached_context
 }
 
 #[test]
+fn a_held_span_inside_a_held_one_is_replayed_with_it_whatever_parent_is_set_by_hand() {
+    for_each_layer(WorkflowContextStorage::new, |worker| {
+        recorded(worker);
+        let awaiting = || info_span!("awaiting", workflow.instance_id = Empty);
+        worker.within("replay", replay(), || {
+            let outer = awaiting();
+            outer.in_scope(|| {
+                let inner = awaiting();
+                inner.set_parent(context_of(worker)).unwrap();
+                drop(inner.context());
+            });
+        });
+        assert_exported(worker, &["workflow"]);
+        assert_eq!(worker.storage.stats().replayed, 3);
+    });
+}
+
+#[test]
 fn spans_that_have_nothing_to_do_with_a_replay_keep_a_parent_that_is_set_by_hand() {
     for_each_layer(WorkflowContextStorage::new, |worker| {
         let workflow = recorded(worker);
