@@ -11,8 +11,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, Sender};
 
-use opentelemetry::Context;
 use opentelemetry::trace::{SpanId, TraceContextExt as _};
+use opentelemetry::{Context, ContextGuard};
 use opentelemetry_sdk::trace::Sampler;
 use tracing::span::EnteredSpan;
 use tracing::{Span, info, info_span};
@@ -67,15 +67,16 @@ struct Setup {
 }
 
 impl Setup {
-    /// Half of the sequences are about held spans only, and so have more of them.
+    /// Each sequence is about one thing, and so has more of it.
     fn of(seed: u64, activation: bool) -> Self {
-        let scope = match seed % 2 {
-            0 => Scope::Held,
-            _ => Scope::All,
+        let scope = match seed % 5 {
+            0 | 1 => Scope::Held,
+            2 | 3 => Scope::Traces,
+            _ => Scope::Replays,
         };
-        let max_spans = match (scope, seed / 2 % 4) {
-            (Scope::Held, _) | (Scope::All, 0) => None,
-            (Scope::All, max) => Some(max),
+        let max_spans = match (scope, seed / 5 % 4) {
+            (Scope::Held | Scope::Replays, _) | (Scope::Traces, 0) => None,
+            (Scope::Traces, max) => Some(max),
         };
         Self {
             activation,
@@ -114,6 +115,11 @@ enum Kind {
     },
     Engine,
     Poller,
+    /// Declares whether it is replayed, and perhaps an id.
+    Flagged {
+        id: Option<Option<&'static str>>,
+        replaying: bool,
+    },
 }
 
 /// The value of a field; `None` if it is not declared.
@@ -138,6 +144,7 @@ impl Kind {
     fn declares(self, field: Field) -> bool {
         match (self, field) {
             (Self::Tagged { .. }, Field::Id) => true,
+            (Self::Flagged { id, .. }, Field::Id) => id.is_some(),
             (Self::Tagged { run, .. }, Field::Run) => run.is_some(),
             (Self::Tagged { parent, .. }, Field::Parent) => parent.is_some(),
             _ => false,
@@ -151,18 +158,36 @@ impl Kind {
                 run: run.flatten(),
                 parent: parent.flatten(),
             },
+            Self::Flagged { id, .. } => Names {
+                id: id.flatten(),
+                ..Names::default()
+            },
             _ => Names::default(),
         }
     }
 
     /// Entering it starts it also without context activation, unless it waits.
     fn is_tagged(self) -> bool {
-        matches!(self, Self::Engine | Self::Tagged { .. })
+        matches!(
+            self,
+            Self::Engine | Self::Tagged { .. } | Self::Flagged { .. }
+        )
+    }
+
+    /// The flag that it is given.
+    fn is_replayed(self) -> Option<bool> {
+        match self {
+            Self::Flagged { replaying, .. } => Some(replaying),
+            _ => None,
+        }
     }
 
     /// Entering it does not start it.
     fn waits(self) -> bool {
-        matches!(self, Self::Engine | Self::Tagged { id: None, .. })
+        matches!(
+            self,
+            Self::Engine | Self::Tagged { id: None, .. } | Self::Flagged { id: Some(None), .. }
+        )
     }
 }
 
@@ -219,6 +244,10 @@ enum Step {
     Ask(Number),
     /// Gives a span the OpenTelemetry context of another one as its parent, unless it has started.
     SetParent(Number, Number),
+    /// Attaches the OpenTelemetry context of a span by hand.
+    Attach(Number),
+    /// Ends the last of those.
+    Detach,
     FollowsFrom(Number, Number),
     /// Drops the handle; the span closes when it is no longer entered and has no open children.
     Drop(Number),
@@ -251,8 +280,9 @@ type Handles = Mutex<Vec<Option<Span>>>;
 fn perform(worker: &Worker, handles: &Handles, steps: Receiver<Step>, current: Sender<SpanId>) {
     worker.run(|| {
         let mut entered = Vec::new();
+        let mut attached = Vec::new();
         for step in steps {
-            take(step, handles, &mut entered);
+            take(step, handles, &mut entered, &mut attached);
             let id = Context::map_current(|cx| cx.span().span_context().span_id());
             if current.send(id).is_err() {
                 break;
@@ -261,7 +291,12 @@ fn perform(worker: &Worker, handles: &Handles, steps: Receiver<Step>, current: S
     });
 }
 
-fn take(step: Step, handles: &Handles, entered: &mut Vec<(Number, EnteredSpan)>) {
+fn take(
+    step: Step,
+    handles: &Handles,
+    entered: &mut Vec<(Number, EnteredSpan)>,
+    attached: &mut Vec<ContextGuard>,
+) {
     let handle = |number: Number| handles.lock().unwrap()[number].clone().expect("open");
     match step {
         Step::New(number, kind, parent) => {
@@ -287,6 +322,8 @@ fn take(step: Step, handles: &Handles, entered: &mut Vec<(Number, EnteredSpan)>)
             // It may have started.
             let _ = handle(number).set_parent(handle(parent).context());
         }
+        Step::Attach(number) => attached.push(handle(number).context().attach()),
+        Step::Detach => drop(attached.pop()),
         Step::FollowsFrom(number, followed) => {
             handle(number).follows_from(handle(followed));
         }
@@ -325,6 +362,18 @@ fn open(number: Number, kind: Kind, parent: Option<Option<tracing::Id>>) -> Span
         Kind::Ordinary => open!("ordinary"),
         Kind::Engine => open!("my_engine_handler"),
         Kind::Poller => open!("poller"),
+        Kind::Flagged {
+            id: None,
+            replaying,
+        } => open!("flagged", workflow.replaying = replaying),
+        Kind::Flagged {
+            id: Some(id),
+            replaying,
+        } => open!(
+            "flagged",
+            workflow.instance_id = id,
+            workflow.replaying = replaying
+        ),
         Kind::Tagged { id, .. } => match (run, parent_id) {
             (None, None) => open!("tagged", workflow.instance_id = id),
             (Some(run), None) => {

@@ -10,10 +10,13 @@ pub(super) struct Model {
     pub(super) spans: Vec<Modelled>,
     /// The enterings of each thread, outermost first.
     pub(super) entered: [Vec<Entering>; THREADS],
+    /// The OpenTelemetry contexts of each thread, outermost first.
+    contexts: [Vec<Attached>; THREADS],
     pub(super) instances: Instances,
     pub(super) deferred: u64,
     pub(super) adopted: u64,
     pub(super) late: u64,
+    pub(super) replayed: u64,
 }
 
 pub(super) struct Modelled {
@@ -35,6 +38,8 @@ pub(super) struct Modelled {
     /// Its parent instance is to be linked when it names its own.
     owes_link_to: Option<&'static str>,
     pub(super) started: Option<Placed>,
+    /// Set once it has started and is replayed.
+    stand_in: Option<StandIn>,
     /// Relation and target; a link that is not ours has no relation.
     pub(super) links: Vec<(Option<&'static str>, Number)>,
     pub(super) events: usize,
@@ -42,6 +47,23 @@ pub(super) struct Modelled {
     times_entered: usize,
     open_children: usize,
     is_closed: bool,
+}
+
+/// A replayed span, which is not exported: the span that it stands for, if any.
+#[derive(Clone, Copy)]
+struct StandIn(Option<Shown>);
+
+/// A span as OpenTelemetry shows it.
+#[derive(Clone, Copy)]
+struct Shown {
+    span: Number,
+    is_stored: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Attached {
+    ByEntering(Number),
+    ByHand(Number),
 }
 
 pub(super) struct Entering {
@@ -58,10 +80,12 @@ impl Model {
             activation,
             spans: Vec::new(),
             entered: Default::default(),
+            contexts: Default::default(),
             instances: Instances::new(max_spans),
             deferred: 0,
             adopted: 0,
             late: 0,
+            replayed: 0,
         }
     }
 
@@ -79,9 +103,19 @@ impl Model {
             Step::Ask(span) => self.start(span, None),
             Step::SetParent(span, parent) => {
                 self.start(parent, None);
-                if self.spans[span].started.is_none() {
+                if !self.spans[span].has_started() {
                     self.spans[span].natural = Some(parent);
                 }
+            }
+            Step::Attach(span) => {
+                self.start(span, None);
+                self.contexts[thread].push(Attached::ByHand(span));
+            }
+            Step::Detach => {
+                let contexts = &mut self.contexts[thread];
+                let by_hand = |attached: &Attached| matches!(attached, Attached::ByHand(_));
+                let innermost = contexts.iter().rposition(by_hand);
+                contexts.remove(innermost.expect("attached here"));
             }
             Step::FollowsFrom(span, followed) => {
                 self.start(followed, None);
@@ -117,8 +151,8 @@ impl Model {
                 self.release(thread, None, own.if_named());
                 let keeps_open = self.current_in_tracing(thread);
                 let natural = match self.activation {
-                    true => self.current(thread),
-                    false => keeps_open,
+                    true => self.attached(thread),
+                    false => keeps_open.or(self.attached(thread)),
                 };
                 (natural, keeps_open)
             }
@@ -149,6 +183,7 @@ impl Model {
             joined: None,
             owes_link_to: None,
             started: None,
+            stand_in: None,
             links: Vec::new(),
             events: 0,
             has_handle: true,
@@ -160,7 +195,7 @@ impl Model {
 
     fn enter(&mut self, thread: usize, span: Number) {
         let modelled = &mut self.spans[span];
-        if modelled.started.is_some() {
+        if modelled.has_started() {
             modelled.held_back = false;
         }
         let held = modelled.held_back;
@@ -179,12 +214,28 @@ impl Model {
         let entered = &mut self.entered[thread];
         let again = entered.iter().any(|outer| outer.span == span);
         entered.push(Entering { span, held, again });
+        if !held {
+            self.attach(thread, span);
+        }
+    }
+
+    /// With context activation, an entering that is noticed attaches a context.
+    fn attach(&mut self, thread: usize, span: Number) {
+        if self.activation {
+            self.contexts[thread].push(Attached::ByEntering(span));
+        }
     }
 
     fn exit(&mut self, thread: usize, span: Number) {
         let entered = &mut self.entered[thread];
         let innermost = entered.iter().rposition(|entering| entering.span == span);
-        entered.remove(innermost.expect("entered here"));
+        let entering = entered.remove(innermost.expect("entered here"));
+        let contexts = &mut self.contexts[thread];
+        let attached = Attached::ByEntering(span);
+        let attached = contexts.iter().rposition(|a| *a == attached);
+        if let Some(attached) = attached.filter(|_| !entering.held) {
+            contexts.remove(attached);
+        }
         self.spans[span].times_entered -= 1;
         self.close_if_unused(span);
     }
@@ -244,20 +295,30 @@ impl Model {
                 inside.own.if_named().filter(|_| inside.held_back)
             });
             self.start_by_layer(*span, named.or(offer));
+            self.attach(thread, *span);
         }
     }
 
-    /// Starts a span that may be adopted, after its natural parent.
+    /// Starts a span that may be adopted, after its natural parent and the one that it was held in.
     fn start(&mut self, span: Number, offer: Option<Names>) {
-        if self.spans[span].started.is_some() {
+        let Modelled {
+            natural,
+            held_inside,
+            ..
+        } = self.spans[span];
+        if self.spans[span].has_started() {
             return;
         }
-        let natural = self.spans[span].natural;
-        if let Some(parent) = natural {
+        for parent in held_inside.into_iter().chain(natural) {
             self.start(parent, None);
         }
-        let natural = natural.map(|span| Natural {
+        if let Some(beneath) = self.replay_of(span) {
+            return self.start_replayed(span, beneath, offer);
+        }
+        let natural = natural.and_then(|natural| self.shown(natural));
+        let natural = natural.map(|Shown { span, is_stored }| Natural {
             span,
+            is_stored,
             trace: self.trace(span),
             is_polled: self.is_polled(self.trace(span)),
         });
@@ -279,6 +340,44 @@ impl Model {
         let links = placed.links.iter();
         (modelled.links).extend(links.map(|(relation, target)| (Some(*relation), *target)));
         modelled.started = Some(placed);
+    }
+
+    /// A span is replayed if its flag says so; without a flag, if its natural parent is, or else its parent in tracing. Returns
+    /// what a replayed span is beneath.
+    fn replay_of(&self, span: Number) -> Option<Option<Number>> {
+        let Modelled {
+            kind,
+            natural,
+            keeps_open,
+            ..
+        } = &self.spans[span];
+        let mut parents = natural.iter().chain(keeps_open);
+        let beneath = parents.find(|parent| self.spans[**parent].is_replayed());
+        let is_replayed = kind.is_replayed().unwrap_or(beneath.is_some());
+        is_replayed.then(|| beneath.copied().or(*natural))
+    }
+
+    /// A replayed span stands for the recorded one of its instance; else for what it is beneath.
+    fn start_replayed(&mut self, span: Number, beneath: Option<Number>, offer: Option<Names>) {
+        self.replayed += 1;
+        let names = self.spans[span].own.if_named().or(offer);
+        let recorded = names.and_then(|names| self.instances.latest(names.id?));
+        let recorded = recorded.map(|(span, _)| Shown {
+            span,
+            is_stored: true,
+        });
+        let shown = recorded.or_else(|| self.shown(beneath?));
+        self.spans[span].stand_in = Some(StandIn(shown));
+    }
+
+    fn shown(&self, span: Number) -> Option<Shown> {
+        match self.spans[span].stand_in {
+            Some(StandIn(shown)) => shown,
+            None => Some(Shown {
+                span,
+                is_stored: false,
+            }),
+        }
     }
 
     /// Takes what is recorded on a started span.
@@ -322,6 +421,7 @@ impl Model {
         let trace = self.trace(span);
         let own = Natural {
             span,
+            is_stored: false,
             trace,
             is_polled: self.is_polled(trace),
         };
@@ -375,10 +475,24 @@ impl Model {
         entered.any(|entering| entering.held && entering.span == span)
     }
 
-    /// The span in the current OpenTelemetry context.
+    /// The span that OpenTelemetry shows as the current one.
     pub(super) fn current(&self, thread: usize) -> Option<Number> {
-        let mut noticed = self.entered[thread].iter().rev().filter(|e| !e.held);
-        noticed.next().map(|e| e.span).filter(|_| self.activation)
+        Some(self.shown(self.attached(thread)?)?.span)
+    }
+
+    /// The span in the current OpenTelemetry context.
+    fn attached(&self, thread: usize) -> Option<Number> {
+        self.contexts[thread].last().map(|attached| match attached {
+            Attached::ByEntering(span) | Attached::ByHand(span) => *span,
+        })
+    }
+
+    /// The number of contexts that are attached by hand.
+    pub(super) fn attached_by_hand(&self, thread: usize) -> usize {
+        let contexts = self.contexts[thread].iter();
+        contexts
+            .filter(|a| matches!(a, Attached::ByHand(_)))
+            .count()
     }
 
     fn current_in_tracing(&self, thread: usize) -> Option<Number> {
@@ -394,6 +508,19 @@ impl Model {
 }
 
 impl Modelled {
+    pub(super) fn has_started(&self) -> bool {
+        self.started.is_some() || self.is_replayed()
+    }
+
+    /// It has started, and is not exported.
+    pub(super) fn is_replayed(&self) -> bool {
+        self.stand_in.is_some()
+    }
+
+    pub(super) fn was_entered(&self) -> bool {
+        self.times_entered > 0 || self.has_started()
+    }
+
     pub(super) fn instance(&self) -> Option<&'static str> {
         self.own.id.or(self.adopted_as.and_then(|names| names.id))
     }

@@ -19,6 +19,8 @@ pub(super) enum Origin {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Natural {
     pub(super) span: Number,
+    /// It is known by what is stored of it.
+    pub(super) is_stored: bool,
     pub(super) trace: Number,
     /// A live poller is in that trace.
     pub(super) is_polled: bool,
@@ -57,7 +59,10 @@ impl Placed {
     pub(super) fn by_nature(span: Number, natural: Option<Natural>) -> Self {
         match natural {
             Some(natural) => Self {
-                parent: Origin::Natural(natural.span),
+                parent: match natural.is_stored {
+                    true => Origin::Stored(natural.span),
+                    false => Origin::Natural(natural.span),
+                },
                 trace: natural.trace,
                 links: Vec::new(),
                 generation: None,

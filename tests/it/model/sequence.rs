@@ -11,7 +11,8 @@ use opentelemetry_sdk::trace::SpanData;
 use super::expected::Model;
 use super::placement::Origin;
 use super::{
-    Field, Handles, ID, INSTANCES, Kind, Number, ParentOf, RUNS, Setup, Step, THREADS, perform,
+    Declared, Field, Handles, ID, INSTANCES, Kind, Number, ParentOf, RUNS, Setup, Step, THREADS,
+    perform,
 };
 use crate::support::*;
 
@@ -20,7 +21,9 @@ pub(super) enum Scope {
     /// Held spans, named by an instance id alone.
     Held,
     /// Also runs, parent instances and pollers.
-    All,
+    Traces,
+    /// Also replayed spans, and contexts that are attached by hand.
+    Replays,
 }
 
 fn instance(random: &mut Random) -> &'static str {
@@ -32,30 +35,37 @@ fn run(random: &mut Random) -> &'static str {
 }
 
 fn kind(random: &mut Random, scope: Scope) -> Kind {
-    match random.below(8 + usize::from(scope == Scope::All)) {
-        0..2 => return Kind::Ordinary,
-        2..6 => {}
-        6..8 => return Kind::Engine,
-        _ => return Kind::Poller,
-    }
-    let id = (random.below(2) == 0).then(|| instance(random));
-    if scope == Scope::Held {
-        return Kind::Tagged {
-            id,
+    match (random.below(9), scope) {
+        (0..2, _) => Kind::Ordinary,
+        (2..4, _) => Kind::Engine,
+        (4..6, Scope::Replays) => Kind::Flagged {
+            id: (random.below(3) > 0).then(|| maybe_instance(random)),
+            replaying: random.below(3) > 0,
+        },
+        (4, Scope::Traces) => Kind::Poller,
+        (_, Scope::Traces) => Kind::Tagged {
+            id: maybe_instance(random),
+            run: declared(random, 5, run),
+            parent: declared(random, 8, instance),
+        },
+        _ => Kind::Tagged {
+            id: maybe_instance(random),
             run: None,
             parent: None,
-        };
+        },
     }
-    let (run_value, parent_value) = (run(random), instance(random));
-    let mut declared = |value, absent: usize| match random.below(absent + 2) {
+}
+
+fn maybe_instance(random: &mut Random) -> Option<&'static str> {
+    (random.below(2) == 0).then(|| instance(random))
+}
+
+/// Declares a field in two of so many cases, once with a value.
+fn declared(random: &mut Random, cases: usize, value: fn(&mut Random) -> &'static str) -> Declared {
+    match random.below(cases) {
         0 => Some(None),
-        1 => Some(Some(value)),
+        1 => Some(Some(value(random))),
         _ => None,
-    };
-    Kind::Tagged {
-        id,
-        run: declared(run_value, 3),
-        parent: declared(parent_value, 6),
     }
 }
 
@@ -128,9 +138,10 @@ impl<'a> Sequence<'a> {
         let open: Vec<_> = self.open().collect();
         let entered: Vec<_> = self.model.entered[thread].iter().map(|e| e.span).collect();
         let random = &mut self.random;
-        Some(match random.below(33) {
+        let scope = self.setup.scope;
+        Some(match random.below(35) {
             0..10 => {
-                let kind = kind(random, self.setup.scope);
+                let kind = kind(random, scope);
                 let parent = match random.below(8) {
                     0..5 => ParentOf::Contextual,
                     5..7 => random
@@ -158,17 +169,32 @@ impl<'a> Sequence<'a> {
             }
             26 => Step::Event,
             27 => Step::Ask(random.choose(&open)?),
-            28 => {
+            // A link to a replayed span would be one to what that stands for.
+            28 if scope != Scope::Replays => {
                 let (span, followed) = (random.choose(&open)?, random.choose(&open)?);
                 (span != followed).then_some(Step::FollowsFrom(span, followed))?
             }
             29..31 => Step::Drop(random.choose(&open)?),
             31 => {
                 let spans = open.iter().copied();
-                let waiting = spans.filter(|n| self.model.spans[*n].started.is_none());
+                let waiting = spans.filter(|n| match scope {
+                    // Without activation, what may be replayed starts when it is entered, ordinary or not.
+                    Scope::Replays => !self.model.spans[*n].was_entered(),
+                    _ => !self.model.spans[*n].has_started(),
+                });
                 let span = random.choose(&waiting.collect::<Vec<_>>())?;
                 let parent = random.choose(&open)?;
+                let is_real = self.model.spans[parent].started.is_some();
+                (scope != Scope::Replays || is_real).then_some(())?;
                 (span != parent).then_some(Step::SetParent(span, parent))?
+            }
+            32 | 33 => {
+                (scope == Scope::Replays).then_some(())?;
+                match self.model.attached_by_hand(thread) {
+                    0 => Step::Attach(random.choose(&open)?),
+                    _ if random.below(2) == 0 => Step::Attach(random.choose(&open)?),
+                    _ => Step::Detach,
+                }
             }
             _ => Step::Panic(
                 1 + random
@@ -178,8 +204,12 @@ impl<'a> Sequence<'a> {
         })
     }
 
-    /// Exits and drops the remaining spans in random order.
+    /// Exits and drops the remaining spans in random order, without the contexts that are still attached by hand.
     fn clear_up(&mut self) -> Option<(usize, Step)> {
+        let attached = (0..THREADS).find(|thread| self.model.attached_by_hand(*thread) > 0);
+        if let Some(thread) = attached {
+            return Some((thread, Step::Detach));
+        }
         let open: Vec<_> = self.open().collect();
         let entered: Vec<_> = (0..THREADS)
             .flat_map(|thread| {
@@ -222,7 +252,9 @@ impl<'a> Sequence<'a> {
             }
         }
         let numbers: Vec<_> = exported.keys().copied().collect();
-        let expected: Vec<_> = (0..self.model.spans.len()).collect();
+        let spans = self.model.spans.iter().enumerate();
+        let expected = spans.filter(|(_, span)| !span.is_replayed());
+        let expected: Vec<_> = expected.map(|(number, _)| number).collect();
         self.check("numbers of the exported spans", expected, numbers);
         exported
     }
@@ -272,13 +304,14 @@ impl<'a> Sequence<'a> {
             deferred,
             adopted,
             late,
+            replayed,
             ..
         } = self.model;
         let stats = self.worker.storage.stats();
-        let counted = (stats.deferred, stats.adopted, stats.late);
+        let counted = (stats.deferred, stats.adopted, stats.late, stats.replayed);
         self.check(
-            "deferred, adopted and late",
-            (deferred, adopted, late),
+            "deferred, adopted, late and replayed",
+            (deferred, adopted, late, replayed),
             counted,
         );
     }
