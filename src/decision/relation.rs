@@ -6,10 +6,10 @@
 ///
 /// | relation | when | by default |
 /// |---|---|---|
+/// | `Child` | nothing is stored for it, but for its `workflow.parent_instance_id`, in another trace than the natural parent's | [`ParentAndLink`](Continuation::ParentAndLink) |
 /// | `Polled` | nothing is stored, and the natural parent is in the trace of a live [poller](crate::WorkflowContextStorageBuilder::poller_spans) | [`NewRoot`](Continuation::NewRoot) |
 /// | `First` | nothing is stored, and there is another natural parent | [`Keep`](Continuation::Keep) |
 /// | `Late` | the id was recorded when the span had already started | [`Link`](Continuation::Link) |
-/// | `Child` | nothing is stored for it, but for its `workflow.parent_instance_id`, in another trace than the natural parent's | [`ParentAndLink`](Continuation::ParentAndLink) |
 /// | `SameTrace` | the natural parent is in the stored trace | [`Keep`](Continuation::Keep) |
 /// | `NewRun` | the stored context belongs to another `workflow.run_id` | [`NewRootAndLink`](Continuation::NewRootAndLink) |
 /// | `Expired` | the stored trace is past `max_age` or `max_spans` | [`NewRootAndLink`](Continuation::NewRootAndLink) |
