@@ -288,9 +288,9 @@ where
         });
         if !is_child && self.shared.shared_traces.add(trace) {
             self.shared.counters.shared_traces.add();
-            self.shared
-                .warnings
-                .shared_trace(trace, natural.span_context().span_id());
+            let span = natural.span_context().span_id();
+            let outermost = shared_traces::outermost_span();
+            self.shared.warnings.shared_trace(trace, span, outermost);
         }
     }
 

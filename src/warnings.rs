@@ -69,10 +69,12 @@ impl Warnings {
         self.unreachable.note(|| format!("span {span_name:?}"));
     }
 
-    /// Many instances share one trace.
-    pub(crate) fn shared_trace(&self, trace: TraceId, span: SpanId) {
-        self.shared_trace
-            .note(|| format!("trace {trace}, span {span}"));
+    /// Notes a trace that many instances share: a span in it, and the outermost one around it if that is known.
+    pub(crate) fn shared_trace(&self, trace: TraceId, span: SpanId, outermost: Option<&str>) {
+        self.shared_trace.note(|| match outermost {
+            Some(name) => format!("most probably {name:?}, of trace {trace}"),
+            None => format!("trace {trace}, span {span}"),
+        });
     }
 
     /// Notes a panic that was caught.

@@ -4,10 +4,11 @@ use std::io;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
-use opentelemetry::KeyValue;
-use opentelemetry::trace::{SpanBuilder, Tracer as _, TracerProvider as _};
-use opentelemetry_sdk::trace::SdkTracerProvider;
+use opentelemetry::trace::{Link, SpanBuilder, SpanKind, Tracer as _, TracerProvider as _};
+use opentelemetry::{Context, KeyValue, TraceId};
+use opentelemetry_sdk::trace::{SamplingResult, SdkTracerProvider, ShouldSample};
 use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::prelude::*;
 use tracing_workflow_context::WorkflowContextStorage;
 use tracing_workflow_context::backend::{
     BackendError, Record, StorageBackend, Write, WriteOutcome,
@@ -146,4 +147,57 @@ fn a_failing_backend_is_logged_once_without_control_characters() {
     );
     assert!(!logged[0].contains('\u{1b}'), "{logged:?}");
     assert!(storage.stats().backend_errors >= 2);
+}
+
+#[test]
+fn a_trace_that_many_instances_share_is_logged_once_with_the_name_of_its_outermost_span() {
+    log();
+    let storage = WorkflowContextStorage::new();
+    let layer = storage.layer(SdkTracerProvider::builder().build().tracer("test"));
+    let subscriber = tracing_subscriber::registry().with(layer);
+    tracing::subscriber::with_default(subscriber, || {
+        let _worker = tracing::info_span!("poll the queue").entered();
+        for number in 0..100 {
+            let _task = tracing::info_span!("task").entered();
+            tracing::info_span!("step", workflow.instance_id = number).in_scope(|| ());
+        }
+    });
+    let logged = logged("share one trace");
+    assert_eq!(logged.len(), 1, "{logged:?}");
+    assert!(logged[0].contains("poller_spans") && logged[0].contains("poll the queue"));
+    assert_eq!(storage.stats().shared_traces, 1);
+}
+
+#[test]
+fn a_panic_that_was_caught_is_logged_once() {
+    log();
+    #[derive(Clone, Debug)]
+    struct Panicking;
+    impl ShouldSample for Panicking {
+        fn should_sample(
+            &self,
+            _: Option<&Context>,
+            _: TraceId,
+            _: &str,
+            _: &SpanKind,
+            _: &[KeyValue],
+            _: &[Link],
+        ) -> SamplingResult {
+            panic!("the sampler's own")
+        }
+    }
+    let provider = SdkTracerProvider::builder().with_sampler(Panicking).build();
+    let storage = WorkflowContextStorage::new();
+    let subscriber = tracing_subscriber::registry().with(storage.layer(provider.tracer("test")));
+    let dispatch = tracing::Dispatch::new(subscriber);
+    let open = || {
+        tracing::dispatcher::with_default(&dispatch, || {
+            (0..10).for_each(|_| tracing::info_span!("step").in_scope(|| ()));
+        });
+    };
+    open();
+    logged("panicked when a span was started");
+    open();
+    assert_eq!(logged("panicked when a span was started").len(), 1);
+    assert_eq!(storage.stats().panics, 20);
 }

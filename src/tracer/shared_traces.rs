@@ -4,6 +4,9 @@ use std::collections::HashMap;
 use std::sync::Mutex;
 
 use opentelemetry::TraceId;
+use tracing::dispatcher;
+use tracing_subscriber::Registry;
+use tracing_subscriber::registry::LookupSpan as _;
 
 use crate::lock::lock;
 
@@ -35,4 +38,15 @@ impl SharedTraces {
     pub(crate) fn contains(&self, trace: TraceId) -> bool {
         lock(&self.0).get(&trace).is_some_and(|count| *count > MANY)
     }
+}
+
+/// Returns the name of the outermost span that this thread is in, which is most probably the poller, if the subscriber is one
+/// over a [`Registry`]. The innermost one is the span that starts.
+pub(super) fn outermost_span() -> Option<&'static str> {
+    dispatcher::get_default(|dispatch| {
+        let registry = dispatch.downcast_ref::<Registry>()?;
+        let starting = registry.span(dispatch.current_span().id()?)?;
+        let outermost = starting.parent()?.scope().last()?;
+        Some(outermost.name())
+    })
 }

@@ -30,6 +30,7 @@ use crate::support::*;
 mod adoption;
 mod engines;
 mod late_ids;
+mod plain;
 mod robustness;
 mod timings;
 mod visibility;

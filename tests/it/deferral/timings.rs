@@ -178,7 +178,7 @@ impl Twins<'_> {
 }
 
 /// Returns a worker with the plain OpenTelemetry layer.
-fn plain_worker(activation: bool) -> Worker {
+pub(super) fn plain_worker(activation: bool) -> Worker {
     let mut worker = Worker::new();
     let layer = tracing_opentelemetry::layer()
         .with_tracer(worker.tracer())
