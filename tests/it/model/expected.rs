@@ -45,6 +45,7 @@ pub(super) struct Modelled {
     pub(super) events: usize,
     pub(super) has_handle: bool,
     times_entered: usize,
+    pub(super) was_entered: bool,
     open_children: usize,
     is_closed: bool,
 }
@@ -188,6 +189,7 @@ impl Model {
             events: 0,
             has_handle: true,
             times_entered: 0,
+            was_entered: false,
             open_children: 0,
             is_closed: false,
         });
@@ -211,6 +213,7 @@ impl Model {
             self.deferred += 1;
         }
         self.spans[span].times_entered += 1;
+        self.spans[span].was_entered = true;
         let entered = &mut self.entered[thread];
         let again = entered.iter().any(|outer| outer.span == span);
         entered.push(Entering { span, held, again });
@@ -515,10 +518,6 @@ impl Modelled {
     /// It has started, and is not exported.
     pub(super) fn is_replayed(&self) -> bool {
         self.stand_in.is_some()
-    }
-
-    pub(super) fn was_entered(&self) -> bool {
-        self.times_entered > 0 || self.has_started()
     }
 
     pub(super) fn instance(&self) -> Option<&'static str> {

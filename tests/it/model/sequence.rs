@@ -177,10 +177,11 @@ impl<'a> Sequence<'a> {
             29..31 => Step::Drop(random.choose(&open)?),
             31 => {
                 let spans = open.iter().copied();
-                let waiting = spans.filter(|n| match scope {
-                    // Without activation, what may be replayed starts when it is entered, ordinary or not.
-                    Scope::Replays => !self.model.spans[*n].was_entered(),
-                    _ => !self.model.spans[*n].has_started(),
+                // Without activation, what may be replayed starts when it is entered, ordinary or not.
+                let waiting = spans.filter(|n| {
+                    let span = &self.model.spans[*n];
+                    let may_have_started = scope == Scope::Replays && span.was_entered;
+                    !span.has_started() && !may_have_started
                 });
                 let span = random.choose(&waiting.collect::<Vec<_>>())?;
                 let parent = random.choose(&open)?;
