@@ -15,15 +15,15 @@ pub(crate) struct Lost {
 
 impl Lost {
     #[cold]
-    pub(super) fn new(shared: &Arc<Shared>, parent: &Context) -> Box<Self> {
+    pub(super) fn new(shared: &Arc<Shared>, parent: &Context) -> Self {
         let parent = parent.span().span_context().clone();
         shared.count_panic_at_start();
         // As beneath a stand-in: a parent-based sampler takes no span for a root whose parent is invalid.
         shared.stand_ins.add(parent.span_id());
-        Box::new(Self {
+        Self {
             shared: shared.clone(),
             parent,
-        })
+        }
     }
 
     pub(super) fn context(&self) -> &SpanContext {

@@ -29,8 +29,41 @@ pub(super) enum State<S> {
         watch: Option<Watch>,
     },
     /// Boxed, so that an ordinary span is hardly larger than the inner one: it is moved several times.
-    StandIn(Box<StandIn>),
-    Lost(Box<Lost>),
+    Unexported(Box<Unexported>),
+}
+
+/// A span that exports nothing.
+pub(super) enum Unexported {
+    StandIn(StandIn),
+    Lost(Lost),
+}
+
+impl Unexported {
+    fn context(&self) -> &SpanContext {
+        match self {
+            Self::StandIn(stand_in) => stand_in.context(),
+            Self::Lost(lost) => lost.context(),
+        }
+    }
+
+    fn is_recording(&self) -> bool {
+        match self {
+            Self::StandIn(stand_in) => stand_in.is_recording(),
+            Self::Lost(_) => false,
+        }
+    }
+
+    fn observe(&mut self, attribute: &KeyValue) {
+        if let Self::StandIn(stand_in) = self {
+            stand_in.observe(attribute);
+        }
+    }
+
+    fn end(&mut self) {
+        if let Self::StandIn(stand_in) = self {
+            stand_in.end();
+        }
+    }
 }
 
 impl<S: Span> WorkflowSpan<S> {
@@ -40,7 +73,7 @@ impl<S: Span> WorkflowSpan<S> {
     pub(super) fn start(
         watch: Option<Watch>,
         build: impl FnOnce() -> S,
-        lose: impl FnOnce() -> Box<Lost>,
+        lose: impl FnOnce() -> Lost,
     ) -> Self {
         let start = || {
             Self::new(State::Live {
@@ -48,11 +81,15 @@ impl<S: Span> WorkflowSpan<S> {
                 watch,
             })
         };
-        caught(start).unwrap_or_else(|| Self::new(State::Lost(lose())))
+        caught(start).unwrap_or_else(|| Self::unexported(Unexported::Lost(lose())))
+    }
+
+    pub(super) fn unexported(span: Unexported) -> Self {
+        Self::new(State::Unexported(Box::new(span)))
     }
 
     #[inline]
-    pub(super) fn new(state: State<S>) -> Self {
+    fn new(state: State<S>) -> Self {
         Self {
             state,
             has_ended: false,
@@ -63,7 +100,7 @@ impl<S: Span> WorkflowSpan<S> {
     pub(super) fn watched(&mut self) -> Option<(&mut S, &mut Watch)> {
         match &mut self.state {
             State::Live { span, watch } => Some((span, watch.as_mut()?)),
-            State::StandIn(_) | State::Lost(_) => None,
+            State::Unexported(_) => None,
         }
     }
 
@@ -71,7 +108,7 @@ impl<S: Span> WorkflowSpan<S> {
     fn inner(&mut self) -> Option<&mut S> {
         match &mut self.state {
             State::Live { span, .. } => Some(span),
-            State::StandIn(_) | State::Lost(_) => None,
+            State::Unexported(_) => None,
         }
     }
 
@@ -84,8 +121,7 @@ impl<S: Span> WorkflowSpan<S> {
                 }
                 span.set_attribute(attribute);
             }
-            State::StandIn(stand_in) => stand_in.observe(&attribute),
-            State::Lost(_) => {}
+            State::Unexported(span) => span.observe(&attribute),
         }
     }
 }
@@ -107,10 +143,11 @@ impl<S: Span> Span for WorkflowSpan<S> {
                 }
                 span.add_event_with_timestamp(name, timestamp, attributes);
             }
-            State::StandIn(stand_in) => {
-                stand_in.observe_event(Event::new(name, timestamp, attributes, 0));
+            State::Unexported(span) => {
+                if let Unexported::StandIn(stand_in) = &mut **span {
+                    stand_in.observe_event(Event::new(name, timestamp, attributes, 0));
+                }
             }
-            State::Lost(_) => {}
         }
     }
 
@@ -118,8 +155,7 @@ impl<S: Span> Span for WorkflowSpan<S> {
     fn span_context(&self) -> &SpanContext {
         match &self.state {
             State::Live { span, .. } => span.span_context(),
-            State::StandIn(stand_in) => stand_in.context(),
-            State::Lost(lost) => lost.context(),
+            State::Unexported(span) => span.context(),
         }
     }
 
@@ -132,8 +168,7 @@ impl<S: Span> Span for WorkflowSpan<S> {
                 let awaits = watch.as_ref().is_some_and(Watch::answer);
                 span.is_recording() || (awaits && span.span_context().is_valid())
             }
-            State::StandIn(stand_in) => stand_in.is_recording(),
-            State::Lost(_) => false,
+            State::Unexported(span) => span.is_recording(),
         }
     }
 
@@ -204,8 +239,7 @@ impl<S: Span> Span for WorkflowSpan<S> {
                     (None, None) => handoff::leave_panic(),
                 }
             }
-            State::StandIn(stand_in) => stand_in.end(),
-            State::Lost(_) => {}
+            State::Unexported(span) => span.end(),
         }
     }
 }
@@ -223,10 +257,11 @@ impl<S: Span> Drop for WorkflowSpan<S> {
 impl<S: Span + fmt::Debug> fmt::Debug for WorkflowSpan<S> {
     #[inline]
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut tuple = f.debug_tuple("WorkflowSpan");
         match &self.state {
-            State::Live { span, .. } => f.debug_tuple("WorkflowSpan").field(span).finish(),
-            State::StandIn(stand_in) => f.debug_tuple("WorkflowSpan").field(stand_in).finish(),
-            State::Lost(lost) => f.debug_tuple("WorkflowSpan").field(lost.context()).finish(),
-        }
+            State::Live { span, .. } => tuple.field(span),
+            State::Unexported(span) => tuple.field(span.context()),
+        };
+        tuple.finish()
     }
 }

@@ -10,7 +10,7 @@ use super::handoff::{self, Adoption, Mark, StorageId};
 use super::lost::Lost;
 use super::replay::{self, Beneath, StandIn};
 use super::replays::Replay;
-use super::span::{State, WorkflowSpan};
+use super::span::{Unexported, WorkflowSpan};
 use super::watch::{Memo, Unnamed};
 use super::{Origin, WorkflowTracer, without_span};
 use crate::decision::Moment;
@@ -64,7 +64,8 @@ where
         match Beneath::find(&self.shared, mark, parent) {
             Some(beneath) if !beneath.replay.is_over() => {
                 let natural = beneath.context(parent);
-                self.stand_in(None, beneath.replay, builder, &natural, mark)
+                let stand_in = self.stand_in(None, beneath.replay, builder, &natural, mark);
+                WorkflowSpan::unexported(Unexported::StandIn(stand_in))
             }
             beneath => {
                 if let Some(beneath) = beneath {
@@ -155,10 +156,10 @@ where
             };
             let identity = tag.names().map(Names::to_identity).or(adopted);
             let stand_in = self.stand_in(identity, replay, builder, &natural, mark);
-            if let (true, State::StandIn(stand_in)) = (is_terminal, &stand_in.state) {
+            if is_terminal {
                 stand_in.complete();
             }
-            return stand_in;
+            return WorkflowSpan::unexported(Unexported::StandIn(stand_in));
         }
         let moment = match &beneath {
             Some(beneath) if beneath.is_by_parent() => Moment::StartAfterReplay,
@@ -227,7 +228,7 @@ where
         builder: SpanBuilder,
         natural: &SpanContext,
         mark: Mark,
-    ) -> WorkflowSpan<T::Span> {
+    ) -> StandIn {
         let observes = self.origin == Origin::Layer;
         let stand_in = StandIn::new(
             &self.shared,
@@ -239,7 +240,7 @@ where
             observes,
         );
         stand_in.drop_events(builder.events.map_or(0, |events| events.len()));
-        WorkflowSpan::new(State::StandIn(Box::new(stand_in)))
+        stand_in
     }
 }
 
