@@ -16,7 +16,7 @@ use tracing_subscriber::layer::Context;
 use tracing_subscriber::registry::LookupSpan;
 
 use super::WorkflowContextLayer;
-use super::pending::{Awaits, Pending, WaitsNoMore};
+use super::pending::{Awaits, Learnt, Pending, WaitsNoMore};
 use crate::fields::ReservedFields;
 use crate::fields::callsite::{Callsite, Role};
 use crate::fields::identity::Identity;
@@ -219,25 +219,27 @@ where
         let recorded = self.shared.fields.recorded(values);
         let ids = || self.shared.fields.ids(|visitor| values.record(visitor));
         let waited = match self.pending(id, &ctx, |pending| pending.learn(recorded)) {
-            Some(Some(true)) => self.set_free(id, &ctx),
-            Some(Some(false)) if recorded != ReservedFields::NONE => {
+            Some(Learnt::All(waited)) => waited,
+            Some(Learnt::Some) if recorded != ReservedFields::NONE => {
                 let ids = ids();
                 self.pending(id, &ctx, |pending| pending.note(ids));
-                None
+                return;
             }
-            _ => None,
-        };
-        let Some(waited) = waited else {
-            return;
+            _ => return,
         };
         let number = waited.number;
         // The span itself reads its ids from its attributes; those around it join it.
         let identity = || {
-            let mut known = waited.ids.unwrap_or_default();
+            let Some(mut known) = waited.ids else {
+                return ids().identity();
+            };
             known.add(ids());
             known.identity()
         };
-        if self.pending_spans.holds(id) {
+        if self.pending_spans.holds_alone(id) {
+            // Nothing is around it that could join it.
+            self.release(Some(id), None, &ctx);
+        } else if self.pending_spans.holds(id) {
             self.release(Some(id), identity(), &ctx);
         } else if let Some(parent) = self.shared.held_parents.of(number) {
             if self.pending_spans.holds(&parent) {

@@ -1,6 +1,9 @@
 //! The state of spans that may be held: what each waits for, its times, and a filter of their ids.
 
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{
+    AtomicBool, AtomicU8, AtomicU32, AtomicUsize,
+    Ordering::{Acquire, Relaxed, Release},
+};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -28,6 +31,7 @@ pub(super) struct Pending {
     times: Mutex<Times>,
     /// The ids that it has while it waits for more.
     ids: Mutex<Option<Box<Ids>>>,
+    has_ids: AtomicBool,
 }
 
 /// The number of events that a held span may have. opentelemetry_sdk 0.33 keeps no more of a span by default
@@ -56,6 +60,15 @@ impl WaitsNoMore {
     pub(super) fn identity(&self) -> Option<Identity> {
         self.ids.clone()?.identity()
     }
+}
+
+/// The news that a record is to a span that may be held.
+pub(super) enum Learnt {
+    /// It does not wait.
+    Nothing,
+    /// It still waits for more.
+    Some,
+    All(WaitsNoMore),
 }
 
 /// The reason to hold a span.
@@ -106,16 +119,19 @@ impl Pending {
                 left: None,
             }),
             ids: Mutex::default(),
+            has_ids: AtomicBool::new(false),
         }
     }
 
     /// Keeps ids that the span has, for the spans around it.
     pub(super) fn note(&self, ids: Ids) {
         lock(&self.ids).get_or_insert_default().add(ids);
+        self.has_ids.store(true, Release);
     }
 
     fn ids(&self) -> Option<Ids> {
-        lock(&self.ids).as_deref().cloned()
+        let has_ids = self.has_ids.load(Acquire);
+        has_ids.then(|| lock(&self.ids).as_deref().cloned())?
     }
 
     /// Returns the identity that was noted, as long as the span is held when it is entered.
@@ -178,11 +194,19 @@ impl Pending {
             && self.was_held.load(Relaxed)
     }
 
-    /// Notes which ids were recorded. Returns whether the span has all that it awaited; `None` if it waits no more.
-    pub(super) fn learn(&self, recorded: ReservedFields) -> Option<bool> {
+    /// Notes which fields were recorded. A span that has all that it awaited is held no more.
+    pub(super) fn learn(&self, recorded: ReservedFields) -> Learnt {
         let others = !recorded.bits();
         let has_all = self.awaits.fetch_and(others, Relaxed) & others == 0;
-        (!self.is_free.load(Relaxed)).then_some(has_all)
+        if self.is_free.load(Relaxed) {
+            Learnt::Nothing
+        } else if !has_all {
+            Learnt::Some
+        } else if self.set_free() {
+            Learnt::All(WaitsNoMore::new(self))
+        } else {
+            Learnt::Nothing
+        }
     }
 
     fn times(&self) -> MutexGuard<'_, Times> {
@@ -278,6 +302,11 @@ impl PendingSpans {
         held.filter(|(layer, _)| *layer == self.layer)
             .map(|(_, id)| id)
             .collect()
+    }
+
+    /// Returns `true` if the span is held, and no other one is around it.
+    pub(super) fn holds_alone(&self, id: &span::Id) -> bool {
+        handoff::is_outermost_held(self.layer, id)
     }
 
     pub(super) fn holds(&self, id: &span::Id) -> bool {
