@@ -236,12 +236,13 @@ where
             known.add(ids());
             known.identity()
         };
-        if self.pending_spans.holds_alone(id) {
+        let parent = self.shared.held_parents.of(number);
+        if parent.is_none() && self.pending_spans.holds_alone(id) {
             // Nothing is around it that could join it.
             self.release(Some(id), None, &ctx);
         } else if self.pending_spans.holds(id) {
             self.release(Some(id), identity(), &ctx);
-        } else if let Some(parent) = self.shared.held_parents.of(number) {
+        } else if let Some(parent) = parent {
             if self.pending_spans.holds(&parent) {
                 self.release(Some(&parent), identity(), &ctx);
             } else if let Some(waited) = self.set_free(&parent, &ctx) {

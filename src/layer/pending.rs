@@ -306,7 +306,7 @@ impl PendingSpans {
 
     /// Returns `true` if the span is held, and no other one is around it.
     pub(super) fn holds_alone(&self, id: &span::Id) -> bool {
-        handoff::is_outermost_held(self.layer, id)
+        handoff::is_held_alone(self.layer, id)
     }
 
     pub(super) fn holds(&self, id: &span::Id) -> bool {

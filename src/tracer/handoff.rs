@@ -232,14 +232,16 @@ pub(crate) fn held_spans() -> Vec<(usize, span::Id)> {
     held.unwrap_or_default()
 }
 
-/// Returns `true` if the span is the outermost held one of a layer.
-pub(crate) fn is_outermost_held(layer: usize, id: &span::Id) -> bool {
-    let is_outermost = edit_held(|held| {
+/// Returns `true` if the span is held, and no other one of the layer around it.
+pub(crate) fn is_held_alone(layer: usize, id: &span::Id) -> bool {
+    let is_alone = edit_held(|held| {
         let reachable = held.get(FLOOR.get()..).unwrap_or_default();
-        let outermost = reachable.iter().find(|span| span.layer == layer);
-        outermost.is_some_and(|span| span.id == *id)
+        let innermost = (reachable.iter()).rposition(|span| span.layer == layer && span.id == *id);
+        let around = innermost.map(|innermost| &reachable[..innermost]);
+        around
+            .is_some_and(|around| (around.iter()).all(|span| span.layer != layer || span.id == *id))
     });
-    is_outermost.unwrap_or(false)
+    is_alone.unwrap_or(false)
 }
 
 pub(crate) fn is_held(layer: usize, id: &span::Id) -> bool {
