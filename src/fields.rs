@@ -152,15 +152,18 @@ impl Fields {
     /// Returns the instance id and the rank of its field if that is the only reserved field among the attributes.
     #[inline]
     pub(crate) fn only_id<'a>(&self, attributes: &'a [KeyValue]) -> Option<(Cow<'a, str>, u16)> {
-        let mut may_mean = (attributes.iter()).filter(|a| self.may_mean(a.key.as_str()));
-        let (first, None) = (may_mean.next()?, may_mean.next()) else {
+        let mut only = None;
+        for attribute in attributes {
+            if self.may_mean(attribute.key.as_str()) && only.replace(attribute).is_some() {
+                return None;
+            }
+        }
+        let only = only?;
+        let Meaning::InstanceId { rank } = self.meanings.get(only.key.as_str())? else {
             return None;
         };
-        match self.meanings.get(first.key.as_str()) {
-            Some(Meaning::InstanceId { rank }) => Some((printed(&first.value), rank)),
-            _ => None,
-        }
-        .filter(|(id, _)| InvalidInstanceId::check(id).is_ok())
+        let id = printed(&only.value);
+        InvalidInstanceId::check(&id).is_ok().then_some((id, rank))
     }
 
     /// Reads the reserved fields of a span that is about to start.

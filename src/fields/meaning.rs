@@ -17,7 +17,7 @@ pub(super) enum Meaning {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Meanings {
     names: Vec<(Cow<'static, str>, Meaning)>,
-    /// Bit n is set if some name has n bytes (63: or more). Most attributes are ruled out by that alone.
+    /// Bit n is set if some name has n bytes, modulo 64. Most attributes are ruled out by that alone.
     lengths: u64,
 }
 
@@ -59,7 +59,7 @@ impl Meanings {
 
 #[inline]
 fn length_bit(name: &str) -> u64 {
-    1 << name.len().min(63)
+    1 << (name.len() % 64)
 }
 
 /// The reserved fields that a callsite declares, a span waits for, or a record gives a value to: a set.
