@@ -23,7 +23,7 @@ use tracing_subscriber::registry::LookupSpan;
 
 use self::activation::Activation;
 use self::pending::PendingSpans;
-use crate::fields::callsite::{Callsite, Callsites};
+use crate::fields::callsite::{Callsite, Callsites, Role};
 use crate::storage::shared::Shared;
 use crate::tracer::{WorkflowTracer, handoff};
 
@@ -105,10 +105,11 @@ where
     #[inline]
     fn on_new_span(&self, attrs: &span::Attributes<'_>, id: &span::Id, ctx: Context<'_, S>) {
         let is_idle = self.pending_spans.is_idle() && self.shared.replays.is_idle();
-        if is_idle && self.callsites.are_ordinary(attrs.metadata()) {
+        let callsite = self.callsite(attrs.metadata());
+        if is_idle && callsite.role == Role::Ordinary {
             self.inner.on_new_span(attrs, id, ctx);
         } else {
-            self.new_span(attrs, id, ctx);
+            self.new_span(callsite, attrs, id, ctx);
         }
     }
 

@@ -42,31 +42,20 @@ impl Callsites {
         }
     }
 
-    /// Returns `true` if the spans of the callsite are certainly ordinary.
-    #[inline]
-    pub(crate) fn are_ordinary(&self, metadata: &'static Metadata<'static>) -> bool {
-        let (slot, address) = self.slot(metadata);
-        slot.load(Relaxed) == address
-    }
-
+    /// Returns the callsite of a span, which `read` reads if it is not known.
     #[inline]
     pub(crate) fn get(
         &self,
         metadata: &'static Metadata<'static>,
         read: impl FnOnce(&Metadata<'_>) -> Callsite,
     ) -> Callsite {
-        let (slot, address) = self.slot(metadata);
+        let address = (std::ptr::from_ref(metadata).addr() as u64) << Callsite::BITS;
+        let hash = address.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let slot = &self.slots[(hash >> 54) as usize % Self::SLOTS];
         match slot.load(Relaxed) ^ address {
             bits if bits < 1 << Callsite::BITS => Callsite::from_bits(bits),
             _ => Self::add(slot, address, read(metadata)),
         }
-    }
-
-    #[inline]
-    fn slot(&self, metadata: &'static Metadata<'static>) -> (&AtomicU64, u64) {
-        let address = (std::ptr::from_ref(metadata).addr() as u64) << Callsite::BITS;
-        let hash = address.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        (&self.slots[(hash >> 54) as usize % Self::SLOTS], address)
     }
 
     #[cold]

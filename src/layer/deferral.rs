@@ -35,11 +35,12 @@ where
     #[inline(never)]
     pub(super) fn new_span(
         &self,
+        callsite: Callsite,
         attrs: &span::Attributes<'_>,
         id: &span::Id,
         ctx: Context<'_, S>,
     ) {
-        let Callsite { role, declares } = self.callsite(attrs.metadata());
+        let Callsite { role, declares } = callsite;
         let awaits = match declares {
             ReservedFields::NONE => ReservedFields::NONE,
             _ => self.shared.fields.awaits(declares, attrs),

@@ -23,7 +23,7 @@ use self::expected::Model;
 use self::sequence::{Scope, Sequence};
 use crate::support::*;
 
-const SEQUENCES: u64 = 10_000;
+const SEQUENCES: u64 = 8_000;
 const THREADS: usize = 3;
 const INSTANCES: [&str; 3] = ["order 1", "order 2", "order 3"];
 const RUNS: [&str; 3] = ["1", "2", "3"];
