@@ -138,8 +138,9 @@ impl WorkflowContextStorage {
     ///
     /// [`StorageError::InvalidInstanceId`] if the id is empty, `None`, or longer than 1,024 bytes.
     pub fn store(&self, instance_id: &str, context: WorkflowContext) -> Result<(), StorageError> {
-        let store = |id: &str| self.shared.tier.store(id, context);
-        Ok(self.shared.with_id(instance_id, store)?)
+        let instance_id = self.shared.read_id(instance_id)?;
+        self.shared.tier.store(&instance_id, context);
+        Ok(())
     }
 
     /// Returns the context of the latest run of an instance. A miss is normal, and counted.

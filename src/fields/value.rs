@@ -42,16 +42,10 @@ pub(super) fn printed(value: &Value) -> Cow<'_, str> {
 /// `?`. So the text alone decides. The result is unchanged if it is read again: an id that was listed is found.
 #[inline]
 pub(crate) fn plain(text: &str) -> Cow<'_, str> {
-    match is_plain(text) {
-        true => Cow::Borrowed(text),
-        false => undebugged(text),
+    match text.as_bytes() {
+        [b'"' | b'S' | b'N', ..] => undebugged(text),
+        _ => Cow::Borrowed(text),
     }
-}
-
-/// Returns `true` if the text certainly is not the `Debug` form of a string or an option.
-#[inline]
-pub(crate) fn is_plain(text: &str) -> bool {
-    !matches!(text.as_bytes(), [b'"' | b'S' | b'N', ..])
 }
 
 #[inline(never)]

@@ -18,7 +18,7 @@ use crate::explain::Explanation;
 use crate::explain::author::{Author, Authors};
 use crate::explain::trail::{Event, Outcome, SpanNote};
 use crate::fields::identity::Identity;
-use crate::fields::value::{is_plain, plain};
+use crate::fields::value::plain;
 use crate::fields::{Fields, Tag};
 #[cfg(feature = "metrics")]
 use crate::stats::Registrations;
@@ -155,20 +155,6 @@ impl Shared {
         for other in outranked.iter().filter(|other| *other != id) {
             self.note(hash(id), || Event::Outranks((**other).into()));
             self.note(hash(other), || Event::Outranked(id.into()));
-        }
-    }
-
-    /// Calls `run` with an id that a call was given, if it is valid; see [`read_id`](Self::read_id).
-    #[inline]
-    pub(super) fn with_id<R>(
-        &self,
-        id: &str,
-        run: impl FnOnce(&str) -> R,
-    ) -> Result<R, InvalidInstanceId> {
-        // Nearly every id is as plain as it is short.
-        match is_plain(id) && InvalidInstanceId::check(id).is_ok() {
-            true => Ok(run(id)),
-            false => self.read_id(id).map(|id| run(&id)),
         }
     }
 
