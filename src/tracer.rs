@@ -150,7 +150,9 @@ where
             handoff::end_adoption();
             match marking {
                 Marking::With(mark) => mark_with(&mut builder, mark),
-                Marking::Plain | Marking::No => drop(mark(&mut builder)),
+                Marking::Plain | Marking::No => {
+                    mark(&mut builder);
+                }
             }
         }
         builder
@@ -334,7 +336,7 @@ where
         };
         let name = builder.name.clone();
         let parent = chosen.as_ref().unwrap_or(parent);
-        let watch = self.watch(Some((instance, rank)), memo, awaits);
+        let watch = Watch::new(shared, Some((instance, rank)), memo, awaits);
         let build = || self.inner.build_with_context(builder, parent);
         let lose = || Lost::new(shared, parent);
         let mut started = WorkflowSpan::start(Some(watch), build, lose);
@@ -398,11 +400,6 @@ where
             let link = Link::new(target, vec![relation_attribute(why)], 0);
             builder.links.get_or_insert_default().push(link);
         }
-    }
-
-    #[inline]
-    fn watch(&self, instance: Option<(u64, u16)>, memo: Option<Box<Memo>>, awaits: bool) -> Watch {
-        Watch::new(&self.shared, instance, memo, awaits)
     }
 }
 

@@ -1,9 +1,9 @@
 //! Guarded calls of a backend: a panic becomes an error, and each failure is counted and logged.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use crate::backend::{BackendError, StorageBackend};
+use crate::caught::caught;
 use crate::stats::Counter;
 use crate::warnings::Warnings;
 
@@ -28,8 +28,8 @@ impl Guarded {
         &self,
         call: impl FnOnce(&dyn StorageBackend) -> Result<R, BackendError>,
     ) -> Result<R, BackendError> {
-        let result = catch_unwind(AssertUnwindSafe(|| call(&*self.backend)))
-            .unwrap_or_else(|_| Err(BackendError::new("the backend panicked", None)));
+        let result = caught(|| call(&*self.backend))
+            .unwrap_or_else(|| Err(BackendError::new("the backend panicked", None)));
         if let Err(error) = &result {
             self.report(error);
         }

@@ -42,7 +42,7 @@ pub(super) struct Claim {
 }
 
 struct State {
-    /// What memory follows as far as this claim knows.
+    /// The context that memory has for the run, as far as this claim knows.
     followed: WorkflowContext,
     has_lost: bool,
     /// The backend has answered.

@@ -1,6 +1,7 @@
 //! The ids that are in use at this moment: the span ids of stand-ins, the trace ids of pollers, the numbers of started spans.
 
 use std::hash::Hash;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use dashmap::DashMap;
@@ -10,6 +11,30 @@ use dashmap::DashMap;
 pub(crate) struct LiveIds<Id: Eq + Hash> {
     total: AtomicUsize,
     counts: DashMap<Id, usize>,
+}
+
+/// Keeps an id among the live ones of its owner, until this is dropped.
+pub(super) struct Live<Owner, Id: Copy + Eq + Hash> {
+    owner: Arc<Owner>,
+    ids: fn(&Owner) -> &LiveIds<Id>,
+    id: Id,
+}
+
+impl<Owner, Id: Copy + Eq + Hash> Live<Owner, Id> {
+    pub(super) fn new(owner: &Arc<Owner>, ids: fn(&Owner) -> &LiveIds<Id>, id: Id) -> Self {
+        ids(owner).add(id);
+        Self {
+            owner: owner.clone(),
+            ids,
+            id,
+        }
+    }
+}
+
+impl<Owner, Id: Copy + Eq + Hash> Drop for Live<Owner, Id> {
+    fn drop(&mut self) {
+        (self.ids)(&self.owner).remove(self.id);
+    }
 }
 
 impl<Id: Eq + Hash> Default for LiveIds<Id> {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use opentelemetry::trace::{Event, SpanContext, TraceContextExt as _};
-use opentelemetry::{Context, KeyValue, SpanId, Value};
+use opentelemetry::{Context, KeyValue, Value};
 
 use super::handoff::{self, Mark, StartNumber, StorageId};
 use super::replays::{Replay, Standing};
@@ -91,28 +91,6 @@ pub(super) fn is_new_work(shared: &Shared, parent: &Context) -> bool {
     let span = parent.span();
     let context = span.span_context();
     !context.is_remote() && shared.new_work.contains(context.span_id())
-}
-
-/// Makes a real span known as new work inside a replay, as long as it lives.
-pub(super) struct NewWork {
-    shared: Arc<Shared>,
-    span: SpanId,
-}
-
-impl NewWork {
-    pub(super) fn new(shared: &Arc<Shared>, span: &SpanContext) -> Self {
-        shared.new_work.add(span.span_id());
-        Self {
-            shared: shared.clone(),
-            span: span.span_id(),
-        }
-    }
-}
-
-impl Drop for NewWork {
-    fn drop(&mut self) {
-        self.shared.new_work.remove(self.span);
-    }
 }
 
 /// The number of an open span of `tracing` that may be beneath a replay, or begin one. Kept in the span's extensions.

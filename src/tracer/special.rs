@@ -11,7 +11,7 @@ use super::lost::Lost;
 use super::replay::{self, Beneath, StandIn};
 use super::replays::Replay;
 use super::span::{Unexported, WorkflowSpan};
-use super::watch::{Memo, Unnamed};
+use super::watch::{Memo, Unnamed, Watch};
 use super::{Origin, WorkflowTracer, without_span};
 use crate::decision::Moment;
 use crate::explain::author::Author;
@@ -190,7 +190,8 @@ where
         let mut started = match own.or(adopted.as_ref().map(Identity::names)) {
             None => {
                 let is_poller = shared.fields.is_poller(&builder);
-                let watch = self.watch(None, Some(Memo::new(None, unnamed)), mark.awaits);
+                let memo = Memo::new(None, unnamed);
+                let watch = Watch::new(shared, None, Some(memo), mark.awaits);
                 let build = || self.inner.build_with_context(builder, parent);
                 let lose = || Lost::new(shared, parent);
                 let mut started = WorkflowSpan::start(Some(watch), build, lose);

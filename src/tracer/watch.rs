@@ -4,10 +4,11 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use opentelemetry::trace::{Span, SpanContext};
-use opentelemetry::{KeyValue, TraceId};
+use opentelemetry::{KeyValue, SpanId, TraceId};
 
 use super::handoff::{self, Mark};
-use super::replay::{NewWork, ReplaysBeneath};
+use super::live_ids::Live;
+use super::replay::ReplaysBeneath;
 use crate::context::WorkflowContext;
 use crate::decision::relation::Relation;
 use crate::decision::{Arrival, Decision, Moment, Record, decide};
@@ -40,25 +41,13 @@ pub(super) struct Memo {
     /// Set if it was recorded, and a backend may still know of a faster process.
     late_winner: Option<LateWinner>,
     /// Set if it is a poller, as long as it lives.
-    poller: Option<PollerTrace>,
+    poller: Option<Live<Shared, TraceId>>,
     /// The number by which its children in `tracing` find it, as soon as they are replayed; zero if it has none.
     number: u64,
     /// Set once the span has said that what is opened beneath it is replayed.
     replays_beneath: Option<ReplaysBeneath>,
     /// Set if it was opened inside a replay through the OpenTelemetry API, and is real.
-    new_work: Option<NewWork>,
-}
-
-/// The trace of a live poller.
-struct PollerTrace {
-    shared: Arc<Shared>,
-    trace: TraceId,
-}
-
-impl Drop for PollerTrace {
-    fn drop(&mut self) {
-        self.shared.poller_traces.remove(self.trace);
-    }
+    new_work: Option<Live<Shared, SpanId>>,
 }
 
 /// A span that has not named its instance, and may be recorded late.
@@ -143,9 +132,8 @@ impl Watch {
 
     /// Makes the trace of the span a poller's, until it ends.
     pub(super) fn set_poller(&mut self, trace: TraceId) {
-        let shared = self.shared.clone();
-        shared.poller_traces.add(trace);
-        self.memo().poller = Some(PollerTrace { shared, trace });
+        let live = Live::new(&self.shared, |shared| &shared.poller_traces, trace);
+        self.memo().poller = Some(live);
     }
 
     /// Notes the number by which its children in `tracing` find the span, should they be replayed.
@@ -156,8 +144,8 @@ impl Watch {
     }
 
     pub(super) fn set_new_work(&mut self, span: &SpanContext) {
-        let new_work = NewWork::new(&self.shared, span);
-        self.memo().new_work = Some(new_work);
+        let live = Live::new(&self.shared, |shared| &shared.new_work, span.span_id());
+        self.memo().new_work = Some(live);
     }
 
     /// Says whether what is opened beneath is replayed from now on. The span itself has started, and stays real.

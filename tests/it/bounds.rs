@@ -236,10 +236,7 @@ fn each_run_has_bounds_of_its_own() {
     for_each_worker(
         || max_spans(2),
         |worker| {
-            let (run_1, run_2) = (
-                Tags::instance(ID).run("run-1"),
-                Tags::instance(ID).run("run-2"),
-            );
+            let [run_1, run_2] = ["run-1", "run-2"].map(|run| Tags::instance(ID).run(run));
             worker.step("run-1", run_1);
             worker.step("run-1 is full", run_1);
             worker.step("run-2", run_2);
@@ -262,10 +259,7 @@ fn the_next_trace_of_a_run_is_that_runs_also_if_a_span_without_its_run_id_opens_
     for_each_worker(
         || max_spans(2),
         |worker| {
-            let (run_1, run_2) = (
-                Tags::instance(ID).run("run-1"),
-                Tags::instance(ID).run("run-2"),
-            );
+            let [run_1, run_2] = ["run-1", "run-2"].map(|run| Tags::instance(ID).run(run));
             worker.step("run-1", run_1);
             worker.step("run-1 is full", run_1);
             step(worker, "second");
