@@ -23,6 +23,9 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::SystemTime;
 
+use opentelemetry::SpanId;
+use opentelemetry::trace::SpanContext;
+
 use crate::context::WorkflowContext;
 
 /// A map from keys to [`Record`]s in which contexts outlive memory: a file, a server. Users can write their own.
@@ -212,6 +215,8 @@ pub struct Record {
     pub generation: u32,
     /// Time from which on the record is gone.
     pub expires_at: SystemTime,
+    /// The instance's own span, with durable roots. It outlives the process that allocated it.
+    pub root: Option<Box<RootSpan>>,
 }
 
 impl Record {
@@ -223,6 +228,44 @@ impl Record {
             run_id: None,
             generation: 1,
             expires_at,
+            root: None,
+        }
+    }
+}
+
+/// The instance's own span as far as it is known before it is exported, at the end of the instance. Its trace id, flags and
+/// tracestate are those of the record's context.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RootSpan {
+    /// Its span id.
+    pub span_id: SpanId,
+    /// Its parent in the same trace, such as the request that started the workflow.
+    pub parent_span_id: Option<SpanId>,
+    /// Its name.
+    pub name: String,
+    /// Its start. In the record of one process's part, the time when that process first saw the instance.
+    pub started_at: SystemTime,
+    /// The end of the last span that was seen.
+    pub last_end: SystemTime,
+    /// The number of spans of the instance that have ended.
+    pub spans: u64,
+    /// The contexts that it is linked to, each with its relation, such as `new_run`.
+    pub links: Vec<(SpanContext, String)>,
+}
+
+impl RootSpan {
+    /// Creates a root of which nothing has ended.
+    #[must_use]
+    pub fn new(span_id: SpanId, name: impl Into<String>, started_at: SystemTime) -> Self {
+        Self {
+            span_id,
+            parent_span_id: None,
+            name: name.into(),
+            started_at,
+            last_end: started_at,
+            spans: 0,
+            links: Vec::new(),
         }
     }
 }

@@ -21,6 +21,8 @@ use crate::explain::Explanation;
 use crate::explain::author::Authors;
 use crate::explain::trail::{Event, Step, Trail};
 use crate::lock::lock;
+use crate::root::open::{OpenRoot, reopen};
+use crate::root::state::Roots;
 use crate::stats::Counter;
 use entry::{Entry, Limits, Rank, Run};
 use shards::{Contents, Counts, Shards};
@@ -42,6 +44,8 @@ pub(crate) struct Cache {
     pub(crate) expired: Counter,
     pub(crate) evicted: Counter,
     pub(crate) trail: Trail,
+    /// Set with durable roots.
+    roots: Option<Arc<Roots>>,
 }
 
 /// The key of a lookup. The hash is computed once for each operation.
@@ -62,7 +66,12 @@ pub(crate) struct Conflict {
 impl Cache {
     /// Creates a cache that is swept once a tick. With a clock of the caller's own, which does not tick, it is swept
     /// whenever its instances are counted or listed.
-    pub(crate) fn new(limits: Limits, clock: Option<Arc<dyn Clock>>, steps: usize) -> Arc<Self> {
+    pub(crate) fn new(
+        limits: Limits,
+        clock: Option<Arc<dyn Clock>>,
+        steps: usize,
+        roots: Option<Arc<Roots>>,
+    ) -> Arc<Self> {
         let with_time = |time| {
             Arc::new(Self {
                 shards: Shards::new(limits),
@@ -71,6 +80,7 @@ impl Cache {
                 expired: Counter::default(),
                 evicted: Counter::default(),
                 trail: Trail::new(steps),
+                roots: roots.clone(),
             })
         };
         if let Some(clock) = clock {
@@ -231,8 +241,9 @@ impl Cache {
 
     /// Inserts a record of the backend, unless the run is known already.
     pub(crate) fn insert_fetched(&self, id: &str, record: Record) {
+        let root = self.reopen(id, &record);
         let run_id = record.run_id.as_deref();
-        let run = Run::new(record.context, run_id, record.generation);
+        let run = Run::new(record.context, run_id, record.generation).with_root(root);
         // On a conflict the run was recorded here while it was fetched, and that counts.
         let _ = self.upsert(self.hash(id), id, run, |entry, run| {
             match entry.run_mut(run_id) {
@@ -249,7 +260,9 @@ impl Cache {
 
     /// Inserts a record of the backend, unless the instance is known already.
     pub(crate) fn insert_late(&self, id: &str, record: Record) {
+        let root = self.reopen(id, &record);
         let run = Run::new(record.context, record.run_id.as_deref(), record.generation);
+        let run = run.with_root(root);
         let known = |entry: &mut Entry, _| {
             Err(Conflict {
                 winner: entry.latest().context(),
@@ -267,6 +280,7 @@ impl Cache {
         ours: &WorkflowContext,
         winner: &Record,
     ) -> bool {
+        let root = self.reopen(id, winner);
         let now = self.time.now();
         let hash = self.hash(id);
         let mut shard = self.shards.lock_for(hash);
@@ -293,7 +307,17 @@ impl Cache {
             }
             let context = winner.context.clone();
             let run_id = known.as_deref().or(winners);
-            run.replace(Run::new(context, run_id, winner.generation));
+            let new = Run::new(context, run_id, winner.generation);
+            // Derived, it may be the same root.
+            let (ours, theirs) = (run.root().cloned(), &winner.root);
+            let span_of = |root: &Arc<OpenRoot>| root.record().span_id;
+            let is_same = ours.as_ref().map(span_of) == theirs.as_ref().map(|root| root.span_id);
+            if let Some(ours) = ours.as_ref().filter(|_| !is_same) {
+                ours.give_way_to(winner.context.to_span_context());
+            }
+            let root = if is_same { ours } else { root.clone() };
+            set_recorded(root.clone());
+            run.replace(new.with_root(root));
         });
         !is_of_another_run
     }
@@ -356,9 +380,10 @@ impl Cache {
         follows: Option<(&WorkflowContext, u32)>,
         context: WorkflowContext,
         author: Option<NonZeroU16>,
+        root: Option<Arc<OpenRoot>>,
     ) -> Result<Option<TraceId>, Conflict> {
         let generation = follows.map_or(1, |(_, generation)| generation);
-        let mut run = Run::new(context, key.run_id, generation);
+        let mut run = Run::new(context, key.run_id, generation).with_root(root);
         run.author = author;
         let mut before = None;
         self.upsert(key.hash, key.id, run, |entry, run| {
@@ -387,6 +412,17 @@ impl Cache {
                 run.set_rolling(false);
             }
         });
+    }
+
+    /// Returns the own span of a run, or else of the latest, without counting.
+    pub(crate) fn root_of(&self, key: Key<'_>) -> Option<Arc<OpenRoot>> {
+        self.roots.as_ref()?;
+        self.peek(key, |entry| entry?.run(key.run_id)?.root().cloned())
+    }
+
+    /// Returns the own span that a record of the backend has, if durable roots are on.
+    fn reopen(&self, id: &str, record: &Record) -> Option<Arc<OpenRoot>> {
+        reopen(self.roots.as_ref()?, id, record)
     }
 
     /// Marks an instance as completed, unless a newer run has begun. Returns `true` for the first call.
@@ -465,17 +501,21 @@ impl Cache {
         run: Run,
         update: impl FnOnce(&mut Entry, Run) -> Result<(), Conflict>,
     ) -> Result<(), Conflict> {
+        let root = self.roots.as_ref().and_then(|_| run.root().cloned());
         let now = self.time.now();
         let mut shard = self.shards.lock_for(hash);
         let table = &mut shard.table;
         let known = table.find(hash, |entry| entry.id == *id);
         if let Some(entry) = known.and_then(|index| table.get_mut(index)) {
             if entry.touch(now, &self.shards.limits) {
-                return update(entry, run);
+                update(entry, run)?;
+                set_recorded(root);
+                return Ok(());
             }
             let event = entry.expiry_event();
             entry.restart(run, now);
             drop(shard);
+            set_recorded(root);
             self.note_loss(hash, now, event);
             return Ok(());
         }
@@ -483,6 +523,7 @@ impl Cache {
             self.shards.hash_of(entry)
         });
         drop(shard);
+        set_recorded(root);
         let before = self.shards.count_inserted();
         if before >= self.shards.limits.max_instances {
             self.make_room(now, hash, id);
@@ -538,6 +579,14 @@ impl Cache {
     }
 }
 
+/// Notes that memory has the root now. One that it refused is of no use to anybody.
+#[inline]
+fn set_recorded(root: Option<Arc<OpenRoot>>) {
+    if let Some(root) = root {
+        root.set_recorded();
+    }
+}
+
 impl OnTick for Cache {
     fn on_tick(&self, now: u32) {
         let report = |hash, event| self.note_loss(hash, now, event);
@@ -567,7 +616,7 @@ mod tests {
             idle_ttl: u32::MAX >> 1,
             completed_grace: u32::MAX >> 1,
         };
-        Cache::new(limits, Some(Arc::new(SystemClock)), 0)
+        Cache::new(limits, Some(Arc::new(SystemClock)), 0, None)
     }
 
     fn context(span: u64) -> WorkflowContext {

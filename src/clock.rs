@@ -88,6 +88,12 @@ struct Ticker {
     subscribers: Vec<Weak<dyn OnTick>>,
 }
 
+/// Adds a lifetime, capped to a century, which every backend's format can express.
+pub(crate) fn after(moment: SystemTime, lifetime: Duration) -> SystemTime {
+    let longest = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+    moment.checked_add(lifetime.min(longest)).unwrap_or(moment)
+}
+
 /// Calls a subscriber from the process's ticking thread until it is dropped. Returns `false` if that thread could not be
 /// started.
 pub(crate) fn subscribe(subscriber: Weak<dyn OnTick>) -> bool {

@@ -508,12 +508,14 @@ mod tests {
                 idle_ttl: 1_000,
                 completed_grace: 1_000,
             };
-            let cache = Cache::new(limits, Some(Arc::new(SystemClock)), 0);
+            let cache = Cache::new(limits, Some(Arc::new(SystemClock)), 0, None);
             let recorded_at = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
             if let Some(stored) = self.stored {
                 let key = cache.key("id", self.stored_run);
                 let stored = stored.with_recorded_at(recorded_at);
-                cache.record(key, None, stored, None).expect("it is first");
+                cache
+                    .record(key, None, stored, None, None)
+                    .expect("it is first");
             }
             let natural = self.natural.map(|natural| parse(natural).to_span_context());
             let parent_instance = self.parent_instance.then(|| parse(PARENT_INSTANCE));

@@ -46,6 +46,9 @@ pub enum StorageError {
     /// The backend failed or could not be reached.
     #[error("the storage backend failed")]
     Backend(#[from] BackendError),
+    /// The status does not end an instance.
+    #[error("not a terminal status: expected completed, failed, timed_out, terminated or canceled")]
+    NoTerminalStatus,
 }
 
 /// The error of `create_resumed`. Nothing was stored.

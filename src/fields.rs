@@ -21,8 +21,11 @@ use self::identity::{Identity, Ids, Names};
 pub(crate) use self::meaning::ReservedFields;
 use self::meaning::{Meaning, Meanings};
 use self::names::FieldNames;
-pub(crate) use self::names::{AGENT_NAME, GEN_AI_AGENT_NAME, INSTANCE_ID, RELATION, RESUMED};
-use self::value::{is_terminal, printed, truth};
+pub(crate) use self::names::{
+    AGENT_NAME, GEN_AI_AGENT_NAME, GENERATION, INSTANCE_ID, NAME, PENDING, PROCESSES, RELATION,
+    RESUMED, RESUMES, RUN_ID, SPANS, STATUS,
+};
+use self::value::{EndStatus, printed, truth};
 use self::visit::{HasValue, IdentityVisitor, IsThere};
 use crate::error::InvalidInstanceId;
 
@@ -32,6 +35,7 @@ pub(crate) struct Fields {
     meanings: Meanings,
     engine_spans: Vec<SpanPattern>,
     pollers: Vec<SpanPattern>,
+    completing: Vec<SpanPattern>,
 }
 
 /// A span by its name, and by its target if that is known.
@@ -45,6 +49,23 @@ impl SpanPattern {
     fn matches(&self, name: &str, target: Option<&str>) -> bool {
         let is_target = |known: &Cow<'_, str>| target.is_some_and(|target| target == known);
         self.name == name && self.target.as_ref().is_none_or(is_target)
+    }
+
+    /// Reads a name, which may have a target in front, and is taken as a whole as well.
+    fn parse(name: Cow<'static, str>) -> impl Iterator<Item = Self> {
+        let with_target = name.rsplit_once("::").map(|(target, name)| Self {
+            name: name.to_owned().into(),
+            target: Some(target.to_owned().into()),
+        });
+        with_target.into_iter().chain([Self { name, target: None }])
+    }
+
+    fn any_matches(patterns: &[Self], span: &SpanBuilder) -> bool {
+        if patterns.is_empty() {
+            return false;
+        }
+        let target = target_of(span);
+        (patterns.iter()).any(|pattern| pattern.matches(&span.name, target.as_deref()))
     }
 }
 
@@ -70,6 +91,7 @@ impl Fields {
             meanings,
             engine_spans: Vec::new(),
             pollers: Vec::new(),
+            completing: Vec::new(),
         }
     }
 
@@ -103,22 +125,23 @@ impl Fields {
 
     /// Adds a poller by its name, or as `target::name`.
     pub(crate) fn add_poller(&mut self, name: Cow<'static, str>) {
-        if let Some((target, name)) = name.rsplit_once("::") {
-            self.pollers.push(SpanPattern {
-                name: name.to_owned().into(),
-                target: Some(target.to_owned().into()),
-            });
-        }
-        self.pollers.push(SpanPattern { name, target: None });
+        self.pollers.extend(SpanPattern::parse(name));
+    }
+
+    /// Adds a span whose close is the end of its instance, by its name or as `target::name`.
+    pub(crate) fn add_completing(&mut self, name: Cow<'static, str>) {
+        self.completing.extend(SpanPattern::parse(name));
     }
 
     /// Returns `true` if a span that is about to start is a poller.
     pub(crate) fn is_poller(&self, span: &SpanBuilder) -> bool {
-        if self.pollers.is_empty() {
-            return false;
-        }
-        let target = target_of(span);
-        (self.pollers.iter()).any(|poller| poller.matches(&span.name, target.as_deref()))
+        SpanPattern::any_matches(&self.pollers, span)
+    }
+
+    /// Returns `true` if the close of a span that is about to start is the end of its instance.
+    #[inline]
+    pub(crate) fn is_completing(&self, span: &SpanBuilder) -> bool {
+        !self.completing.is_empty() && SpanPattern::any_matches(&self.completing, span)
     }
 
     /// Reads what the spans of a callsite have in common.
@@ -177,11 +200,10 @@ impl Fields {
         tag
     }
 
-    /// Returns `true` if one of the events reports a terminal status.
-    pub(crate) fn any_terminal(&self, events: &[Event]) -> bool {
-        events
-            .iter()
-            .any(|event| self.tag_of(&event.attributes).terminal)
+    /// Returns the terminal status that one of the events reports.
+    pub(crate) fn end_in(&self, events: &[Event]) -> Option<EndStatus> {
+        let mut events = events.iter();
+        events.find_map(|event| self.tag_of(&event.attributes).end)
     }
 
     /// Reads the ids from a span that is being created, or from what is recorded on one.
@@ -242,7 +264,8 @@ pub(crate) struct Tag<'a> {
     pub(crate) replaying: Option<bool>,
     /// The span is real, and what it opens is replayed.
     pub(crate) replaying_children: Option<bool>,
-    pub(crate) terminal: bool,
+    /// A terminal status.
+    pub(crate) end: Option<EndStatus>,
     /// An id longer than [`MAX_INSTANCE_ID_BYTES`](crate::MAX_INSTANCE_ID_BYTES), which is ignored.
     pub(crate) oversized: Option<Cow<'a, str>>,
     /// The ids of further id fields, which do not count.
@@ -274,7 +297,7 @@ impl<'a> Tag<'a> {
             Meaning::ReplayingChildren => {
                 self.replaying_children = truth(value).or(self.replaying_children);
             }
-            Meaning::Status => self.terminal |= is_terminal(value),
+            Meaning::Status => self.end = EndStatus::read(value).or(self.end),
             Meaning::InstanceId { rank } => {
                 let Some(id) = self.id(value) else {
                     return;

@@ -174,6 +174,8 @@ mod layer;
 mod lock;
 #[cfg(feature = "metrics")]
 mod metrics;
+mod own_spans;
+mod root;
 mod scoped;
 mod stats;
 mod storage;
@@ -197,6 +199,8 @@ pub use error::{
 pub use explain::{Absence, Explanation};
 pub use fields::engine::Engine;
 pub use layer::WorkflowContextLayer;
+#[cfg(feature = "durable-root")]
+pub use root::ids::{WorkflowIdGenerator, WorkflowSampler};
 pub use stats::Stats;
 pub use storage::WorkflowContextStorage;
 pub use storage::builder::WorkflowContextStorageBuilder;

@@ -47,6 +47,11 @@ pub struct Stats {
     /// Panics of a sampler, id generator, span processor or exporter that were caught while a span started or ended. The
     /// span is not exported.
     pub panics: u64,
+    /// Own spans of workflows that this process has exported.
+    pub exported_roots: u64,
+    /// Own spans of workflows that nobody can export any more: no tracer was left to export one, its provider lacks the
+    /// two pieces, or too many were forgotten at once.
+    pub lost_roots: u64,
 }
 
 /// The counters that spans increment. Those of the cache and of the backend are kept there.
@@ -61,6 +66,8 @@ pub(crate) struct Counters {
     pub(crate) adopted: Counter,
     pub(crate) shared_traces: Counter,
     pub(crate) panics: Counter,
+    pub(crate) exported_roots: Counter,
+    pub(crate) lost_roots: Counter,
 }
 
 #[derive(Debug, Default)]

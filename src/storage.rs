@@ -1,6 +1,5 @@
 //! The storage handle: the explicit API, and the constructors of the layer and the tracer.
 
-mod agent;
 pub(crate) mod builder;
 mod claim;
 pub(crate) mod global;
@@ -15,6 +14,8 @@ use std::sync::Arc;
 
 use opentelemetry::Context;
 use opentelemetry::trace::{Tracer, TracerProvider};
+#[cfg(feature = "durable-root")]
+use opentelemetry_sdk::trace::{IdGenerator, RandomIdGenerator, ShouldSample};
 use tracing::Subscriber;
 use tracing_opentelemetry::OpenTelemetryLayer;
 use tracing_subscriber::registry::LookupSpan;
@@ -22,7 +23,10 @@ use tracing_subscriber::registry::LookupSpan;
 use crate::context::WorkflowContext;
 use crate::error::{CreateResumedError, StorageError};
 use crate::explain::Explanation;
+use crate::fields::value::EndStatus;
 use crate::layer::WorkflowContextLayer;
+#[cfg(feature = "durable-root")]
+use crate::root::ids::{WorkflowIdGenerator, WorkflowSampler};
 use crate::stats::Stats;
 use crate::tracer::{WorkflowTracer, WorkflowTracerProvider};
 use crate::warnings::LOG_TARGET;
@@ -171,6 +175,49 @@ impl WorkflowContextStorage {
         Ok(self.shared.tier.cleanup(&instance_id))
     }
 
+    /// Tells the end of an instance, as a terminal `workflow.status` on one of its spans does: for engines that call back when
+    /// a workflow has ended. Returns `true` if something was stored.
+    ///
+    /// `status` is one of `completed`, `failed`, `timed_out`, `terminated`, `canceled`, or another word that is read from
+    /// spans. What is stored stays for the [`completed_grace`](WorkflowContextStorageBuilder::completed_grace); with a durable
+    /// root, the workflow's own span is exported.
+    ///
+    /// # Errors
+    ///
+    /// [`StorageError::InvalidInstanceId`] if the id is empty, `None`, or longer than 1,024 bytes, and
+    /// [`StorageError::NoTerminalStatus`] if the status is none. Nothing is changed then.
+    pub fn complete(&self, instance_id: &str, status: &str) -> Result<bool, StorageError> {
+        let instance_id = self.shared.read_id(instance_id)?;
+        let status = EndStatus::parse(status).ok_or(StorageError::NoTerminalStatus)?;
+        Ok(self.shared.tier.complete_called(&instance_id, status))
+    }
+
+    /// Returns the id generator of [durable roots](WorkflowContextStorageBuilder::durable_root), for
+    /// `SdkTracerProvider::builder().with_id_generator(..)`: the SDK's random one, but for the ids of workflows' own spans.
+    #[cfg(feature = "durable-root")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "durable-root")))]
+    #[must_use]
+    pub fn id_generator(&self) -> WorkflowIdGenerator {
+        self.id_generator_over(RandomIdGenerator::default())
+    }
+
+    /// Returns the id generator of durable roots over another one than the SDK's random one.
+    #[cfg(feature = "durable-root")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "durable-root")))]
+    #[must_use]
+    pub fn id_generator_over<G: IdGenerator>(&self, inner: G) -> WorkflowIdGenerator<G> {
+        WorkflowIdGenerator::new(inner)
+    }
+
+    /// Returns the sampler of [durable roots](WorkflowContextStorageBuilder::durable_root), for
+    /// `SdkTracerProvider::builder().with_sampler(..)`: the one given, which is asked once for each workflow's own span.
+    #[cfg(feature = "durable-root")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "durable-root")))]
+    #[must_use]
+    pub fn sampler(&self, inner: impl ShouldSample + 'static) -> WorkflowSampler {
+        WorkflowSampler::new(inner)
+    }
+
     /// Opens and ends the span of a resumed agent, and stores its context, marked resumed.
     ///
     /// The span is called `{agent_name or DurableAgent}.ToolCallingWorkflow` and carries
@@ -192,7 +239,7 @@ impl WorkflowContextStorage {
         let instance_id = self.shared.read_id(instance_id)?;
         let stored = self.shared.tier.peek(&instance_id);
         let parent = stored.map_or_else(Context::new, |stored| stored.to_otel());
-        let span = (self.shared.agent_tracers).end_at_once(&instance_id, agent_name, &parent);
+        let span = (self.shared.tracers).export_agent(&instance_id, agent_name, &parent);
         let context = span
             .and_then(|span| WorkflowContext::from_span(&span, self.shared.clock.now()))
             .ok_or(CreateResumedError::NoRecordingSpan)?

@@ -10,6 +10,7 @@ mod provider;
 mod recording;
 pub(crate) mod replay;
 pub(crate) mod replays;
+mod rooted;
 pub(crate) mod shared_traces;
 mod span;
 mod special;
@@ -34,6 +35,7 @@ use self::handoff::{Adoption, Mark, Marking};
 use self::lost::Lost;
 use self::mark::{is_marked, mark, mark_with, take_mark};
 use self::recording::Recording;
+use self::rooted::enter_root;
 use self::watch::{Memo, Unnamed, Watch, link_unless_in_trace, relation_attribute};
 use crate::cache::Key;
 use crate::cache::entry::Entry;
@@ -43,10 +45,8 @@ use crate::decision::{Arrival, Decision, Links, Moment, Parent, Record, decide};
 use crate::explain::trail::{Event, Outcome};
 use crate::fields;
 use crate::fields::identity::Names;
+use crate::fields::value::EndStatus;
 use crate::storage::shared::Shared;
-
-/// The number of a trace among those of its instance, on the first span of each but the first.
-const GENERATION: &str = "workflow.generation";
 
 /// Seconds from the recording of a context to its first use in another process.
 const RESUMED_AFTER: &str = "workflow.resumed_after";
@@ -134,8 +134,8 @@ struct Plan<'a> {
     recording: Option<Box<Recording<'a>>>,
     /// A reserved field may still be recorded on the span.
     awaits: bool,
-    /// The span has a terminal status from the start.
-    is_terminal: bool,
+    /// The terminal status that the span has from the start.
+    told_end: Option<EndStatus>,
 }
 
 impl<T> WorkflowTracer<T>
@@ -200,7 +200,7 @@ where
                 let key = shared.key(&id, None);
                 let decision = self.place(key, None, parent, Moment::Start);
                 self.diagnose(&decision, parent);
-                let mut plan = self.plan(key, rank, names, None);
+                let mut plan = self.plan(&builder, key, rank, names, None);
                 plan.awaits = mark.awaits;
                 plan.recording = self.recording(&builder, key, &decision);
                 self.start(builder, parent, &decision, plan)
@@ -241,20 +241,30 @@ where
     #[inline]
     fn plan(
         &self,
+        builder: &SpanBuilder,
         key: Key<'_>,
         rank: u16,
         names: Names<'_>,
         unnamed: Option<Box<Unnamed>>,
     ) -> Plan<'_> {
         let shared = &*self.shared;
-        let has_memo = unnamed.is_some() || names.run_id.is_some() || shared.tier.has_backend();
+        let completes = shared.fields.is_completing(builder);
+        let has_memo = unnamed.is_some()
+            || names.run_id.is_some()
+            || shared.tier.has_backend()
+            || shared.roots.is_some()
+            || completes;
         Plan {
             instance: key.hash,
             rank,
-            memo: has_memo.then(|| Memo::new(Some(names), unnamed)),
+            memo: has_memo.then(|| {
+                let mut memo = Memo::new(Some(names), unnamed);
+                memo.completes(completes);
+                memo
+            }),
             recording: None,
             awaits: false,
-            is_terminal: false,
+            told_end: None,
         }
     }
 
@@ -312,12 +322,13 @@ where
             instance,
             rank,
             memo,
-            recording,
+            mut recording,
             awaits,
-            is_terminal,
+            told_end,
         } = plan;
         let natural = parent.span();
         let natural = natural.span_context();
+        let links = builder.links.as_ref().map_or(0, Vec::len);
         if decision.links != Links::default() || recording.is_some() || decision.announce {
             self.annotate(&mut builder, decision, natural);
         }
@@ -336,20 +347,39 @@ where
         };
         let name = builder.name.clone();
         let parent = chosen.as_ref().unwrap_or(parent);
+        let rooted = shared.roots.is_some().then(|| {
+            let identity = memo.as_ref().and_then(|memo| memo.identity());
+            let (tracer, recording) = (&*self.inner, &mut recording);
+            enter_root(
+                tracer,
+                shared,
+                &mut builder,
+                links,
+                identity,
+                recording,
+                parent,
+            )
+        });
+        let beneath_root = rooted.as_ref().and_then(|rooted| rooted.parent.as_ref());
+        let parent = beneath_root.unwrap_or(parent);
         let watch = Watch::new(shared, Some((instance, rank)), memo, awaits);
         let build = || self.inner.build_with_context(builder, parent);
         let lose = || Lost::new(shared, parent);
         let mut started = WorkflowSpan::start(Some(watch), build, lose);
         if let Some((span, watch)) = started.watched() {
-            let outcome = match recording {
+            let mut outcome = match recording {
                 None => decision.outcome,
                 Some(recording) => self
                     .record(span, watch, *recording)
                     .unwrap_or(decision.outcome),
             };
+            if let Some(rooted) = rooted {
+                outcome = rooted.outcome.unwrap_or(outcome);
+                watch.enter_root(rooted);
+            }
             let (own, after_end) = (span.span_context(), decision.after_end);
             shared.note_decision(instance, name, own, natural, outcome, after_end);
-            watch.complete_if(is_terminal);
+            watch.complete_if(told_end);
         }
         started
     }
@@ -363,7 +393,7 @@ where
         recording: Recording<'_>,
     ) -> Option<Outcome> {
         let context = WorkflowContext::from_span(span.span_context(), self.shared.clock.now())?;
-        match recording.finish(context) {
+        match recording.finish(context, None) {
             Ok(late_winner) => {
                 watch.expect_late_winner(late_winner);
                 None
@@ -387,7 +417,7 @@ where
             attributes.push(KeyValue::new(RESUMED_AFTER, age));
         }
         if let Record::Generation(generation) = decision.record {
-            attributes.push(KeyValue::new(GENERATION, i64::from(generation)));
+            attributes.push(KeyValue::new(fields::GENERATION, i64::from(generation)));
         }
         let Links {
             to_natural,

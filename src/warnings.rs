@@ -32,6 +32,7 @@ pub(crate) struct Warnings {
     backend_failed: Cause,
     shared_trace: Cause,
     panicked: Cause,
+    durable_root_off: Cause,
 }
 
 #[derive(Debug, Default)]
@@ -80,6 +81,11 @@ impl Warnings {
     /// Notes a panic that was caught.
     pub(crate) fn panicked(&self, when: &str) {
         self.panicked.note(|| when.to_owned());
+    }
+
+    /// Notes that durable roots are off, since that line is missing in the set-up of the tracer provider.
+    pub(crate) fn durable_root_off(&self, missing: &str) {
+        self.durable_root_off.note(|| missing.to_owned());
     }
 
     /// Notes a failure of the backend.
@@ -144,6 +150,12 @@ impl OnTick for Warnings {
                 target: LOG_TARGET,
                 times,
                 "a sampler, id generator, span processor or exporter panicked when {details}; the span is not exported"
+            );
+        }
+        if let Some((_, details)) = self.durable_root_off.take(now) {
+            tracing::warn!(
+                target: LOG_TARGET,
+                "durable_root is set, but the tracer provider lacks {details}; workflows get no span of their own"
             );
         }
         if let Some((times, details)) = self.unreachable.take(now) {

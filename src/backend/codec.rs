@@ -11,18 +11,32 @@
 //! | 8 | span id |
 //! | 4 | generation |
 //! | 1 | trace flags |
-//! | 1 | 1 if resumed, plus 2 if there is a run id, plus 4 if there is a tracestate |
+//! | 1 | 1 if resumed, plus 2 if there is a run id, plus 4 if there is a tracestate, plus 8 if there is a root span |
 //! | 4 + n | the length of the run id, and the run id, if there is one |
 //! | 4 + n | the length of the tracestate, and the tracestate, if there is one |
+//! | n | the root span, if there is one |
+//!
+//! A root span:
+//!
+//! | bytes | content |
+//! |---|---|
+//! | 8 | span id |
+//! | 8 | span id of its parent, or zero |
+//! | 8 | `started_at`, in nanoseconds since 1970 |
+//! | 8 | `last_end`, in nanoseconds since 1970 |
+//! | 8 | number of spans |
+//! | 4 + n | the length of the name, and the name |
+//! | 1 | number of links |
+//! | each 16 + 8 + 1 + 4 + n | trace id, span id, flags and relation of a link |
 //!
 //! The encoding is canonical: a record that [`decode`] returns encodes to the same bytes again, and all other bytes are
 //! malformed. Times before 1970 and after 2554 are clamped.
 
 use std::time::{Duration, SystemTime};
 
-use opentelemetry::trace::{SpanId, TraceFlags, TraceId, TraceState};
+use opentelemetry::trace::{SpanContext, SpanId, TraceFlags, TraceId, TraceState};
 
-use crate::backend::Record;
+use crate::backend::{Record, RootSpan};
 use crate::context::{WorkflowContext, since_epoch};
 use crate::traceparent;
 
@@ -34,6 +48,7 @@ const FIXED: usize = 47;
 const RESUMED: u8 = 1;
 const HAS_RUN_ID: u8 = 2;
 const HAS_TRACE_STATE: u8 = 4;
+const HAS_ROOT: u8 = 8;
 
 pub(super) fn encode(record: &Record) -> Vec<u8> {
     let Record {
@@ -41,12 +56,14 @@ pub(super) fn encode(record: &Record) -> Vec<u8> {
         run_id,
         generation,
         expires_at,
+        root,
     } = record;
     let state = Some(context.tracestate()).filter(|state| !state.is_empty());
     let flag = |set: bool, flag: u8| if set { flag } else { 0 };
     let flags = flag(context.is_resumed(), RESUMED)
         | flag(run_id.is_some(), HAS_RUN_ID)
-        | flag(state.is_some(), HAS_TRACE_STATE);
+        | flag(state.is_some(), HAS_TRACE_STATE)
+        | flag(root.is_some(), HAS_ROOT);
     let texts = [run_id.as_deref(), state.as_deref()];
     let len = |text: &Option<&str>| text.map_or(0, |text| 4 + text.len());
 
@@ -59,11 +76,36 @@ pub(super) fn encode(record: &Record) -> Vec<u8> {
     bytes.extend(generation.to_le_bytes());
     bytes.extend([context.flags().to_u8(), flags]);
     for text in texts.into_iter().flatten() {
-        // Far below 4 GiB: ids and tracestates are bounded.
-        bytes.extend((text.len() as u32).to_le_bytes());
-        bytes.extend(text.as_bytes());
+        put_text(&mut bytes, text);
+    }
+    if let Some(root) = root {
+        put_root(&mut bytes, root);
     }
     bytes
+}
+
+fn put_text(bytes: &mut Vec<u8>, text: &str) {
+    // Far below 4 GiB: ids, tracestates and names are bounded.
+    bytes.extend((text.len() as u32).to_le_bytes());
+    bytes.extend(text.as_bytes());
+}
+
+fn put_root(bytes: &mut Vec<u8>, root: &RootSpan) {
+    bytes.extend(root.span_id.to_bytes());
+    let parent = root.parent_span_id.unwrap_or(SpanId::INVALID);
+    bytes.extend(parent.to_bytes());
+    bytes.extend(since_epoch(root.started_at).to_le_bytes());
+    bytes.extend(since_epoch(root.last_end).to_le_bytes());
+    bytes.extend(root.spans.to_le_bytes());
+    put_text(bytes, &root.name);
+    let links = &root.links[..root.links.len().min(usize::from(u8::MAX))];
+    bytes.push(links.len() as u8);
+    for (to, relation) in links {
+        bytes.extend(to.trace_id().to_bytes());
+        bytes.extend(to.span_id().to_bytes());
+        bytes.push(to.trace_flags().to_u8());
+        put_text(bytes, relation);
+    }
 }
 
 /// Decodes a record, whose context is marked as remote. Returns `None` for bytes that [`encode`] does not write.
@@ -78,7 +120,7 @@ pub(super) fn decode(bytes: &[u8]) -> Option<Record> {
     let span_id = SpanId::from_bytes(bytes.take()?);
     let generation = u32::from_le_bytes(bytes.take()?);
     let [trace_flags, flags] = bytes.take()?;
-    if flags & !(RESUMED | HAS_RUN_ID | HAS_TRACE_STATE) != 0 {
+    if flags & !(RESUMED | HAS_RUN_ID | HAS_TRACE_STATE | HAS_ROOT) != 0 {
         return None;
     }
     let run_id = match flags & HAS_RUN_ID {
@@ -88,6 +130,10 @@ pub(super) fn decode(bytes: &[u8]) -> Option<Record> {
     let state = match flags & HAS_TRACE_STATE {
         0 => TraceState::NONE,
         _ => trace_state(bytes.text()?)?,
+    };
+    let root = match flags & HAS_ROOT {
+        0 => None,
+        _ => Some(Box::new(bytes.root()?)),
     };
     if !bytes.0.is_empty() {
         return None;
@@ -105,6 +151,7 @@ pub(super) fn decode(bytes: &[u8]) -> Option<Record> {
         run_id,
         generation,
         expires_at,
+        root,
     })
 }
 
@@ -141,6 +188,35 @@ impl Bytes<'_> {
         self.0 = rest;
         std::str::from_utf8(text).ok()
     }
+
+    fn root(&mut self) -> Option<RootSpan> {
+        let span_id = SpanId::from_bytes(self.take()?);
+        let parent = SpanId::from_bytes(self.take()?);
+        let started_at = time(u64::from_le_bytes(self.take()?));
+        let last_end = time(u64::from_le_bytes(self.take()?));
+        let spans = u64::from_le_bytes(self.take()?);
+        let name = self.text()?.to_owned();
+        let [count] = self.take()?;
+        let mut links = Vec::new();
+        for _ in 0..count {
+            let trace_id = TraceId::from_bytes(self.take()?);
+            let span_id = SpanId::from_bytes(self.take()?);
+            let [flags] = self.take()?;
+            let relation = self.text()?.to_owned();
+            let flags = TraceFlags::new(flags);
+            let to = SpanContext::new(trace_id, span_id, flags, true, TraceState::NONE);
+            links.push((to.is_valid().then_some(to)?, relation));
+        }
+        (span_id != SpanId::INVALID).then_some(RootSpan {
+            span_id,
+            parent_span_id: (parent != SpanId::INVALID).then_some(parent),
+            name,
+            started_at,
+            last_end,
+            spans,
+            links,
+        })
+    }
 }
 
 #[cfg(test)]
@@ -170,14 +246,37 @@ mod tests {
 
     fn record() -> impl Strategy<Value = Record> {
         let run_id = prop::option::of(".{0,40}");
-        (context(), run_id, any::<u32>(), any::<u64>()).prop_map(
-            |(context, run_id, generation, expires_at)| Record {
+        let root = prop::option::of(root().prop_map(Box::new));
+        (context(), run_id, any::<u32>(), any::<u64>(), root).prop_map(
+            |(context, run_id, generation, expires_at, root)| Record {
                 context,
                 run_id,
                 generation,
                 expires_at: time(expires_at),
+                root,
             },
         )
+    }
+
+    fn root() -> impl Strategy<Value = RootSpan> {
+        let ids = (1..=u64::MAX, prop::option::of(1..=u64::MAX));
+        let numbers = (any::<u64>(), any::<u64>(), any::<u64>());
+        let links = prop::collection::vec((context(), "[a-z_]{0,9}"), 0..3);
+        (ids, numbers, ".{0,20}", links).prop_map(|((span, parent), numbers, name, links)| {
+            let link = |(to, relation): (WorkflowContext, String)| {
+                let to = to.to_span_context();
+                let ids = (to.trace_id(), to.span_id(), to.trace_flags());
+                let to = SpanContext::new(ids.0, ids.1, ids.2, true, TraceState::NONE);
+                (to, relation)
+            };
+            RootSpan {
+                parent_span_id: parent.map(SpanId::from),
+                last_end: time(numbers.1),
+                spans: numbers.2,
+                links: links.into_iter().map(link).collect(),
+                ..RootSpan::new(SpanId::from(span), name, time(numbers.0))
+            }
+        })
     }
 
     fn plain() -> Record {
@@ -263,7 +362,8 @@ mod tests {
             ("a zero trace id", with(17, &[0; 16])),
             ("a zero span id", with(33, &[0; 8])),
             ("an undefined trace flag", with(45, &[4])),
-            ("an undefined flag", with(46, &[8])),
+            ("an undefined flag", with(46, &[16])),
+            ("a missing root span", with(46, &[HAS_ROOT])),
             ("a missing run id", with(46, &[HAS_RUN_ID])),
             ("a run id that is too short", with_run_id(4, b"run")),
             ("a run id that is too long", with_run_id(2, b"run")),

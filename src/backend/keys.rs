@@ -5,6 +5,7 @@
 //! | `{id}` | the latest context of the instance, found without knowing its runs |
 //! | `{id}` U+001F `{run id}` | the latest context of one run |
 //! | `{id}` U+001F U+001F `{span id}` `{run id}` | the trace that follows the one of that span, claimed by the first worker that opens it |
+//! | `{id}` U+001F U+001F U+001F `{span id}` `{part}` | a part of the instance's own span, which has that span id |
 //!
 //! In an instance id, U+001F is escaped as U+001E and a space, and U+001E as two of it. A run id that begins with either
 //! gets one U+001E in front. So no two instances, runs or claims share a key.
@@ -82,6 +83,13 @@ pub(crate) fn claim_key(id: &str, run_id: Option<&str>, followed: SpanId) -> Str
     )
 }
 
+/// Returns the key of a part of the root with that span id, by whose first writer it is claimed: its end, or the part of one
+/// process.
+pub(crate) fn root_key(id: &str, root: SpanId, part: impl std::fmt::Display) -> String {
+    let instance = instance_key(id);
+    format!("{instance}{SEPARATOR}{SEPARATOR}{SEPARATOR}{root}{part}")
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -111,7 +119,10 @@ mod tests {
         fn an_id_is_known_by_the_key_of_its_latest_run_alone(id in id(), run_id in id()) {
             let latest = instance_key(&id);
             prop_assert!(instance_of(&latest).is_some_and(|found| found == id));
-            for other in [run_key(&id, &run_id), claim_key(&id, Some(&run_id), SpanId::from(1))] {
+            let root = root_key(&id, SpanId::from(1), 2);
+            prop_assert_ne!(&root, &claim_key(&id, Some(&run_id), SpanId::from(1)));
+            prop_assert_ne!(&root, &run_key(&id, &run_id));
+            for other in [root, run_key(&id, &run_id), claim_key(&id, Some(&run_id), SpanId::from(1))] {
                 prop_assert_eq!(instance_of(&other), None);
             }
         }

@@ -13,6 +13,7 @@ use crate::context::{Packed, WorkflowContext};
 use crate::explain::Summary;
 use crate::explain::author::Writer;
 use crate::explain::trail::Event;
+use crate::root::open::OpenRoot;
 
 /// The number of runs that are kept besides the latest, for their late spans.
 const OLDER_RUNS: usize = 8;
@@ -65,6 +66,8 @@ pub(super) struct Rare {
     older: Vec<Run>,
     /// The traces of earlier generations of this run, oldest first, at most [`OLDER_TRACES`].
     older_traces: Vec<TraceId>,
+    /// The workflow's own span, with durable roots.
+    root: Option<Arc<OpenRoot>>,
 }
 
 impl Rare {
@@ -79,6 +82,7 @@ impl Rare {
 /// A run that was recorded without an id, and got one later.
 pub(crate) struct Named {
     pub(crate) context: WorkflowContext,
+    pub(crate) root: Option<Arc<OpenRoot>>,
     pub(crate) run_id: String,
     pub(crate) generation: u32,
 }
@@ -240,6 +244,7 @@ impl Entry {
         let run_id = self.latest.run_id().filter(|_| !self.is_completed())?;
         Some(Named {
             context: self.latest.context(),
+            root: self.latest.root().cloned(),
             run_id: run_id.as_str().to_owned(),
             generation: self.latest.generation,
         })
@@ -297,6 +302,7 @@ impl Run {
                 run_id: run_id.map(InlineStr::from),
                 older: Vec::new(),
                 older_traces: Vec::new(),
+                root: None,
             })
         });
         Self {
@@ -308,6 +314,18 @@ impl Run {
             flags,
             marks: Cell::new(0),
         }
+    }
+
+    /// Gives the run its own span.
+    pub(super) fn with_root(mut self, root: Option<Arc<OpenRoot>>) -> Self {
+        if root.is_some() {
+            self.rare_mut().root = root;
+        }
+        self
+    }
+
+    pub(crate) fn root(&self) -> Option<&Arc<OpenRoot>> {
+        self.rare.as_ref()?.root.as_ref()
     }
 
     #[inline]

@@ -11,7 +11,17 @@ pub(crate) const RUN_ID: &str = "workflow.run_id";
 pub(crate) const PARENT_INSTANCE_ID: &str = "workflow.parent_instance_id";
 pub(crate) const REPLAYING: &str = "workflow.replaying";
 pub(crate) const STATUS: &str = "workflow.status";
+/// On the first span of an instance: the name of its own span.
+pub(crate) const NAME: &str = "workflow.name";
 // Written to spans and links.
+/// The number of a trace among those of its instance, on the first span of each but the first, and on roots.
+pub(crate) const GENERATION: &str = "workflow.generation";
+/// On a root: the number of the instance's spans, of the processes that had some, and of the hand-overs between them.
+pub(crate) const SPANS: &str = "workflow.spans";
+pub(crate) const PROCESSES: &str = "workflow.processes";
+pub(crate) const RESUMES: &str = "workflow.resumes";
+/// On a start marker: its parent has not been exported.
+pub(crate) const PENDING: &str = "workflow.pending";
 pub(crate) const RESUMED: &str = "workflow.resumed";
 pub(crate) const RELATION: &str = "workflow.relation";
 pub(crate) const AGENT_NAME: &str = "agent.name";

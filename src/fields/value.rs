@@ -6,21 +6,37 @@ use opentelemetry::Value;
 
 use crate::error::MAX_INSTANCE_ID_BYTES;
 
+/// The end of an instance.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum EndStatus {
+    Completed,
+    Failed,
+    TimedOut,
+    Terminated,
+    Canceled,
+    /// Nobody told an end, and it is forgotten.
+    Abandoned,
+    /// Another run or generation follows.
+    Continued,
+    /// Another process had recorded it first.
+    Superseded,
+}
+
 /// The words that end an instance, in any letter case: those of the engines, and those by which their SDKs' results are
 /// called. A status is terminal if it is such a word, or the `Debug` form of a struct or variant of that name, such as
 /// `Failed { .. }` and `Failed(..)`.
-const TERMINAL: [&str; 11] = [
-    "completed",
-    "failed",
-    "terminated",
-    "canceled",
-    "cancelled",
-    "timed_out",
-    "success",
-    "failure",
-    "error",
-    "timeout",
-    "cancellation",
+const TERMINAL: [(&str, EndStatus); 11] = [
+    ("completed", EndStatus::Completed),
+    ("failed", EndStatus::Failed),
+    ("terminated", EndStatus::Terminated),
+    ("canceled", EndStatus::Canceled),
+    ("cancelled", EndStatus::Canceled),
+    ("timed_out", EndStatus::TimedOut),
+    ("success", EndStatus::Completed),
+    ("failure", EndStatus::Failed),
+    ("error", EndStatus::Failed),
+    ("timeout", EndStatus::TimedOut),
+    ("cancellation", EndStatus::Canceled),
 ];
 
 /// The longest text that is read as the `Debug` form of an id. The longest escape of one byte is six characters,
@@ -118,16 +134,44 @@ pub(super) fn truth(value: &Value) -> Option<bool> {
     }
 }
 
-pub(super) fn is_terminal(value: &Value) -> bool {
-    let Value::String(text) = value else {
-        return false;
-    };
-    let status = plain(text.as_str());
-    let is_word = |c: char| c.is_alphanumeric() || c == '_';
-    let (word, rest) = status.split_at(status.find(|c| !is_word(c)).unwrap_or(status.len()));
-    let is_debug = |open, close| rest.starts_with(open) && rest.ends_with(close);
-    let is_alone = rest.is_empty() || is_debug(" {", "}") || is_debug("(", ")");
-    is_alone && TERMINAL.iter().any(|t| word.eq_ignore_ascii_case(t))
+impl EndStatus {
+    /// Reads a terminal status from the value of a field.
+    pub(super) fn read(value: &Value) -> Option<Self> {
+        match value {
+            Value::String(text) => Self::parse(text.as_str()),
+            _ => None,
+        }
+    }
+
+    /// Reads a terminal status. Returns `None` for any other text.
+    pub(crate) fn parse(text: &str) -> Option<Self> {
+        let status = plain(text);
+        let is_word = |c: char| c.is_alphanumeric() || c == '_';
+        let (word, rest) = status.split_at(status.find(|c| !is_word(c)).unwrap_or(status.len()));
+        let is_debug = |open, close| rest.starts_with(open) && rest.ends_with(close);
+        let is_alone = rest.is_empty() || is_debug(" {", "}") || is_debug("(", ")");
+        let mut known = TERMINAL.iter().filter(|_| is_alone);
+        let found = known.find(|(known, _)| word.eq_ignore_ascii_case(known));
+        found.map(|(_, status)| *status)
+    }
+
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Completed => "completed",
+            Self::Failed => "failed",
+            Self::TimedOut => "timed_out",
+            Self::Terminated => "terminated",
+            Self::Canceled => "canceled",
+            Self::Abandoned => "abandoned",
+            Self::Continued => "continued",
+            Self::Superseded => "superseded",
+        }
+    }
+
+    /// Returns `true` if the span status of an instance that ended so is an error.
+    pub(crate) fn is_error(self) -> bool {
+        matches!(self, Self::Failed | Self::TimedOut | Self::Terminated)
+    }
 }
 
 #[cfg(test)]

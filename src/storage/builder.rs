@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::WorkflowContextStorage;
-use super::agent::AgentTracers;
 use super::refresh::Lifetimes;
 use super::remote::{Remote, Settings};
 use super::shared::Shared;
@@ -22,6 +21,9 @@ use crate::explain::author::Authors;
 use crate::fields::Fields;
 use crate::fields::engine::Engine;
 use crate::fields::names::FieldNames;
+use crate::own_spans::Tracers;
+use crate::root::state::{RootSettings, Roots};
+use crate::stats::Counters;
 use crate::warnings::Warnings;
 
 const IDLE_TTL: Duration = Duration::from_secs(24 * 60 * 60);
@@ -40,6 +42,7 @@ const COMPLETED_GRACE: Duration = Duration::from_secs(5 * 60);
 /// | [`engine`](Self::engine) | none |
 /// | [`adopt_spans`](Self::adopt_spans) | none |
 /// | [`poller_spans`](Self::poller_spans) | none |
+/// | [`completing_spans`](Self::completing_spans) | none |
 /// | [`max_instances`](Self::max_instances) | 1,000,000 |
 /// | [`idle_ttl`](Self::idle_ttl) | 24 hours |
 /// | [`completed_grace`](Self::completed_grace) | 5 minutes |
@@ -60,6 +63,7 @@ pub struct WorkflowContextStorageBuilder {
     engines: Vec<Engine>,
     adopted_spans: Vec<Cow<'static, str>>,
     poller_spans: Vec<Cow<'static, str>>,
+    completing_spans: Vec<Cow<'static, str>>,
     policy: Policy,
     limits: Limits,
     recent_decisions: usize,
@@ -68,6 +72,8 @@ pub struct WorkflowContextStorageBuilder {
     lifetimes: Lifetimes,
     budgets: Budgets,
     write_through: bool,
+    has_roots: bool,
+    roots: RootSettings,
 }
 
 impl Default for WorkflowContextStorageBuilder {
@@ -77,6 +83,7 @@ impl Default for WorkflowContextStorageBuilder {
             engines: Vec::new(),
             adopted_spans: Vec::new(),
             poller_spans: Vec::new(),
+            completing_spans: Vec::new(),
             policy: Policy::default(),
             limits: Limits {
                 max_instances: 1_000_000,
@@ -95,6 +102,8 @@ impl Default for WorkflowContextStorageBuilder {
                 connect: Duration::from_millis(250),
             },
             write_through: false,
+            has_roots: false,
+            roots: RootSettings::default(),
         }
     }
 }
@@ -182,6 +191,21 @@ impl WorkflowContextStorageBuilder {
         I::Item: Into<Cow<'static, str>>,
     {
         self.poller_spans.extend(names.into_iter().map(Into::into));
+        self
+    }
+
+    /// Adds the names of spans whose close is the end of their instance, each as `name` or `target::name`: the span that an
+    /// engine keeps open around a whole workflow. The status is `failed` if the span's is an error, else `completed`.
+    ///
+    /// By default, none: the end is told by a terminal `workflow.status`, or by
+    /// [`complete`](WorkflowContextStorage::complete). May be called several times.
+    pub fn completing_spans<I>(mut self, names: I) -> Self
+    where
+        I: IntoIterator,
+        I::Item: Into<Cow<'static, str>>,
+    {
+        self.completing_spans
+            .extend(names.into_iter().map(Into::into));
         self
     }
 
@@ -314,6 +338,67 @@ impl WorkflowContextStorageBuilder {
         self
     }
 
+    /// Gives each workflow a span of its own: the root of its trace, from the first sight of the instance to its terminal
+    /// status, exported once by the process that sees the end, whatever has crashed meanwhile. All spans of the instance are its
+    /// children.
+    ///
+    /// The tracer provider needs two pieces, [`id_generator`](WorkflowContextStorage::id_generator) and
+    /// [`sampler`](WorkflowContextStorage::sampler). If one is missing when the first instance is seen, this is off, and a
+    /// warning says which.
+    ///
+    /// By default, a workflow has no span of its own.
+    #[cfg(feature = "durable-root")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "durable-root")))]
+    pub fn durable_root(mut self, durable_root: bool) -> Self {
+        self.has_roots = durable_root;
+        self
+    }
+
+    /// Makes a workflow visible from its first second: with its own span a child of no length is exported at once, named
+    /// `{name} started`, with `workflow.pending = true`. Needs [`durable_root`](Self::durable_root).
+    ///
+    /// By default, the first thing that is seen is the first step.
+    #[cfg(feature = "durable-root")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "durable-root")))]
+    pub fn start_marker(mut self, start_marker: bool) -> Self {
+        self.roots.start_marker = start_marker;
+        self
+    }
+
+    /// Derives the trace id of a workflow without a natural parent, and the id of its own span, from its
+    /// [`namespace`](Self::namespace), instance id and run id, so that workers that share no store meet in one trace with one
+    /// root. Needs [`durable_root`](Self::durable_root). A stored trace, and that of a natural parent, is never replaced.
+    ///
+    /// The ids are taken from the SHA-256 of five parts, each preceded by its length as eight bytes, little-endian: the text
+    /// `tracing-workflow-context 1`, the namespace, the instance id, the run id or nothing, and the number of the trace among
+    /// those of its run, in decimal digits. The trace id is the first 16 bytes of the digest, the span id the next 8; of zeros
+    /// alone, the last byte becomes 1. Whoever chooses instance ids also chooses trace ids, and can guess them.
+    ///
+    /// | namespace | instance id | run id | trace id | span id |
+    /// |---|---|---|---|---|
+    /// | | `order-42` | | `9827dd640397b7caa6b5637812189ecf` | `3cfca49b60245104` |
+    /// | `orders` | `order-42` | | `c5fc75afbef42b3e85204c05940dabfe` | `b03bd634f4249522` |
+    /// | `orders` | `order-42` | `run-1` | `f8be9cfa3cade70b2bd94474a151b09c` | `f155701b2bfd8784` |
+    ///
+    /// By default, trace ids are the provider's.
+    #[cfg(feature = "durable-root")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "durable-root")))]
+    pub fn derived_trace_ids(mut self, derived: bool) -> Self {
+        self.roots.derived_trace_ids = derived;
+        self
+    }
+
+    /// Sets the namespace of [derived trace ids](Self::derived_trace_ids): two services whose instance ids may be equal need
+    /// two.
+    ///
+    /// By default, it is empty.
+    #[cfg(feature = "durable-root")]
+    #[cfg_attr(docsrs, doc(cfg(feature = "durable-root")))]
+    pub fn namespace(mut self, namespace: impl Into<String>) -> Self {
+        self.roots.namespace = namespace.into();
+        self
+    }
+
     /// Sets how many recent decisions, over all instances, [`explain`](WorkflowContextStorage::explain) can show; zero
     /// switches it off. From 256 on they are kept in groups of 128 or more, those of one instance all in one group, so
     /// that a busy one leaves room for the others.
@@ -342,6 +427,7 @@ impl WorkflowContextStorageBuilder {
         let names = [
             ("adopt_spans", &self.adopted_spans),
             ("poller_spans", &self.poller_spans),
+            ("completing_spans", &self.completing_spans),
         ];
         for (setting, names) in names {
             if names.iter().any(|name| name.is_empty()) {
@@ -384,9 +470,24 @@ impl WorkflowContextStorageBuilder {
         self.poller_spans
             .into_iter()
             .for_each(|name| fields.add_poller(name));
+        self.completing_spans
+            .into_iter()
+            .for_each(|name| fields.add_completing(name));
         let warnings = Warnings::new(self.clock.is_none());
-        let cache = Cache::new(self.limits, self.clock.clone(), self.recent_decisions);
+        let time = self.clock.clone();
         let clock = self.clock.unwrap_or_else(|| Arc::new(SystemClock));
+        let (tracers, counters) = (Arc::new(Tracers::default()), Arc::new(Counters::default()));
+        let roots = self.has_roots.then(|| {
+            let (tracers, counters) = (tracers.clone(), counters.clone());
+            Roots::new(
+                self.roots,
+                clock.clone(),
+                tracers,
+                counters,
+                warnings.clone(),
+            )
+        });
+        let cache = Cache::new(self.limits, time, self.recent_decisions, roots.clone());
         let settings = Settings {
             lifetimes: self.lifetimes,
             budgets: self.budgets,
@@ -394,7 +495,8 @@ impl WorkflowContextStorageBuilder {
         };
         let remote = self.backend.map(|backend| {
             let (cache, clock) = (cache.clone(), clock.clone());
-            Remote::new(backend, cache, clock, settings, warnings.clone())
+            let (roots, warnings) = (roots.as_ref(), warnings.clone());
+            Remote::new(backend, cache, clock, settings, roots, warnings)
         });
         Ok(WorkflowContextStorage {
             shared: Arc::new(Shared {
@@ -402,7 +504,7 @@ impl WorkflowContextStorageBuilder {
                 policy: self.policy,
                 clock,
                 tier: Tier::new(cache, remote.transpose()?),
-                counters: Arc::default(),
+                counters,
                 stand_ins: Default::default(),
                 replays: Default::default(),
                 new_work: Default::default(),
@@ -413,7 +515,8 @@ impl WorkflowContextStorageBuilder {
                 shared_traces: Default::default(),
                 warnings,
                 authors: Authors::default(),
-                agent_tracers: AgentTracers::default(),
+                tracers,
+                roots,
                 #[cfg(feature = "metrics")]
                 registrations: Default::default(),
             }),

@@ -8,7 +8,7 @@ use crate::backend::Write;
 use crate::backend::keys::{instance_key, run_key};
 use crate::backend::writer::Writer;
 use crate::cache::{Cache, Cursor};
-use crate::clock::{Clock, OnTick, ticks};
+use crate::clock::{Clock, OnTick, after, ticks};
 use crate::lock::lock;
 
 /// The lifetimes of records in the backend.
@@ -26,12 +26,6 @@ impl Lifetimes {
     pub(super) fn completed_after(&self, moment: SystemTime) -> SystemTime {
         after(moment, self.completed)
     }
-}
-
-/// Adds a lifetime, capped to a century, which every backend's format can express.
-fn after(moment: SystemTime, lifetime: Duration) -> SystemTime {
-    let longest = Duration::from_secs(100 * 365 * 24 * 60 * 60);
-    moment.checked_add(lifetime.min(longest)).unwrap_or(moment)
 }
 
 /// Extends the expiry of records in the backend whose cached copy is used, since a use does not reach the backend.

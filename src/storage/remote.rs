@@ -14,11 +14,12 @@ use crate::backend::client::{Budgets, Client};
 use crate::backend::keys::{claim_key, instance_key, instance_of, run_key};
 use crate::backend::reader::OnLate;
 use crate::backend::write_queue::OnWinner;
-use crate::backend::{BackendError, Record, StorageBackend, Write};
+use crate::backend::{BackendError, Record, RootSpan, StorageBackend, Write};
 use crate::cache::entry::Named;
 use crate::cache::{Cache, Key};
 use crate::clock::Clock;
 use crate::context::WorkflowContext;
+use crate::root::state::Roots;
 use crate::stats::Counters;
 use crate::warnings::Warnings;
 
@@ -26,7 +27,7 @@ pub(crate) use super::claim::LateWinner;
 
 /// A backend behind a cache.
 pub(crate) struct Remote {
-    client: Client,
+    client: Arc<Client>,
     cache: Arc<Cache>,
     /// Memory began with the latest run of each instance in the backend, to which nobody else writes.
     loaded_all: bool,
@@ -59,6 +60,7 @@ impl Remote {
         cache: Arc<Cache>,
         clock: Arc<dyn Clock>,
         settings: Settings,
+        roots: Option<&Arc<Roots>>,
         warnings: Arc<Warnings>,
     ) -> std::io::Result<Self> {
         let Settings {
@@ -67,7 +69,10 @@ impl Remote {
             write_through,
         } = settings;
         let warms_up = backend.warms_up();
-        let client = Client::new(backend, budgets, warnings)?;
+        let client = Arc::new(Client::new(backend, budgets, warnings)?);
+        if let Some(roots) = roots {
+            roots.claim_in(&client, lifetimes.idle, lifetimes.completed);
+        }
         let mut has_room = true;
         let mut load = |key: &str, record| {
             if let Some(id) = instance_of(key) {
@@ -165,6 +170,7 @@ impl Remote {
         follows: Option<(&WorkflowContext, u32)>,
         context: WorkflowContext,
         before: Option<TraceId>,
+        root: Option<Box<RootSpan>>,
         counters: &Arc<Counters>,
     ) -> Option<LateWinner> {
         self.forget_miss(key);
@@ -175,6 +181,7 @@ impl Remote {
             run_id: key.run_id.map(str::to_owned),
             generation: follows.map_or(1, |(_, generation)| generation),
             expires_at,
+            root,
         };
         let late_winner = LateWinner::default();
         let claimant = Claimant {
@@ -196,6 +203,7 @@ impl Remote {
             run_id: Some(named.run_id),
             generation: named.generation,
             expires_at: self.lifetimes.idle_after(self.clock.now()),
+            root: named.root.map(|root| Box::new(root.record().clone())),
         };
         self.claim_run(id, record, None);
     }

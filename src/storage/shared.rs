@@ -6,7 +6,6 @@ use std::sync::Arc;
 use opentelemetry::trace::{SpanContext, Tracer};
 use opentelemetry::{KeyValue, SpanId, TraceId};
 
-use super::agent::AgentTracers;
 use super::remote::LateWinner;
 use super::tier::Tier;
 use crate::cache::Key;
@@ -18,8 +17,11 @@ use crate::explain::Explanation;
 use crate::explain::author::{Author, Authors};
 use crate::explain::trail::{Event, Outcome, SpanNote};
 use crate::fields::identity::Identity;
-use crate::fields::value::plain;
+use crate::fields::value::{EndStatus, plain};
 use crate::fields::{Fields, Tag};
+use crate::own_spans::Tracers;
+use crate::root::open::{OpenRoot, Within};
+use crate::root::state::Roots;
 #[cfg(feature = "metrics")]
 use crate::stats::Registrations;
 use crate::stats::{Counters, Stats};
@@ -51,7 +53,9 @@ pub(crate) struct Shared {
     pub(crate) shared_traces: SharedTraces,
     pub(crate) warnings: Arc<Warnings>,
     pub(super) authors: Authors,
-    pub(super) agent_tracers: AgentTracers,
+    pub(crate) tracers: Arc<Tracers>,
+    /// Set with durable roots.
+    pub(crate) roots: Option<Arc<Roots>>,
     #[cfg(feature = "metrics")]
     pub(crate) registrations: Registrations,
 }
@@ -69,7 +73,7 @@ impl Shared {
         T: Tracer + Send + Sync + 'static,
         T::Span: Send + Sync + 'static,
     {
-        self.agent_tracers.add(tracer)
+        self.tracers.add(tracer)
     }
 
     /// Notes an event for `explain`, unless that is switched off.
@@ -88,10 +92,18 @@ impl Shared {
         follows: Option<(&WorkflowContext, u32)>,
         context: WorkflowContext,
         author: Author,
+        root: Option<Arc<OpenRoot>>,
     ) -> Result<Option<LateWinner>, WorkflowContext> {
         let author = Some(self.authors.number(author));
         self.tier
-            .record(key, follows, context, author, &self.counters)
+            .record(key, follows, context, author, root, &self.counters)
+    }
+
+    /// Opens a span in the own span of its instance, if that has one.
+    #[inline]
+    pub(crate) fn enter_root(&self, key: Key<'_>) -> Option<Within> {
+        self.roots.as_ref()?;
+        Some(self.tier.cache().root_of(key)?.enter())
     }
 
     /// Notes for `explain` what was decided for a span of the instance with that hash.
@@ -129,9 +141,9 @@ impl Shared {
         self.warnings.panicked("a span ended");
     }
 
-    pub(crate) fn complete(&self, identity: &Identity) {
+    pub(crate) fn complete(&self, identity: &Identity, status: EndStatus) {
         let (id, run_id) = (&identity.instance_id, identity.run_id.as_deref());
-        self.tier.complete(self.key(id, run_id));
+        self.tier.complete(self.key(id, run_id), status);
     }
 
     /// Reads the reserved fields from attributes; an id that is too long is counted.
@@ -201,6 +213,8 @@ impl Shared {
             adopted: counters.adopted.get(),
             shared_traces: counters.shared_traces.get(),
             panics: counters.panics.get(),
+            exported_roots: counters.exported_roots.get(),
+            lost_roots: counters.lost_roots.get(),
         }
     }
 }

@@ -9,6 +9,9 @@ use crate::backend::BackendError;
 use crate::cache::entry::Entry;
 use crate::cache::{Cache, Conflict, Key};
 use crate::context::WorkflowContext;
+use crate::decision::relation::Relation;
+use crate::fields::value::EndStatus;
+use crate::root::open::OpenRoot;
 use crate::stats::Counters;
 
 /// The cache and, behind it, the backend if there is one.
@@ -99,6 +102,7 @@ impl Tier {
         follows: Option<(&WorkflowContext, u32)>,
         context: WorkflowContext,
         author: Option<NonZeroU16>,
+        root: Option<Arc<OpenRoot>>,
         counters: &Arc<Counters>,
     ) -> Result<Option<LateWinner>, WorkflowContext> {
         // The next trace of a run is that run's, also if a span opens it that does not name the run.
@@ -110,7 +114,8 @@ impl Tier {
             run_id: key.run_id.or(run_id.as_deref()),
             ..key
         };
-        let recorded = self.cache.record(key, follows, context.clone(), author);
+        let own = root.clone();
+        let recorded = (self.cache).record(key, follows, context.clone(), author, root);
         match (recorded, &self.remote) {
             (Err(Conflict { winner }), _) => {
                 counters.conflicts.add();
@@ -118,13 +123,19 @@ impl Tier {
             }
             (Ok(_), None) => Ok(None),
             (Ok(before), Some(remote)) => {
-                Ok(remote.publish(key, follows, context, before, counters))
+                let root = own.map(|root| Box::new(root.record().clone()));
+                Ok(remote.publish(key, follows, context, before, root, counters))
             }
         }
     }
 
     #[inline]
     pub(super) fn store(&self, id: &str, context: WorkflowContext) {
+        // What is stored in its place ends the workflow's own span.
+        let root = self.cache.root_of(self.cache.key(id, None));
+        if let Some(root) = root.filter(|root| !root.is_of(&context)) {
+            root.continue_in(context.to_span_context(), Relation::NewRun.as_str());
+        }
         let Some(remote) = &self.remote else {
             self.cache.replace(id, context);
             return;
@@ -135,24 +146,30 @@ impl Tier {
         remote.put(id, context);
     }
 
-    pub(super) fn get(&self, id: &str) -> Option<WorkflowContext> {
+    /// Fetches the record of an instance for a call, unless memory has it.
+    fn fetch_missing(&self, id: &str) {
         if let Some(remote) = self.remote.as_ref().filter(|_| !self.cache.has(id, None)) {
             remote.begin();
             remote.fetch_always(self.cache.key(id, None));
         }
+    }
+
+    pub(super) fn get(&self, id: &str) -> Option<WorkflowContext> {
+        self.fetch_missing(id);
         self.cache.look_up(self.cache.key(id, None), |entry| {
             entry.map(|entry| entry.latest().context())
         })
     }
 
     pub(super) fn cleanup(&self, id: &str) -> bool {
+        self.fetch_missing(id);
+        let root = self.cache.root_of(self.cache.key(id, None));
+        if let Some(root) = root {
+            root.end(EndStatus::Completed);
+        }
         let Some(remote) = &self.remote else {
             return self.cache.remove(id).is_some();
         };
-        if !self.cache.has(id, None) {
-            remote.begin();
-            remote.fetch_always(self.cache.key(id, None));
-        }
         remote.ignore_late(id);
         let removed_runs = self.cache.remove(id);
         let was_there = removed_runs.is_some();
@@ -161,12 +178,23 @@ impl Tier {
         was_there
     }
 
-    /// Marks an instance as completed in both tiers.
-    pub(crate) fn complete(&self, key: Key<'_>) {
+    /// Takes the end of an instance in both tiers.
+    pub(crate) fn complete(&self, key: Key<'_>, status: EndStatus) {
+        if let Some(root) = self.cache.root_of(key) {
+            root.end(status);
+        }
         let completed = self.cache.complete(key);
         if let (true, Some(remote)) = (completed, &self.remote) {
             remote.complete(key.id, key.run_id);
         }
+    }
+
+    /// Takes the end of an instance from a call. Returns `true` if something was stored.
+    pub(super) fn complete_called(&self, id: &str, status: EndStatus) -> bool {
+        self.fetch_missing(id);
+        let was_there = self.cache.has(id, None);
+        self.complete(self.cache.key(id, None), status);
+        was_there
     }
 
     pub(super) fn flush(&self) -> Result<(), BackendError> {

@@ -1,5 +1,7 @@
 //! The recording of a span: what is kept of it from the decision until it has a context of its own.
 
+use std::sync::Arc;
+
 use opentelemetry::trace::SpanBuilder;
 
 use crate::cache::Key;
@@ -7,6 +9,7 @@ use crate::context::WorkflowContext;
 use crate::decision::{Decision, Record};
 use crate::explain::author::Author;
 use crate::fields::identity::Identity;
+use crate::root::open::OpenRoot;
 use crate::storage::remote::LateWinner;
 use crate::storage::shared::Shared;
 
@@ -48,13 +51,22 @@ impl<'a> Recording<'a> {
     pub(super) fn finish(
         mut self,
         context: WorkflowContext,
+        root: Option<Arc<OpenRoot>>,
     ) -> Result<Option<LateWinner>, WorkflowContext> {
         let (follows, author) = (self.follows.take(), std::mem::take(&mut self.author));
         let follows = follows.as_ref().map(|(context, number)| (context, *number));
-        self.shared.record(self.key(), follows, context, author)
+        self.shared
+            .record(self.key(), follows, context, author, root)
     }
 
-    fn key(&self) -> Key<'_> {
+    /// Returns the number of the trace among those of its run.
+    pub(super) fn generation(&self) -> u32 {
+        self.follows
+            .as_ref()
+            .map_or(1, |(_, generation)| *generation)
+    }
+
+    pub(super) fn key(&self) -> Key<'_> {
         Key {
             hash: self.hash,
             id: &self.identity.instance_id,

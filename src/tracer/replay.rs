@@ -13,6 +13,7 @@ use super::replays::{Replay, Standing};
 use crate::context::WorkflowContext;
 use crate::decision::{Arrival, Decision, Moment, decide};
 use crate::fields::identity::Identity;
+use crate::fields::value::EndStatus;
 use crate::storage::shared::Shared;
 
 /// Stands for the recorded span of an instance while code is re-executed.
@@ -232,15 +233,15 @@ impl StandIn {
         if let Some(replaying) = tag.replaying {
             self.replay.set_over(!replaying);
         }
-        if tag.terminal {
-            self.complete();
+        if let Some(status) = tag.end {
+            self.complete(status);
         }
     }
 
     /// Keeps a warning or an error that is told after the end of the replay; drops and counts any other event.
     pub(super) fn observe_event(&self, event: Event) {
-        if self.shared.fields.tag_of(&event.attributes).terminal {
-            self.complete();
+        if let Some(status) = self.shared.fields.tag_of(&event.attributes).end {
+            self.complete(status);
         }
         if self.replay.is_over() && is_severe(&event) {
             self.replay.keep_event(event);
@@ -250,9 +251,9 @@ impl StandIn {
     }
 
     /// Completes the instance: its end counts, however often it is told.
-    pub(super) fn complete(&self) {
+    pub(super) fn complete(&self, status: EndStatus) {
         if let Some(identity) = &self.identity {
-            self.shared.complete(identity);
+            self.shared.complete(identity, status);
         }
     }
 

@@ -197,6 +197,9 @@ impl<S: Span> Span for WorkflowSpan<S> {
 
     #[inline]
     fn set_status(&mut self, status: Status) {
+        if let (Status::Error { .. }, Some((_, watch))) = (&status, self.watched()) {
+            watch.observe_failure();
+        }
         if let Some(span) = self.inner() {
             span.set_status(status);
         }
@@ -233,10 +236,13 @@ impl<S: Span> Span for WorkflowSpan<S> {
                 let timestamp = last_exit.unwrap_or(timestamp);
                 // An exporter may open spans beneath this one while OpenTelemetry has it locked.
                 let end = || handoff::without_asking(|| span.end_with_timestamp(timestamp));
-                match (caught(end), watch) {
+                match (caught(end), &watch) {
                     (Some(()), _) => {}
                     (None, Some(watch)) => watch.shared.count_panic_at_end(),
                     (None, None) => handoff::leave_panic(),
+                }
+                if let Some(watch) = watch {
+                    handoff::without_asking(|| watch.leave_root(timestamp));
                 }
             }
             State::Unexported(span) => span.end(),

@@ -16,6 +16,7 @@ use super::{Origin, WorkflowTracer, without_span};
 use crate::decision::Moment;
 use crate::explain::author::Author;
 use crate::fields::identity::{Identity, Names};
+use crate::root::ids;
 
 impl<T> WorkflowTracer<T>
 where
@@ -48,6 +49,10 @@ where
         builder: SpanBuilder,
         parent: &Context,
     ) -> WorkflowSpan<T::Span> {
+        if ids::is_asked() {
+            // This crate's own, which has gone through a decorated global provider.
+            return self.build_ordinary(builder, parent);
+        }
         let beneath_held = self.start_held(&builder, parent);
         let parent = beneath_held.as_ref().unwrap_or(parent);
         self.build_tagged(builder, parent, None, Mark::NONE)
@@ -141,7 +146,7 @@ where
         let may_name_itself = adopted.as_ref().is_some_and(|offer| offer.may_name_itself);
         let adopted = adopted.map(|offer| offer.identity);
         let events = builder.events.as_deref();
-        let is_terminal = tag.terminal || events.is_some_and(|e| shared.fields.any_terminal(e));
+        let told_end = (tag.end).or_else(|| shared.fields.end_in(events.unwrap_or_default()));
         let replays_beneath = tag.replaying_children == Some(true);
         let beneath = Beneath::find(shared, mark, parent);
         let under = (beneath.as_ref()).filter(|beneath| !beneath.replay.is_over());
@@ -156,8 +161,8 @@ where
             };
             let identity = tag.names().map(Names::to_identity).or(adopted);
             let stand_in = self.stand_in(identity, replay, builder, &natural, mark);
-            if is_terminal {
-                stand_in.complete();
+            if let Some(status) = told_end {
+                stand_in.complete(status);
             }
             return WorkflowSpan::unexported(Unexported::StandIn(stand_in));
         }
@@ -181,7 +186,7 @@ where
                 parent_instance_id: tag.parent_instance_id.as_deref().map(Box::from),
                 owes_id: may_name_itself,
                 author: Author::from_span(&builder),
-                is_terminal,
+                told_end,
             })
         });
         if let Some(beneath) = beneath {
@@ -190,7 +195,8 @@ where
         let mut started = match own.or(adopted.as_ref().map(Identity::names)) {
             None => {
                 let is_poller = shared.fields.is_poller(&builder);
-                let memo = Memo::new(None, unnamed);
+                let mut memo = Memo::new(None, unnamed);
+                memo.completes(shared.fields.is_completing(&builder));
                 let watch = Watch::new(shared, None, Some(memo), mark.awaits);
                 let build = || self.inner.build_with_context(builder, parent);
                 let lose = || Lost::new(shared, parent);
@@ -206,8 +212,8 @@ where
                 if names.parent_instance_id.is_none() {
                     self.diagnose(&decision, parent);
                 }
-                let mut plan = self.plan(key, tag.rank(), names, unnamed);
-                (plan.awaits, plan.is_terminal) = (mark.awaits, is_terminal);
+                let mut plan = self.plan(&builder, key, tag.rank(), names, unnamed);
+                (plan.awaits, plan.told_end) = (mark.awaits, told_end);
                 plan.recording = self.recording(&builder, key, &decision);
                 self.start(builder, parent, &decision, plan)
             }

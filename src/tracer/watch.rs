@@ -9,13 +9,16 @@ use opentelemetry::{KeyValue, SpanId, TraceId};
 use super::handoff::{self, Mark};
 use super::live_ids::Live;
 use super::replay::ReplaysBeneath;
+use super::rooted::{Rooted, allocate_late};
 use crate::context::WorkflowContext;
 use crate::decision::relation::Relation;
 use crate::decision::{Arrival, Decision, Moment, Record, decide};
 use crate::explain::author::Author;
 use crate::explain::trail;
 use crate::fields::identity::{Identity, Names};
+use crate::fields::value::EndStatus;
 use crate::fields::{self, Fields};
+use crate::root::open::Within;
 use crate::storage::remote::LateWinner;
 use crate::storage::shared::Shared;
 
@@ -48,6 +51,10 @@ pub(super) struct Memo {
     replays_beneath: Option<ReplaysBeneath>,
     /// Set if it was opened inside a replay through the OpenTelemetry API, and is real.
     new_work: Option<Live<Shared, SpanId>>,
+    /// Set while the span is open in the own span of its instance.
+    within: Option<Within>,
+    /// Set if its close is the end of its instance: the status, so far.
+    at_close: Option<EndStatus>,
 }
 
 /// A span that has not named its instance, and may be recorded late.
@@ -58,8 +65,8 @@ pub(super) struct Unnamed {
     /// The id of the instance that it was adopted into becomes an attribute when it ends, unless it names itself.
     pub(super) owes_id: bool,
     pub(super) author: Author,
-    /// A terminal status was told, which counts for the instance that it names later.
-    pub(super) is_terminal: bool,
+    /// A terminal status that was told, and counts for the instance that it names later.
+    pub(super) told_end: Option<EndStatus>,
 }
 
 impl Memo {
@@ -70,6 +77,14 @@ impl Memo {
             unnamed,
             ..Self::default()
         })
+    }
+
+    pub(super) fn completes(&mut self, completes: bool) {
+        self.at_close = completes.then_some(EndStatus::Completed);
+    }
+
+    pub(super) fn identity(&self) -> Option<&Identity> {
+        self.identity.as_ref()
     }
 
     /// Returns `true` for a span without an id of its own that has joined an instance.
@@ -201,7 +216,7 @@ impl Watch {
         if let Some(replaying) = tag.replaying.or(tag.replaying_children) {
             self.replay_beneath(span.span_context(), replaying);
         }
-        self.complete_if(tag.terminal);
+        self.complete_if(tag.end);
     }
 
     /// An instance id was recorded after the start. The first one counts, unless the field of this one ranks higher; one that
@@ -223,7 +238,7 @@ impl Watch {
             run_id,
             parent_instance_id,
             author,
-            is_terminal,
+            told_end,
             ..
         } = *unnamed.unwrap_or_default();
         let names = Names {
@@ -240,7 +255,7 @@ impl Watch {
         if let Some(parent) = parent_instance_id {
             self.learn_parent(span, &parent);
         }
-        self.complete_if(is_terminal);
+        self.complete_if(told_end);
     }
 
     /// A run id was recorded after the start.
@@ -296,29 +311,52 @@ impl Watch {
     }
 
     pub(super) fn observe_event(&mut self, attributes: &[KeyValue]) {
-        self.complete_if(self.shared.fields.tag_of(attributes).terminal);
+        self.complete_if(self.shared.fields.tag_of(attributes).end);
     }
 
     #[inline]
-    pub(super) fn complete_if(&mut self, terminal: bool) {
-        if terminal {
-            self.complete();
+    pub(super) fn complete_if(&mut self, told_end: Option<EndStatus>) {
+        if let Some(status) = told_end {
+            self.complete(status);
         }
     }
 
     #[cold]
-    fn complete(&mut self) {
+    fn complete(&mut self, status: EndStatus) {
         let memo = self.memo.as_mut();
         if let Some(unnamed) = memo.and_then(|memo| memo.unnamed.as_mut()) {
-            unnamed.is_terminal = true;
+            unnamed.told_end = Some(status);
         }
         let identity = self.memo.as_ref().and_then(|memo| memo.identity.as_ref());
         match (identity, self.instance) {
             (_, None) => {}
-            (Some(identity), _) => self.shared.complete(identity),
+            (Some(identity), _) => self.shared.complete(identity, status),
             (None, Some(instance)) => {
                 self.shared.tier.cache().complete_hashed(instance);
             }
+        }
+    }
+
+    /// Notes that the span has failed, which is the status of its instance if its close is the end of that.
+    pub(super) fn observe_failure(&mut self) {
+        if let Some(status) = (self.memo.as_mut()).and_then(|memo| memo.at_close.as_mut()) {
+            *status = EndStatus::Failed;
+        }
+    }
+
+    /// Notes that the span is open in the own span of its instance.
+    pub(super) fn enter_root(&mut self, rooted: Rooted) {
+        self.expect_late_winner(rooted.late_winner);
+        if rooted.within.is_some() {
+            self.memo().within = rooted.within;
+        }
+    }
+
+    /// Leaves the own span of its instance, which may thereby end.
+    #[inline]
+    pub(super) fn leave_root(&mut self, at: SystemTime) {
+        if let Some(within) = self.memo.as_mut().and_then(|memo| memo.within.take()) {
+            within.end(at);
         }
     }
 
@@ -341,7 +379,11 @@ impl Watch {
         let (name, mut late_winner) = (author.span_name.clone(), None);
         let context = WorkflowContext::from_span(own, shared.clock.now());
         if let (Record::First, Some(context)) = (decision.record, context) {
-            match shared.record(key, None, context, author) {
+            let (context, root) = match allocate_late(shared, key, &name, own) {
+                Some((context, root)) => (context, Some(root)),
+                None => (context, None),
+            };
+            match shared.record(key, None, context, author, root) {
                 Ok(may_come) => late_winner = may_come,
                 Err(winner) => {
                     decision = Decision::after_lost_race(winner, &arrival, &shared.policy);
@@ -353,8 +395,11 @@ impl Watch {
         if let Some(relation) = decision.links.to_stored {
             self.link(span, decision.stored.as_ref(), relation);
         }
+        let within = shared.enter_root(key);
         self.instance = Some(key.hash);
-        self.memo().identity = Some(names.to_identity());
+        let memo = self.memo();
+        memo.identity = Some(names.to_identity());
+        memo.within = within;
         self.expect_late_winner(late_winner);
     }
 
@@ -362,6 +407,9 @@ impl Watch {
     #[inline]
     pub(super) fn end<S: Span>(&mut self, span: &mut S) -> Option<SystemTime> {
         self.observes = false;
+        if let Some(status) = (self.memo.as_mut()).and_then(|memo| memo.at_close.take()) {
+            self.complete(status);
+        }
         if let Some(memo) = &mut self.memo {
             memo.poller = None;
             if let Some(winner) = memo.late_winner.as_ref().and_then(|winner| winner.get()) {

@@ -21,6 +21,7 @@
 //! | workers that share a backend agree; a slow or failing backend costs continuity only | `shared` |
 //! | a backend that answers too late or not at all: all workers of a run agree in the end | `misses` |
 //! | every `StorageBackend` fulfils the written contract | `store_contract` |
+//! | feature `durable-root`: a workflow is one root, whole, exported once | `durable_root` |
 //! | feature `redb`: contexts survive the process | `restart` |
 //! | feature `redis`, `redis-tls`: contexts on a server or Cluster that many machines share | `redis` |
 //! | feature `metrics`: the counters as OpenTelemetry metrics | `metrics` |
@@ -39,6 +40,8 @@ mod bounds;
 mod concurrency;
 mod continuity;
 mod deferral;
+#[cfg(feature = "durable-root")]
+mod durable_root;
 mod explain;
 mod explicit_api;
 mod first_spans;

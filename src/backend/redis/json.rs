@@ -10,14 +10,22 @@
 //! | `run_id` | text or null |
 //! | `generation` | a positive integer |
 //! | `recorded_at`, `expires_at` | seconds since 1970, as `time.time()` returns them |
+//! | `root` | null, or an object that describes the instance's own span: |
+//! | `root.span_id`, `root.parent_span_id` | 16 lower-case hexadecimal digits; there may be no parent |
+//! | `root.name` | text |
+//! | `root.started_at`, `root.last_end` | seconds since 1970 |
+//! | `root.spans` | the number of spans that have ended |
+//! | `root.links` | objects with a `traceparent` and a `relation` |
 //!
 //! A member of another type makes the value malformed; members with other names are ignored.
 
 use std::time::{Duration, SystemTime};
 
+use opentelemetry::SpanId;
+use opentelemetry::trace::SpanContext;
 use serde_json::{Map, Value, json};
 
-use crate::backend::Record;
+use crate::backend::{Record, RootSpan};
 use crate::context::WorkflowContext;
 
 const WRITER: &str = concat!(
@@ -33,7 +41,7 @@ const DEFAULT_TTL: Duration = Duration::from_secs(24 * 60 * 60);
 pub(super) fn encode(instance_id: &str, record: &Record) -> Vec<u8> {
     let context = &record.context;
     let tracestate = Some(context.tracestate()).filter(|state| !state.is_empty());
-    let object = json!({
+    let mut object = json!({
         "traceparent": context.traceparent(),
         "tracestate": tracestate,
         "instance_id": instance_id,
@@ -44,7 +52,57 @@ pub(super) fn encode(instance_id: &str, record: &Record) -> Vec<u8> {
         "recorded_at": seconds(context.recorded_at()),
         "expires_at": seconds(record.expires_at),
     });
+    if let (Some(root), Some(object)) = (&record.root, object.as_object_mut()) {
+        object.insert("root".to_owned(), encode_root(root));
+    }
     object.to_string().into_bytes()
+}
+
+fn encode_root(root: &RootSpan) -> Value {
+    let link = |(to, relation): &(SpanContext, String)| {
+        let to = WorkflowContext::try_from(to).ok()?;
+        Some(json!({ "traceparent": to.traceparent(), "relation": relation }))
+    };
+    json!({
+        "span_id": root.span_id.to_string(),
+        "parent_span_id": root.parent_span_id.map(|id| id.to_string()),
+        "name": root.name,
+        "started_at": seconds(root.started_at),
+        "last_end": seconds(root.last_end),
+        "spans": root.spans,
+        "links": root.links.iter().filter_map(link).collect::<Vec<_>>(),
+    })
+}
+
+fn decode_root(root: &Map<String, Value>) -> Option<Box<RootSpan>> {
+    let id = |text: &str| {
+        SpanId::from_hex(text)
+            .ok()
+            .filter(|id| *id != SpanId::INVALID)
+    };
+    let parent = match member(root, "parent_span_id", Value::as_str)? {
+        None => None,
+        Some(parent) => Some(id(parent)?),
+    };
+    let link = |link: &Value| {
+        let to = WorkflowContext::parse(link.get("traceparent")?.as_str()?, "").ok()?;
+        let relation = link.get("relation")?.as_str()?.to_owned();
+        Some((to.to_span_context(), relation))
+    };
+    let started_at = time(root.get("started_at")?)?;
+    let links = member(root, "links", Value::as_array)?;
+    let links = links.into_iter().flatten().map(link);
+    Some(Box::new(RootSpan {
+        parent_span_id: parent,
+        last_end: member(root, "last_end", time)?.unwrap_or(started_at),
+        spans: member(root, "spans", Value::as_u64)?.unwrap_or_default(),
+        links: links.collect::<Option<_>>()?,
+        ..RootSpan::new(
+            id(root.get("span_id")?.as_str()?)?,
+            root.get("name")?.as_str()?,
+            started_at,
+        )
+    }))
 }
 
 pub(super) fn decode(bytes: &[u8]) -> Option<Record> {
@@ -56,6 +114,10 @@ pub(super) fn decode(bytes: &[u8]) -> Option<Record> {
     let generation = member(&object, "generation", Value::as_u64)?;
     let recorded_at = member(&object, "recorded_at", time)?;
     let expires_at = member(&object, "expires_at", time)?;
+    let root = match member(&object, "root", Value::as_object)? {
+        None => None,
+        Some(root) => Some(decode_root(root)?),
+    };
 
     let mut context = WorkflowContext::parse(traceparent, tracestate.unwrap_or_default()).ok()?;
     if let Some(recorded_at) = recorded_at {
@@ -71,6 +133,7 @@ pub(super) fn decode(bytes: &[u8]) -> Option<Record> {
             .ok()
             .filter(|&it| it > 0)?,
         expires_at: expires_at.unwrap_or_else(|| SystemTime::now() + DEFAULT_TTL),
+        root,
     })
 }
 
@@ -118,6 +181,17 @@ mod tests {
                 run_id: run_id.map(str::to_owned),
                 generation: 7,
                 expires_at: moment(1_900_000_000),
+                root: run_id.map(|name| {
+                    let root = RootSpan::new(SpanId::from(7), name, moment(1_800_000_000));
+                    let link = WorkflowContext::parse(PARENT, "").expect("well formed");
+                    Box::new(RootSpan {
+                        parent_span_id: Some(SpanId::from(9)),
+                        last_end: moment(1_800_000_009),
+                        spans: 3,
+                        links: vec![(link.to_span_context(), "new_run".to_owned())],
+                        ..root
+                    })
+                }),
             };
             assert_eq!(decode(&encode("id", &record)), Some(record));
         }
@@ -158,6 +232,9 @@ mod tests {
             with(r#""recorded_at":-1"#),
             with(r#""expires_at":1e300"#),
             with(r#""expires_at":"tomorrow""#),
+            with(r#""root":[]"#),
+            with(r#""root":{"name":"order","started_at":1}"#),
+            with(r#""root":{"name":"order","started_at":1,"span_id":"0"}"#),
             format!("{}{}", with(r#""resumed":true"#), "x"),
             "{\"a\":".repeat(100_000),
         ];

@@ -3,10 +3,10 @@
 use std::thread;
 use std::time::{Duration, SystemTime};
 
-use opentelemetry::trace::{TraceFlags, TraceState};
+use opentelemetry::trace::{SpanContext, SpanId, TraceFlags, TraceId, TraceState};
 
 use super::checked::*;
-use crate::backend::{Record, StorageBackend, Write};
+use crate::backend::{Record, RootSpan, StorageBackend, Write};
 
 /// The longest key is one byte shorter.
 const KEY_BOUND: usize = 4096;
@@ -126,6 +126,7 @@ pub(super) fn a_record_comes_back_as_it_was<B: StorageBackend>(backend: &Checked
             run_id: run_id.map(str::to_owned),
             generation: [1, 2, 1_000_000, u32::MAX][number as usize % 4],
             expires_at: in_a_month(),
+            root: (number % 3 == 2).then(|| Box::new(root(number))),
         };
 
         backend.write(&[Write::Remove("put if absent".to_owned())]);
@@ -224,4 +225,24 @@ pub(super) fn an_expired_record_can_be_replaced<B: StorageBackend>(backend: &Che
     backend.holds("key", &record(2), sentence);
     backend.write(&[Write::Expire("key".to_owned(), in_a_month())]);
     backend.holds("key", &record(2), sentence);
+}
+
+/// A root with a parent and links, or without.
+fn root(number: u32) -> RootSpan {
+    let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+    let link = SpanContext::new(
+        TraceId::from(7),
+        SpanId::from(8),
+        TraceFlags::SAMPLED,
+        true,
+        TraceState::NONE,
+    );
+    let links = vec![(link, "new_run".to_owned()); number as usize % 4 / 2];
+    RootSpan {
+        parent_span_id: (number % 2 == 0).then(|| SpanId::from(9)),
+        last_end: at(1_800_000_100),
+        spans: u64::from(number),
+        links,
+        ..RootSpan::new(SpanId::from(5), "order \u{1f}\"42\"", at(1_800_000_000))
+    }
 }

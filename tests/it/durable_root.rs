@@ -1,0 +1,545 @@
+//! Feature `durable-root`: a workflow has a span of its own, from its first sight to its end, exported once.
+
+use std::time::Duration;
+
+use opentelemetry::Context;
+use opentelemetry::trace::Status;
+use opentelemetry_sdk::error::OTelSdkResult;
+use opentelemetry_sdk::trace::{
+    Sampler, SdkTracerProvider, Span, SpanData, SpanProcessor, TracerProviderBuilder,
+};
+use tracing::{Dispatch, info_span, span::EnteredSpan};
+use tracing_subscriber::prelude::*;
+use tracing_workflow_context::{
+    MemoryBackend, WorkflowContextStorage, WorkflowContextStorageBuilder,
+};
+
+use crate::support::*;
+
+const ID: &str = "order-42";
+
+fn builder() -> WorkflowContextStorageBuilder {
+    WorkflowContextStorage::builder().durable_root(true)
+}
+
+/// A worker whose provider has both pieces.
+fn worker(storage: WorkflowContextStorage) -> Worker {
+    sampled(storage, Sampler::AlwaysOn)
+}
+
+fn sampled(storage: WorkflowContextStorage, root: Sampler) -> Worker {
+    let provider = SdkTracerProvider::builder()
+        .with_id_generator(storage.id_generator())
+        .with_sampler(storage.sampler(Sampler::ParentBased(Box::new(root))));
+    assembled(provider, storage)
+}
+
+fn assembled(provider: TracerProviderBuilder, storage: WorkflowContextStorage) -> Worker {
+    Worker::assembled(provider, storage, true, |layer| {
+        Dispatch::new(tracing_subscriber::registry().with(layer))
+    })
+}
+
+fn order() -> EnteredSpan {
+    info_span!("order", workflow.instance_id = ID).entered()
+}
+
+fn step(worker: &Worker, name: &str) {
+    worker.run(|| {
+        info_span!("step", otel.name = name, workflow.instance_id = ID).in_scope(|| ());
+    });
+}
+
+fn end(worker: &Worker, status: &str) {
+    worker.run(|| {
+        info_span!("end", workflow.instance_id = ID, workflow.status = status).in_scope(|| ());
+    });
+}
+
+/// Returns the span of that name that is no root.
+#[track_caller]
+fn child(worker: &Worker, name: &str) -> SpanData {
+    let spans = worker.spans().into_iter();
+    let mut named =
+        spans.filter(|span| span.name == name && attribute(span, "workflow.spans").is_none());
+    named.next().expect("it was exported")
+}
+
+/// Returns the only span of the forest that carries the counts of a root.
+#[track_caller]
+fn root(spans: &[SpanData]) -> SpanData {
+    let mut roots = spans
+        .iter()
+        .filter(|span| attribute(span, "workflow.spans").is_some());
+    let root = roots.next().expect("a root was exported").clone();
+    assert!(roots.next().is_none(), "one root");
+    root
+}
+
+fn number(span: &SpanData, name: &str) -> i64 {
+    match attribute(span, name) {
+        Some(opentelemetry::Value::I64(number)) => number,
+        other => panic!("{name} is {other:?}"),
+    }
+}
+
+#[track_caller]
+fn assert_spans(root: &SpanData, children: &[SpanData]) {
+    for child in children {
+        let ids = (child.span_context.trace_id(), child.span_context.span_id());
+        if ids == (root.span_context.trace_id(), root.span_context.span_id()) {
+            continue;
+        }
+        assert_eq!(ids.0, root.span_context.trace_id(), "{}", child.name);
+        assert!(child.start_time >= root.start_time, "{}", child.name);
+        assert!(child.end_time <= root.end_time, "{}", child.name);
+    }
+}
+
+#[test]
+fn a_workflow_is_one_root_from_its_first_span_to_its_end() {
+    let worker = worker(builder().build().unwrap());
+    step(&worker, "reserve");
+    step(&worker, "charge");
+    assert_eq!(worker.storage.stats().exported_roots, 0);
+    end(&worker, "completed");
+    let spans = worker.spans();
+    let root = root(&spans);
+    assert_eq!(root.name, "reserve", "the name of the first span");
+    assert_root(&root);
+    worker.forest().assert_one_trace().assert_no_orphans();
+    for name in ["reserve", "charge", "end"] {
+        let parent = child(&worker, name).parent_span_id;
+        assert_eq!(parent, root.span_context.span_id(), "{name}");
+    }
+    assert_spans(&root, &spans);
+    assert_eq!(number(&root, "workflow.spans"), 3);
+    assert_eq!(number(&root, "workflow.processes"), 1);
+    assert_eq!(number(&root, "workflow.resumes"), 0);
+    assert_eq!(
+        attribute(&root, "workflow.status").unwrap().as_str(),
+        "completed"
+    );
+    assert_eq!(
+        attribute(&root, "workflow.instance_id").unwrap().as_str(),
+        ID
+    );
+    assert_eq!(root.status, Status::Unset);
+    assert_eq!(worker.storage.stats().exported_roots, 1);
+    // Late spans and a second end change nothing.
+    step(&worker, "late");
+    end(&worker, "failed");
+    assert_eq!(worker.storage.stats().exported_roots, 1);
+    assert_eq!(
+        worker.span("late").parent_span_id,
+        root.span_context.span_id()
+    );
+}
+
+#[test]
+fn an_end_that_is_told_in_an_open_span_waits_for_it() {
+    let worker = worker(builder().build().unwrap());
+    worker.run(|| {
+        let outer = info_span!("outer", workflow.instance_id = ID, workflow.name = "order");
+        let outer = outer.entered();
+        info_span!(
+            "inner",
+            workflow.instance_id = ID,
+            workflow.status = "timed_out"
+        )
+        .in_scope(|| ());
+        assert_eq!(worker.storage.stats().exported_roots, 0);
+        drop(outer);
+    });
+    let spans = worker.spans();
+    let root = root(&spans);
+    assert_eq!(root.name, "order");
+    assert_eq!(root.status, Status::error("timed_out"));
+    assert_spans(&root, &spans);
+    assert_eq!(spans.last().map(|span| span.name.as_ref()), Some("order"));
+}
+
+#[test]
+fn a_request_stays_the_parent_of_the_root() {
+    let worker = worker(builder().build().unwrap());
+    worker.run(|| {
+        let _request = info_span!("request").entered();
+        drop(order());
+    });
+    assert!(worker.storage.complete(ID, "canceled").unwrap());
+    let root = root(&worker.spans());
+    let request = worker.span("request");
+    assert_eq!(root.parent_span_id, request.span_context.span_id());
+    assert_eq!(root.status, Status::Unset, "to cancel is no error");
+    worker.forest().assert_one_trace().assert_no_orphans();
+}
+
+#[test]
+fn calls_tell_the_end_too() {
+    let worker = worker(builder().build().unwrap());
+    worker.run(|| drop(order()));
+    assert!(worker.storage.complete(ID, "running").is_err());
+    assert!(!worker.storage.complete("unknown", "failed").unwrap());
+    assert!(worker.storage.cleanup(ID).unwrap());
+    let root = root(&worker.spans());
+    assert_eq!(
+        attribute(&root, "workflow.status").unwrap().as_str(),
+        "completed"
+    );
+}
+
+#[test]
+fn the_close_of_a_completing_span_is_the_end() {
+    for (fails, status) in [(false, "completed"), (true, "failed")] {
+        let storage = builder().completing_spans(["dbos::workflow"]);
+        let worker = worker(storage.build().unwrap());
+        worker.run(|| {
+            let span = info_span!(
+                target: "dbos",
+                "workflow",
+                workflow.instance_id = ID,
+                otel.status_code = tracing::field::Empty
+            );
+            span.in_scope(|| {
+                drop(order());
+                if fails {
+                    span.record("otel.status_code", "ERROR");
+                }
+            });
+            info_span!("workflow", workflow.instance_id = "another").in_scope(|| ());
+        });
+        let root = root(&worker.spans());
+        assert_eq!(
+            attribute(&root, "workflow.status").unwrap().as_str(),
+            status
+        );
+        assert_eq!(
+            attribute(&root, "workflow.instance_id").unwrap().as_str(),
+            ID
+        );
+    }
+}
+
+#[test]
+fn a_start_marker_shows_a_workflow_before_it_ends() {
+    let worker = worker(builder().start_marker(true).build().unwrap());
+    worker.run(|| drop(order()));
+    let marker = worker.span("order started");
+    assert_eq!(marker.start_time, marker.end_time);
+    assert_eq!(attribute(&marker, "workflow.pending"), Some(true.into()));
+    worker.storage.complete(ID, "completed").unwrap();
+    let root = root(&worker.spans());
+    assert_eq!(marker.parent_span_id, root.span_context.span_id());
+}
+
+#[test]
+fn a_missing_piece_switches_durable_roots_off_and_exports_no_probe() {
+    let pieces = [(false, false), (true, false), (false, true)];
+    for (has_generator, has_sampler) in pieces {
+        let storage = builder().build().unwrap();
+        let mut provider = SdkTracerProvider::builder();
+        if has_generator {
+            provider = provider.with_id_generator(storage.id_generator());
+        }
+        if has_sampler {
+            provider = provider.with_sampler(storage.sampler(Sampler::AlwaysOn));
+        }
+        let worker = assembled(provider, storage);
+        step(&worker, "first");
+        step(&worker, "second");
+        end(&worker, "completed");
+        assert_eq!(worker.names(), ["end", "first", "second"]);
+        assert_root(&worker.span("first"));
+        assert_continues(&worker.span("second"), &worker.span("first").span_context);
+    }
+}
+
+#[test]
+fn a_tenth_of_the_instances_is_sampled_each_as_a_whole() {
+    let worker = sampled(builder().build().unwrap(), Sampler::TraceIdRatioBased(0.1));
+    let ids: Vec<_> = (0..1_000).map(|n| format!("order-{n}")).collect();
+    for status in ["running", "running", "completed"] {
+        for id in &ids {
+            worker.run(|| {
+                info_span!("step", workflow.instance_id = id, workflow.status = status)
+                    .in_scope(|| ());
+            });
+        }
+    }
+    let forest = worker.forest();
+    let traces = forest.trace_count();
+    assert!((50..200).contains(&traces), "{traces}");
+    assert_eq!(forest.span_count(), 4 * traces);
+    forest.assert_no_orphans().assert_no_duplicates();
+}
+
+#[test]
+fn a_new_run_ends_the_root_of_the_one_before_and_links_both_ways() {
+    let worker = worker(builder().build().unwrap());
+    worker.step("1", Tags::instance(ID).run("1"));
+    worker.step("2", Tags::instance(ID).run("2"));
+    worker.storage.complete(ID, "completed").unwrap();
+    let spans = worker.spans();
+    let of_run = |run: &str| {
+        let is_root = |span: &&SpanData| attribute(span, "workflow.spans").is_some();
+        let mut roots = spans.iter().filter(is_root);
+        let is_run = |span: &&SpanData| {
+            attribute(span, "workflow.run_id").is_some_and(|id| id.as_str() == run)
+        };
+        roots.find(is_run).expect("its root").clone()
+    };
+    let (first, second) = (of_run("1"), of_run("2"));
+    assert_eq!(
+        attribute(&first, "workflow.status").unwrap().as_str(),
+        "continued"
+    );
+    assert_eq!(
+        links(&first),
+        [("new_run".to_owned(), ids(&second.span_context))]
+    );
+    assert_eq!(
+        links(&second),
+        [("new_run".to_owned(), ids(&first.span_context))]
+    );
+    assert_eq!(
+        child(&worker, "2").parent_span_id,
+        second.span_context.span_id()
+    );
+    assert_eq!(worker.forest().trace_count(), 2);
+}
+
+#[test]
+fn workers_that_share_nothing_meet_in_derived_ids() {
+    let make = || {
+        let storage = builder().derived_trace_ids(true).namespace("orders");
+        worker(storage.build().unwrap())
+    };
+    let (one, other) = (make(), make());
+    step(&one, "one");
+    step(&other, "other");
+    end(&other, "completed");
+    let root = root(&other.spans());
+    assert_eq!(
+        root.span_context.trace_id().to_string(),
+        "c5fc75afbef42b3e85204c05940dabfe"
+    );
+    assert_eq!(root.span_context.span_id().to_string(), "b03bd634f4249522");
+    assert_eq!(one.span("one").parent_span_id, root.span_context.span_id());
+    assert_eq!(one.trace_of("one"), root.span_context.trace_id());
+    // Its low 7 bytes may be called random.
+    assert_eq!(one.stored(ID).trace_flags().to_u8() & 2, 2);
+}
+
+#[test]
+fn workers_that_share_a_backend_export_one_root_with_the_sum_of_all() {
+    let backend = MemoryBackend::new();
+    let clock = ManualClock::new();
+    let mut spans = Vec::new();
+    let mut exported = 0;
+    for number in 0..5 {
+        let storage = patient(backend.clone()).durable_root(true);
+        let worker = worker(storage.clock(clock.clone()).build().unwrap());
+        step(&worker, &format!("{number}"));
+        step(&worker, &format!("{number} too"));
+        worker.storage.flush().unwrap();
+        clock.advance(HOUR);
+        if number == 4 {
+            end(&worker, "failed");
+            worker.storage.flush().unwrap();
+        }
+        exported += worker.storage.stats().exported_roots;
+        spans.extend(worker.spans());
+        // Killed: nothing is ended.
+        std::mem::forget(worker.storage.clone());
+    }
+    assert_eq!(exported, 1);
+    let root = root(&spans);
+    assert_eq!(root.status, Status::error("failed"));
+    assert_eq!(number(&root, "workflow.spans"), 11);
+    assert_eq!(number(&root, "workflow.processes"), 5);
+    assert_eq!(number(&root, "workflow.resumes"), 4);
+    assert_eq!(
+        root.events
+            .iter()
+            .filter(|event| event.name == "resumed")
+            .count(),
+        4
+    );
+    let forest = tracing_workflow_context::testing::TraceForest::from_spans(&spans);
+    forest
+        .assert_one_trace()
+        .assert_no_orphans()
+        .assert_no_duplicates();
+}
+
+#[test]
+fn two_workers_that_see_the_end_at_once_export_one_root() {
+    for _ in 0..200 {
+        let backend = MemoryBackend::new();
+        let workers =
+            [(); 2].map(|()| worker(patient(backend.clone()).durable_root(true).build().unwrap()));
+        step(&workers[0], "first");
+        workers[0].storage.flush().unwrap();
+        step(&workers[1], "second");
+        std::thread::scope(|scope| {
+            for worker in &workers {
+                scope.spawn(|| {
+                    end(worker, "completed");
+                    worker.storage.flush().unwrap();
+                });
+            }
+        });
+        let exported = workers.iter().map(|it| it.storage.stats().exported_roots);
+        assert_eq!(exported.sum::<u64>(), 1);
+    }
+}
+
+#[test]
+fn a_root_never_ends_before_it_starts_nor_before_a_child_whatever_the_clock_says() {
+    let clock = ManualClock::new();
+    let worker = worker(builder().clock(clock.clone()).build().unwrap());
+    step(&worker, "first");
+    clock.rewind(100_000 * HOUR);
+    end(&worker, "completed");
+    let root = root(&worker.spans());
+    assert!(root.end_time >= root.start_time);
+    assert!(root.end_time >= child(&worker, "first").end_time);
+}
+
+#[test]
+fn a_forgotten_workflow_is_abandoned_and_its_trace_not_headless() {
+    let clock = ManualClock::new();
+    let storage = builder().clock(clock.clone()).idle_ttl(HOUR);
+    let worker = worker(storage.build().unwrap());
+    step(&worker, "first");
+    clock.advance(2 * HOUR);
+    assert_eq!(worker.storage.stats().stored_instances, 0);
+    wait_until("it is exported", || {
+        worker.storage.stats().exported_roots == 1
+    });
+    let root = root(&worker.spans());
+    assert_eq!(
+        attribute(&root, "workflow.status").unwrap().as_str(),
+        "abandoned"
+    );
+    worker.forest().assert_one_trace().assert_no_orphans();
+}
+
+#[test]
+fn a_workflow_that_another_worker_still_uses_is_not_abandoned() {
+    let clock = ManualClock::new();
+    let backend = MemoryBackend::new();
+    let make = |idle| {
+        let storage = patient(backend.clone()).durable_root(true);
+        worker(storage.clock(clock.clone()).idle_ttl(idle).build().unwrap())
+    };
+    let (forgetful, other) = (make(HOUR), make(100 * HOUR));
+    step(&other, "first");
+    other.storage.flush().unwrap();
+    step(&forgetful, "second");
+    forgetful.storage.flush().unwrap();
+    clock.advance(2 * HOUR);
+    assert_eq!(forgetful.storage.stats().stored_instances, 0);
+    // Several times the interval at which forgotten roots are looked at.
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(forgetful.storage.stats().exported_roots, 0);
+    end(&other, "completed");
+    other.storage.flush().unwrap();
+    let spans: Vec<_> = [&forgetful, &other]
+        .into_iter()
+        .flat_map(Worker::spans)
+        .collect();
+    assert_eq!(number(&root(&spans), "workflow.spans"), 3);
+}
+
+#[test]
+fn a_late_id_gives_its_span_a_root_beneath_it() {
+    let worker = worker(builder().build().unwrap());
+    worker.run(|| {
+        let span = info_span!("handler", workflow.instance_id = tracing::field::Empty).entered();
+        info_span!("before").in_scope(|| ());
+        span.record("workflow.instance_id", ID);
+        drop(span);
+        drop(order());
+    });
+    worker.storage.complete(ID, "completed").unwrap();
+    let root = root(&worker.spans());
+    assert_eq!(
+        root.parent_span_id,
+        child(&worker, "handler").span_context.span_id()
+    );
+    assert_eq!(
+        worker.span("order").parent_span_id,
+        root.span_context.span_id()
+    );
+    worker.forest().assert_one_trace().assert_no_orphans();
+}
+
+/// Panics when a root ends.
+#[derive(Debug)]
+struct PanicsAtRoots;
+
+impl SpanProcessor for PanicsAtRoots {
+    fn on_start(&self, _: &mut Span, _: &Context) {}
+
+    fn on_end(&self, span: SpanData) {
+        assert!(
+            attribute(&span, "workflow.spans").is_none(),
+            "it was told to"
+        );
+    }
+
+    fn force_flush(&self) -> OTelSdkResult {
+        Ok(())
+    }
+
+    fn shutdown_with_timeout(&self, _: Duration) -> OTelSdkResult {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_panic_while_a_root_is_exported_is_counted_and_leaves_no_id_for_the_next_span() {
+    let storage = builder().build().unwrap();
+    let provider = SdkTracerProvider::builder()
+        .with_id_generator(storage.id_generator())
+        .with_sampler(storage.sampler(Sampler::AlwaysOn))
+        .with_span_processor(PanicsAtRoots);
+    let worker = assembled(provider, storage);
+    worker.run(|| drop(order()));
+    let root = worker.stored(ID);
+    assert!(worker.storage.complete(ID, "completed").unwrap());
+    let stats = worker.storage.stats();
+    assert_eq!(
+        (stats.panics, stats.exported_roots, stats.lost_roots),
+        (1, 0, 1)
+    );
+    worker.run(|| info_span!("next").in_scope(|| ()));
+    let next = worker.span("next").span_context;
+    assert_ne!(next.trace_id(), root.trace_id());
+    assert_ne!(next.span_id(), root.span_id());
+}
+
+#[test]
+fn no_two_spans_of_eight_threads_have_one_id() {
+    let worker = worker(builder().build().unwrap());
+    std::thread::scope(|scope| {
+        for thread in 0..8 {
+            let worker = &worker;
+            scope.spawn(move || {
+                worker.run(|| {
+                    for n in 0..100 {
+                        let id = format!("order-{}", n * 8 + thread);
+                        info_span!("step", workflow.instance_id = id).in_scope(|| ());
+                        info_span!("shared", workflow.instance_id = n).in_scope(|| ());
+                        info_span!("plain").in_scope(|| ());
+                        assert!(worker.storage.complete(&id, "completed").unwrap());
+                    }
+                });
+            });
+        }
+    });
+    let forest = worker.forest();
+    assert_eq!(forest.span_count(), 8 * 100 * 4);
+    forest.assert_no_duplicates();
+}
