@@ -142,12 +142,68 @@
 //! - `testing`: [`testing::TraceForest`](https://docs.rs/tracing-workflow-context/latest/tracing_workflow_context/testing/struct.TraceForest.html),
 //!   finished spans as trees to look at and to assert on. Adds `opentelemetry_sdk`.
 //! - `metrics`: the counters of a storage as OpenTelemetry metrics.
+//! - `durable-root`: [a span of its own for each workflow](#the-workflows-own-span). Adds `opentelemetry_sdk` and `sha2`.
 //! - `redb`: [`RedbBackend`](https://docs.rs/tracing-workflow-context/latest/tracing_workflow_context/struct.RedbBackend.html),
 //!   contexts in a file that survives restarts. Adds `redb`, which needs Rust 1.90.
 //! - `redis`: [`RedisBackend`](https://docs.rs/tracing-workflow-context/latest/tracing_workflow_context/struct.RedisBackend.html),
 //!   contexts on a Redis or Valkey server that many machines share: a single one, with sentinels, or a Cluster. Adds
 //!   `redis` and `serde_json`.
 //! - `redis-tls`: the same by TLS. Adds `rustls` and `ring`, which needs a C compiler.
+//!
+//! # The workflow's own span
+//!
+//! With the feature `durable-root`, the root of a trace is not the first step, but a span that lasts as long as the workflow:
+//!
+//! ```
+//! # #[cfg(feature = "durable-root")]
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use opentelemetry::trace::TracerProvider as _;
+//! use opentelemetry_sdk::trace::{InMemorySpanExporter, Sampler, SdkTracerProvider};
+//! use tracing_subscriber::prelude::*;
+//! use tracing_workflow_context::WorkflowContextStorage;
+//!
+//! let storage = WorkflowContextStorage::builder().durable_root(true).build()?;
+//! let exporter = InMemorySpanExporter::default();
+//! let provider = SdkTracerProvider::builder()
+//!     .with_id_generator(storage.id_generator())
+//!     .with_sampler(storage.sampler(Sampler::ParentBased(Box::new(Sampler::AlwaysOn))))
+//!     .with_simple_exporter(exporter.clone())
+//!     .build();
+//! tracing_subscriber::registry().with(storage.layer(provider.tracer("orders"))).init();
+//!
+//! tracing::info_span!("charge", workflow.instance_id = "order-42", workflow.name = "order").in_scope(|| {});
+//! tracing::info_span!("ship", workflow.instance_id = "order-42").in_scope(|| {});
+//! storage.complete("order-42", "completed")?;
+//!
+//! let spans = exporter.get_finished_spans()?;
+//! assert_eq!(spans[2].name, "order");
+//! assert_eq!(spans[0].parent_span_id, spans[2].span_context.span_id());
+//! # Ok(())
+//! # }
+//! # #[cfg(not(feature = "durable-root"))]
+//! # fn main() {}
+//! ```
+//!
+//! It is allocated when the instance is first seen, and named by the field `workflow.name`, or else as the first span is.
+//! Whether it is sampled is decided then, once. It is exported when the end is told, as soon as no span of the instance is open
+//! in that process: by a terminal `workflow.status`, by [`complete`](WorkflowContextStorage::complete) or
+//! [`cleanup`](WorkflowContextStorage::cleanup), or by the close of one of the
+//! [`completing_spans`](WorkflowContextStorageBuilder::completing_spans). Its attributes are `workflow.instance_id`,
+//! `workflow.run_id`, `workflow.status`, `workflow.generation`, and the numbers `workflow.spans` (those of the instance that have
+//! ended), `workflow.processes` and `workflow.resumes`, with an event `resumed` for each of the first 32 hand-overs. It has the
+//! status of an error if the workflow failed, timed out or was terminated.
+//!
+//! - With a backend, one process claims the end there: the root is exported exactly once, and at most once if that process
+//!   dies between its claim and the export.
+//! - A new run or generation ends the root of the one before, with the status `continued`; each is linked to the other.
+//! - An instance that memory forgets, and that the backend no longer has, was `abandoned`: its root ends with its last span.
+//!   Only instances that a living process has seen are exported so.
+//! - Two processes that open an instance at the same moment may allocate two roots. The loser's is exported as `superseded`,
+//!   linked to the winner's. `write_through` and derived ids leave one.
+//! - A context stored by a call has no root.
+//! - [`exported_roots`](Stats::exported_roots) and [`lost_roots`](Stats::lost_roots) count.
+//!
+//! A root comes last. A sampler at the tail of the pipeline that waits for the root waits as long as the workflow takes.
 //!
 //! # Limits
 //!

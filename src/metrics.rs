@@ -26,6 +26,8 @@ impl WorkflowContextStorage {
     /// | `workflow.context.span.adopted` | counter | `{span}` | | `adopted` |
     /// | `workflow.context.trace.shared` | counter | `{trace}` | | `shared_traces` |
     /// | `workflow.context.panic.caught` | counter | `{panic}` | | `panics` |
+    /// | `workflow.context.root.exported` | counter | `{span}` | | `exported_roots` |
+    /// | `workflow.context.root.lost` | counter | `{span}` | | `lost_roots` |
     /// | `workflow.context.event.replayed` | counter | `{event}` | | `replayed_events` |
     /// | `workflow.context.backend.record.malformed` | counter | `{record}` | | `malformed` |
     /// | `workflow.context.backend.write.dropped` | counter | `{write}` | | `dropped_writes` |
@@ -144,7 +146,7 @@ const RESULT: &str = "workflow.context.result";
 
 /// The instruments. Counters whose sum means something share one, told apart by an attribute; the others have one each,
 /// since a span can be both late and deferred.
-static INSTRUMENTS: [Instrument; 16] = [
+static INSTRUMENTS: [Instrument; 18] = [
     Instrument {
         name: "workflow.context.instance.count",
         unit: "{instance}",
@@ -227,6 +229,20 @@ static INSTRUMENTS: [Instrument; 16] = [
         description: "Panics of a sampler, id generator, span processor or exporter that were caught.",
         kind: Kind::Counter,
         points: &[Point::new(|stats| stats.panics)],
+    },
+    Instrument {
+        name: "workflow.context.root.exported",
+        unit: "{span}",
+        description: "Own spans of workflows that were exported.",
+        kind: Kind::Counter,
+        points: &[Point::new(|stats| stats.exported_roots)],
+    },
+    Instrument {
+        name: "workflow.context.root.lost",
+        unit: "{span}",
+        description: "Own spans of workflows that nobody can export any more.",
+        kind: Kind::Counter,
+        points: &[Point::new(|stats| stats.lost_roots)],
     },
     Instrument {
         name: "workflow.context.event.replayed",

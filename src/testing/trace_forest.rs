@@ -7,6 +7,10 @@ use std::time::{Duration, SystemTime};
 use opentelemetry::trace::{Link, SpanId, Status, TraceId};
 use opentelemetry_sdk::trace::SpanData;
 
+/// Attributes of a workflow's own span: how it ended, and one that no other span has.
+const STATUS: &str = "workflow.status";
+const SPANS: &str = "workflow.spans";
+
 /// Attribute of a link with the reason for the link.
 const RELATION: &str = "workflow.relation";
 
@@ -40,7 +44,7 @@ const MAX_INDENT: usize = 32;
 /// span whose parent is not among the given spans is drawn as a root, with a note. A link shows its target, its
 /// `workflow.relation` attribute and, if the target is among the given spans, the name of the target. Control characters
 /// are escaped, and very deep spans are labelled with their depth instead of being indented. Without spans the drawing
-/// is `no spans`.
+/// is `no spans`. The own span of a workflow shows how that ended, such as `[completed]`.
 ///
 /// # Examples
 ///
@@ -229,6 +233,37 @@ impl TraceForest {
         self
     }
 
+    /// Asserts that each trace is whole: it has one root, every parent is in the forest, and no span starts before the root or
+    /// ends after it. So it is with durable roots once a workflow has ended.
+    ///
+    /// # Panics
+    ///
+    /// If there are no spans, or a trace is not whole. The message names the first deviation, and ends with the drawing.
+    #[track_caller]
+    pub fn assert_rooted(&self) -> &Self {
+        assert!(!self.nodes.is_empty(), "expected a trace, found no spans");
+        self.assert_no_orphans();
+        for trace in self.traces() {
+            let roots = trace.iter().filter(|node| node.depth == 0).count();
+            let root = &trace[0].span;
+            let id = short(trace_id(root));
+            assert!(
+                roots == 1,
+                "expected one root in trace {id}, found {roots}:\n\n{self}\n"
+            );
+            let is_outside = |node: &&Node| {
+                node.span.start_time < root.start_time || node.span.end_time > root.end_time
+            };
+            if let Some(outside) = trace.iter().find(is_outside) {
+                let name = escaped(&outside.span.name);
+                panic!(
+                    "expected all of trace {id} within the time of its root, but {name} is not:\n\n{self}\n"
+                );
+            }
+        }
+        self
+    }
+
     fn traces(&self) -> impl Iterator<Item = &[Node]> {
         self.nodes
             .chunk_by(|a, b| trace_id(&a.span) == trace_id(&b.span))
@@ -286,6 +321,9 @@ impl TraceForest {
             elapsed(span.start_time, span.end_time),
             short(span.span_context.span_id()),
         )?;
+        if let Some(status) = own_status(span) {
+            write!(f, "  [{}]", escaped(&status))?;
+        }
         if let Status::Error { description } = &span.status {
             let colon = if description.is_empty() { "" } else { ": " };
             write!(f, "  (error{colon}{})", escaped(description))?;
@@ -359,6 +397,13 @@ fn id(span: &SpanData) -> Id {
 
 fn parent_id(span: &SpanData) -> Option<Id> {
     (span.parent_span_id != SpanId::INVALID).then(|| (trace_id(span), span.parent_span_id))
+}
+
+/// Returns the status of a workflow that its own span tells.
+fn own_status(span: &SpanData) -> Option<String> {
+    let value = |name| span.attributes.iter().find(|kv| kv.key.as_str() == name);
+    value(SPANS)?;
+    Some(value(STATUS)?.value.as_str().into_owned())
 }
 
 /// Sorts spans by trace, and in each trace in the order in which siblings are drawn.

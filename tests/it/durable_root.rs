@@ -107,7 +107,7 @@ fn a_workflow_is_one_root_from_its_first_span_to_its_end() {
     let root = root(&spans);
     assert_eq!(root.name, "reserve", "the name of the first span");
     assert_root(&root);
-    worker.forest().assert_one_trace().assert_no_orphans();
+    worker.forest().assert_one_trace().assert_rooted();
     for name in ["reserve", "charge", "end"] {
         let parent = child(&worker, name).parent_span_id;
         assert_eq!(parent, root.span_context.span_id(), "{name}");
@@ -542,4 +542,186 @@ fn no_two_spans_of_eight_threads_have_one_id() {
     let forest = worker.forest();
     assert_eq!(forest.span_count(), 8 * 100 * 4);
     forest.assert_no_duplicates();
+}
+
+/// Five processes work on one workflow, four of which are killed with SIGKILL.
+#[cfg(any(feature = "redb", feature = "redis"))]
+mod killed {
+    use std::io::{BufRead as _, BufReader};
+    use std::process::Stdio;
+    use std::time::SystemTime;
+
+    use opentelemetry::trace::{SpanContext, SpanId, SpanKind, TraceFlags, TraceId};
+
+    use super::*;
+
+    const STORE: &str = "DURABLE_ROOT_STORE";
+    const NUMBER: &str = "DURABLE_ROOT_PROCESS";
+    const PROCESSES: u32 = 5;
+
+    fn open(store: &str) -> WorkflowContextStorage {
+        #[cfg(feature = "redis")]
+        if store.starts_with("redis://") {
+            let backend = tracing_workflow_context::RedisBackend::connect(store).unwrap();
+            return patient(backend).durable_root(true).build().unwrap();
+        }
+        #[cfg(feature = "redb")]
+        return patient(tracing_workflow_context::RedbBackend::open(store).unwrap())
+            .durable_root(true)
+            .build()
+            .unwrap();
+        #[cfg(not(feature = "redb"))]
+        panic!("no such store: {store}");
+    }
+
+    #[test]
+    #[ignore = "the process that the tests beside it start and kill"]
+    fn a_process() {
+        let (Ok(store), Ok(number)) = (std::env::var(STORE), std::env::var(NUMBER)) else {
+            return;
+        };
+        let number: u32 = number.parse().unwrap();
+        let worker = worker(open(&store));
+        step(&worker, &format!("{number}"));
+        step(&worker, &format!("{number} too"));
+        if number + 1 == PROCESSES {
+            end(&worker, "completed");
+        }
+        worker.storage.flush().unwrap();
+        for span in worker.spans() {
+            let nanos = |time: SystemTime| {
+                let since = time.duration_since(SystemTime::UNIX_EPOCH);
+                since.unwrap().as_nanos()
+            };
+            let is_root = attribute(&span, "workflow.spans").is_some();
+            let count = |name| {
+                if is_root {
+                    super::number(&span, name)
+                } else {
+                    0
+                }
+            };
+            println!(
+                "\nspan|{}|{}|{}|{}|{}|{}|{}|{}|{}",
+                span.span_context.trace_id(),
+                span.span_context.span_id(),
+                span.parent_span_id,
+                nanos(span.start_time),
+                nanos(span.end_time),
+                span.name,
+                count("workflow.spans"),
+                count("workflow.processes"),
+                count("workflow.resumes"),
+            );
+        }
+        println!("\nflushed");
+        // Until it is killed, or its parent has ended.
+        std::io::stdin().lines().for_each(drop);
+    }
+
+    fn read(line: &str) -> SpanData {
+        let parts: Vec<_> = line.split('|').collect();
+        let [
+            _,
+            trace,
+            span,
+            parent,
+            start,
+            end,
+            name,
+            spans,
+            processes,
+            resumes,
+        ] = parts[..]
+        else {
+            panic!("no span: {line}");
+        };
+        let time =
+            |nanos: &str| SystemTime::UNIX_EPOCH + Duration::from_nanos(nanos.parse().unwrap());
+        let counts = [
+            ("workflow.spans", spans),
+            ("workflow.processes", processes),
+            ("workflow.resumes", resumes),
+        ];
+        let counts = counts
+            .map(|(name, count)| opentelemetry::KeyValue::new(name, count.parse::<i64>().unwrap()));
+        SpanData {
+            span_context: SpanContext::new(
+                TraceId::from_hex(trace).unwrap(),
+                SpanId::from_hex(span).unwrap(),
+                TraceFlags::SAMPLED,
+                true,
+                Default::default(),
+            ),
+            parent_span_id: SpanId::from_hex(parent).unwrap(),
+            parent_span_is_remote: true,
+            span_kind: SpanKind::Internal,
+            name: name.to_owned().into(),
+            start_time: time(start),
+            end_time: time(end),
+            attributes: match spans {
+                "0" => Vec::new(),
+                _ => counts.to_vec(),
+            },
+            dropped_attributes_count: 0,
+            events: Default::default(),
+            links: Default::default(),
+            status: Status::Unset,
+            instrumentation_scope: Default::default(),
+        }
+    }
+
+    fn run(store: &str) {
+        let mut spans = Vec::new();
+        for number in 0..PROCESSES {
+            let mut process = test_process(module_path!(), "a_process")
+                .env(STORE, store)
+                .env(NUMBER, number.to_string())
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap();
+            for line in BufReader::new(process.stdout.take().unwrap()).lines() {
+                match &*line.unwrap() {
+                    "flushed" => process.kill().unwrap(),
+                    line if line.starts_with("span|") => spans.push(read(line)),
+                    _ => {}
+                }
+            }
+            process.wait().unwrap();
+        }
+        let forest = tracing_workflow_context::testing::TraceForest::from_spans(&spans);
+        (forest.assert_one_trace().assert_rooted()).assert_no_duplicates();
+        let root = root(&spans);
+        assert_eq!(
+            number(&root, "workflow.spans"),
+            i64::from(2 * PROCESSES + 1)
+        );
+        assert_eq!(number(&root, "workflow.processes"), i64::from(PROCESSES));
+        assert_eq!(number(&root, "workflow.resumes"), i64::from(PROCESSES - 1));
+        let others = || {
+            spans
+                .iter()
+                .filter(|span| span.span_context != root.span_context)
+        };
+        assert_eq!(others().count(), 2 * PROCESSES as usize + 1);
+        let first = others().map(|span| span.start_time).min().unwrap();
+        let last = others().map(|span| span.end_time).max().unwrap();
+        assert_eq!(root.start_time, first);
+        assert!(root.end_time.duration_since(last).unwrap() < Duration::from_millis(50));
+    }
+
+    #[cfg(feature = "redb")]
+    #[test]
+    fn five_processes_on_one_file_leave_one_root() {
+        let directory = Directory::new();
+        run(directory.file("contexts").to_str().expect("text"));
+    }
+
+    #[cfg(feature = "redis")]
+    #[test]
+    fn five_processes_on_one_server_leave_one_root() {
+        let server = RedisServer::start();
+        run(&server.url());
+    }
 }
