@@ -414,6 +414,12 @@ impl Cache {
         });
     }
 
+    /// Returns `true` with durable roots.
+    #[inline]
+    pub(crate) fn has_roots(&self) -> bool {
+        self.roots.is_some()
+    }
+
     /// Returns the own span of a run, or else of the latest, without counting.
     pub(crate) fn root_of(&self, key: Key<'_>) -> Option<Arc<OpenRoot>> {
         self.roots.as_ref()?;

@@ -375,7 +375,7 @@ where
             };
             if let Some(rooted) = rooted {
                 outcome = rooted.outcome.unwrap_or(outcome);
-                watch.enter_root(rooted);
+                watch.enter_root(*rooted);
             }
             let (own, after_end) = (span.span_context(), decision.after_end);
             shared.note_decision(instance, name, own, natural, outcome, after_end);

@@ -131,10 +131,8 @@ impl Tier {
 
     #[inline]
     pub(super) fn store(&self, id: &str, context: WorkflowContext) {
-        // What is stored in its place ends the workflow's own span.
-        let root = self.cache.root_of(self.cache.key(id, None));
-        if let Some(root) = root.filter(|root| !root.is_of(&context)) {
-            root.continue_in(context.to_span_context(), Relation::NewRun.as_str());
+        if self.cache.has_roots() {
+            self.end_root(id, &context);
         }
         let Some(remote) = &self.remote else {
             self.cache.replace(id, context);
@@ -144,6 +142,15 @@ impl Tier {
         let replaced_runs = self.cache.replace(id, context.clone());
         remote.forget_runs(id, replaced_runs);
         remote.put(id, context);
+    }
+
+    /// Ends the own span of a workflow in whose place another context is stored.
+    #[cold]
+    fn end_root(&self, id: &str, context: &WorkflowContext) {
+        let root = self.cache.root_of(self.cache.key(id, None));
+        if let Some(root) = root.filter(|root| !root.is_of(context)) {
+            root.continue_in(context.to_span_context(), Relation::NewRun.as_str());
+        }
     }
 
     /// Fetches the record of an instance for a call, unless memory has it.

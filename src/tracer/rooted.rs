@@ -41,17 +41,17 @@ pub(super) fn enter_root(
     identity: Option<&Identity>,
     recording: &mut Option<Box<Recording<'_>>>,
     parent: &Context,
-) -> Rooted {
+) -> Box<Rooted> {
     let Some(roots) = &shared.roots else {
-        return Rooted::default();
+        return Box::default();
     };
     let Some(first) = recording.as_ref() else {
         let key =
             identity.map(|identity| shared.key(&identity.instance_id, identity.run_id.as_deref()));
-        return Rooted {
+        return Box::new(Rooted {
             within: key.and_then(|key| shared.enter_root(key)),
             ..Rooted::default()
-        };
+        });
     };
     let name = builder.attributes.iter().flatten();
     let mut name = name.filter(|attribute| attribute.key.as_str() == fields::NAME);
@@ -61,7 +61,7 @@ pub(super) fn enter_root(
     let (id, run_id) = (key.id, key.run_id);
     let allocated = roots.allocate(tracer, name, id, run_id, generation, parent);
     let Some(mut allocated) = allocated else {
-        return Rooted::default();
+        return Box::default();
     };
     // The first span has begun before anything could be allocated.
     if let Some(start) = builder.start_time {
@@ -69,7 +69,7 @@ pub(super) fn enter_root(
         allocated.span.last_end = start;
     }
     let Some(first) = recording.take() else {
-        return Rooted::default();
+        return Box::default();
     };
     if let Some(all) = &mut builder.links {
         let of_root = all.split_off(links.min(all.len()));
@@ -85,7 +85,7 @@ pub(super) fn enter_root(
     let beneath =
         |cx: &WorkflowContext| Some(parent.with_remote_span_context(cx.to_span_context()));
     let owned: (Box<str>, Option<Box<str>>) = (key.id.into(), key.run_id.map(Box::from));
-    match first.finish(context.clone(), Some(root.clone())) {
+    Box::new(match first.finish(context.clone(), Some(root.clone())) {
         Ok(late_winner) => {
             if let Some(before) = before {
                 before.continue_in(context.to_span_context(), follows(generation).as_str());
@@ -106,7 +106,7 @@ pub(super) fn enter_root(
             late_winner: None,
             within: shared.enter_root(shared.key(&owned.0, owned.1.as_deref())),
         },
-    }
+    })
 }
 
 fn follows(generation: u32) -> Relation {

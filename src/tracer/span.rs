@@ -241,8 +241,8 @@ impl<S: Span> Span for WorkflowSpan<S> {
                     (None, Some(watch)) => watch.shared.count_panic_at_end(),
                     (None, None) => handoff::leave_panic(),
                 }
-                if let Some(watch) = watch {
-                    handoff::without_asking(|| watch.leave_root(timestamp));
+                if let Some(within) = watch.as_mut().and_then(Watch::take_within) {
+                    handoff::without_asking(|| within.end(timestamp));
                 }
             }
             State::Unexported(span) => span.end(),

@@ -352,12 +352,10 @@ impl Watch {
         }
     }
 
-    /// Leaves the own span of its instance, which may thereby end.
+    /// Returns its stay in the own span of its instance, to be ended once the span is exported.
     #[inline]
-    pub(super) fn leave_root(&mut self, at: SystemTime) {
-        if let Some(within) = self.memo.as_mut().and_then(|memo| memo.within.take()) {
-            within.end(at);
-        }
+    pub(super) fn take_within(&mut self) -> Option<Within> {
+        self.memo.as_mut()?.within.take()
     }
 
     /// The id was recorded after the start: the parent can no longer change.
