@@ -179,7 +179,7 @@ impl WorkflowContextStorage {
     /// a workflow has ended. Returns `true` if something was stored.
     ///
     /// `status` is one of `completed`, `failed`, `timed_out`, `terminated`, `canceled`, or another word that is read from
-    /// spans. What is stored stays for the [`completed_grace`](WorkflowContextStorageBuilder::completed_grace); with a durable
+    /// spans. What is stored stays for the [`completed_grace`](crate::WorkflowContextStorageBuilder::completed_grace); with a durable
     /// root, the workflow's own span is exported.
     ///
     /// # Errors
@@ -192,7 +192,7 @@ impl WorkflowContextStorage {
         Ok(self.shared.tier.complete_called(&instance_id, status))
     }
 
-    /// Returns the id generator of [durable roots](WorkflowContextStorageBuilder::durable_root), for
+    /// Returns the id generator of [durable roots](crate::WorkflowContextStorageBuilder::durable_root), for
     /// `SdkTracerProvider::builder().with_id_generator(..)`: the SDK's random one, but for the ids of workflows' own spans.
     #[cfg(feature = "durable-root")]
     #[cfg_attr(docsrs, doc(cfg(feature = "durable-root")))]
@@ -209,7 +209,7 @@ impl WorkflowContextStorage {
         WorkflowIdGenerator::new(inner)
     }
 
-    /// Returns the sampler of [durable roots](WorkflowContextStorageBuilder::durable_root), for
+    /// Returns the sampler of [durable roots](crate::WorkflowContextStorageBuilder::durable_root), for
     /// `SdkTracerProvider::builder().with_sampler(..)`: the one given, which is asked once for each workflow's own span.
     #[cfg(feature = "durable-root")]
     #[cfg_attr(docsrs, doc(cfg(feature = "durable-root")))]
