@@ -281,6 +281,8 @@ impl Cache {
         winner: &Record,
     ) -> bool {
         let root = self.reopen(id, winner);
+        // Read before the shard is locked: a clock may be anybody's code.
+        let at = self.roots.as_ref().map(|roots| roots.now());
         let now = self.time.now();
         let hash = self.hash(id);
         let mut shard = self.shards.lock_for(hash);
@@ -312,8 +314,8 @@ impl Cache {
             let (ours, theirs) = (run.root().cloned(), &winner.root);
             let span_of = |root: &Arc<OpenRoot>| root.record().span_id;
             let is_same = ours.as_ref().map(span_of) == theirs.as_ref().map(|root| root.span_id);
-            if let Some(ours) = ours.as_ref().filter(|_| !is_same) {
-                ours.give_way_to(winner.context.to_span_context());
+            if let (Some(ours), Some(at), false) = (&ours, at, is_same) {
+                ours.give_way_to(winner.context.to_span_context(), at);
             }
             let root = if is_same { ours } else { root.clone() };
             set_recorded(root.clone());

@@ -53,9 +53,7 @@ impl Roots {
         let probe = || tracer.probe(builder, parent);
         let (own, answer) = ids::asking(request, || caught(probe));
         let Some(own) = own else {
-            self.counters.panics.add();
-            self.warnings
-                .panicked("the span of a workflow was allocated");
+            self.count_panic("the span of a workflow was allocated");
             return None;
         };
         if !own.is_valid() {
@@ -134,7 +132,7 @@ impl Roots {
         };
         let marked = caught(|| tracer.open_and_end(builder, &context.to_otel(), end));
         if marked.is_none() {
-            self.counters.panics.add();
+            self.count_panic("the start of a workflow was marked");
         }
     }
 }

@@ -22,7 +22,7 @@ use super::state::{Due, Ending, Part, Place, Progress, Roots, Stage};
 use crate::backend::client::Client;
 use crate::backend::keys::{instance_key, root_key, run_key};
 use crate::backend::reader::OnLate;
-use crate::backend::write_queue::FollowUp;
+use crate::backend::write_queue::{FollowUp, OnWinner};
 use crate::backend::{Record, RootSpan, Write};
 use crate::caught::caught;
 use crate::clock::OnTick;
@@ -59,19 +59,18 @@ struct Total {
 /// Asks for a place in the backend, where the part of this process is kept.
 pub(super) fn ask_for_place(part: &Arc<Part>) {
     if let Some(client) = part.roots.client() {
-        let FollowUp { write, on_winner } = ask(part.clone(), 1);
-        match on_winner {
-            Some(on_winner) => client.claim(write, on_winner),
-            None => client.write(write),
-        }
+        let (write, on_winner) = ask(part.clone(), 1);
+        client.claim(write, on_winner);
     }
 }
 
-fn ask(part: Arc<Part>, place: u32) -> FollowUp {
+fn ask(part: Arc<Part>, place: u32) -> (Write, OnWinner) {
     let write = Write::PutIfAbsent(part.place_key(place), part.record_now(0));
     let on_winner = move |there: Record| {
         let (is_own, root) = (part.is_own(&there), there.root);
         let root = root.filter(|root| root.spans != SHUT);
+        // Read before anything is locked: a clock may be anybody's code.
+        let now = part.roots.clock.now();
         let mut progress = lock(&part.progress);
         match root {
             None => {
@@ -83,7 +82,7 @@ fn ask(part: Arc<Part>, place: u32) -> FollowUp {
                 progress.place = Place::Taken(place);
                 progress.spans += root.spans;
                 progress.last_end = progress.last_end.max(root.last_end);
-                let record = part.as_record(&progress, progress.spans);
+                let record = part.as_record(&progress, progress.spans, now);
                 drop(progress);
                 let write = Write::Put(part.place_key(place), record);
                 let on_winner = None;
@@ -91,7 +90,9 @@ fn ask(part: Arc<Part>, place: u32) -> FollowUp {
             }
             Some(_) if place < MAX_PLACES => {
                 drop(progress);
-                vec![ask(part, place + 1)]
+                let (write, on_winner) = ask(part, place + 1);
+                let on_winner = Some(on_winner);
+                vec![FollowUp { write, on_winner }]
             }
             Some(_) => {
                 progress.place = Place::NoneLeft;
@@ -99,18 +100,16 @@ fn ask(part: Arc<Part>, place: u32) -> FollowUp {
             }
         }
     };
-    FollowUp {
-        write,
-        on_winner: Some(Box::new(on_winner)),
-    }
+    (write, Box::new(on_winner))
 }
 
 /// Writes what has ended in this process so far.
 pub(super) fn write_part(part: &Arc<Part>, place: u32) {
     if let Some(client) = part.roots.client() {
+        let now = part.roots.clock.now();
         // Sent under the lock, so that no later state is overwritten by an earlier one. Sending waits for no lock.
         let progress = lock(&part.progress);
-        let record = part.as_record(&progress, progress.spans);
+        let record = part.as_record(&progress, progress.spans, now);
         client.write(Write::Put(part.place_key(place), record));
     }
 }
@@ -122,10 +121,7 @@ pub(super) fn close(part: &Arc<Part>) {
         .ending
         .is_some_and(|ending| ending.status == EndStatus::Superseded);
     match part.roots.client() {
-        // Nobody else has this root.
-        Some(_) if is_superseded => export(part, &own),
-        None => export(part, &own),
-        Some(client) => {
+        Some(client) if !is_superseded => {
             let write = Write::PutIfAbsent(part.key(END), part.record_now(SHUT));
             let part = part.clone();
             let on_winner = move |there: Record| {
@@ -138,6 +134,8 @@ pub(super) fn close(part: &Arc<Part>) {
             };
             client.claim(write, Box::new(on_winner));
         }
+        // Nobody else has this root.
+        _ => export(part, &own),
     }
 }
 
@@ -157,8 +155,9 @@ fn sum_up(part: Arc<Part>, mut total: Total, place: u32) -> Vec<FollowUp> {
             return Vec::new();
         };
         if !is_own {
-            total.add(place, &root);
-        } else if place > 1 {
+            total.add(&root);
+        }
+        if place > 1 {
             total.resumed_at.push(root.started_at);
         }
         let mut next = sum_up(part.clone(), total, place + 1);
@@ -186,13 +185,10 @@ impl Total {
         }
     }
 
-    fn add(&mut self, place: u32, other: &RootSpan) {
+    fn add(&mut self, other: &RootSpan) {
         self.spans = self.spans.saturating_add(other.spans);
         self.last_end = self.last_end.max(other.last_end);
         self.processes += 1;
-        if place > 1 {
-            self.resumed_at.push(other.started_at);
-        }
     }
 }
 
@@ -265,10 +261,7 @@ fn export(part: &Part, total: &Total) {
         Some(None) => roots.counters.lost_roots.add(),
         None => {
             roots.counters.lost_roots.add();
-            roots.counters.panics.add();
-            roots
-                .warnings
-                .panicked("the span of a workflow was exported");
+            roots.count_panic("the span of a workflow was exported");
         }
     }
 }
@@ -288,11 +281,12 @@ impl Part {
     }
 
     fn record_now(&self, spans: u64) -> Record {
-        self.as_record(&lock(&self.progress), spans)
+        let now = self.roots.clock.now();
+        self.as_record(&lock(&self.progress), spans, now)
     }
 
     /// Returns the record of this process's part.
-    fn as_record(&self, progress: &Progress, spans: u64) -> Record {
+    fn as_record(&self, progress: &Progress, spans: u64, now: SystemTime) -> Record {
         let own = self.context.to_span_context();
         let token = SpanContext::new(
             own.trace_id(),
@@ -301,7 +295,6 @@ impl Part {
             false,
             Default::default(),
         );
-        let now = self.roots.clock.now();
         let context = WorkflowContext::from_span(&token, now);
         let root = RootSpan {
             last_end: progress.last_end,
@@ -409,7 +402,8 @@ impl OnTick for Roots {
         };
         let thread = thread::Builder::new().name("workflow-context-roots".to_owned());
         let spawned = thread.spawn(move || {
-            roots.work_off();
+            // A panicking clock must not be the last thing that this is used for.
+            let _ = caught(|| roots.work_off());
             roots.is_working.store(false, Release);
         });
         if spawned.is_err() {

@@ -10,6 +10,7 @@ use super::close;
 use super::state::{Allocated, Due, Ending, Part, Place, Progress, Roots, Stage};
 use crate::backend::{Record, RootSpan};
 use crate::context::WorkflowContext;
+use crate::decision::relation::Relation;
 use crate::fields::value::EndStatus;
 use crate::lock::lock;
 
@@ -113,11 +114,11 @@ impl OpenRoot {
     }
 
     /// Takes the root of another process, which was recorded first: what has started here is exported beneath this one. Does
-    /// not export it at once: memory is locked.
-    pub(crate) fn give_way_to(&self, winner: SpanContext) {
-        let at = self.0.roots.clock.now();
+    /// not export it at once: memory is locked. For the same reason the time is the caller's.
+    pub(crate) fn give_way_to(&self, winner: SpanContext, at: SystemTime) {
         let progress = &mut *lock(&self.0.progress);
-        progress.links.push((winner, "late".to_owned()));
+        let relation = Relation::Late.as_str().to_owned();
+        progress.links.push((winner, relation));
         let status = EndStatus::Superseded;
         progress.ending = Some(Ending { status, at });
     }

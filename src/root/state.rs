@@ -102,6 +102,10 @@ impl Roots {
         let _ = self.backing.set(backing);
     }
 
+    pub(crate) fn now(&self) -> SystemTime {
+        self.clock.now()
+    }
+
     /// Returns `true` once a piece in the provider was found missing.
     pub(crate) fn is_off(&self) -> bool {
         self.is_off.load(Relaxed)
@@ -113,6 +117,13 @@ impl Roots {
 
     pub(super) fn client(&self) -> Option<Arc<Client>> {
         self.backing.get()?.client.upgrade()
+    }
+
+    /// Counts a panic of a sampler, id generator, processor or exporter.
+    #[cold]
+    pub(super) fn count_panic(&self, when: &str) {
+        self.counters.panics.add();
+        self.warnings.panicked(when);
     }
 
     /// Adds a root that memory has forgotten.

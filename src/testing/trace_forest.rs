@@ -7,12 +7,7 @@ use std::time::{Duration, SystemTime};
 use opentelemetry::trace::{Link, SpanId, Status, TraceId};
 use opentelemetry_sdk::trace::SpanData;
 
-/// Attributes of a workflow's own span: how it ended, and one that no other span has.
-const STATUS: &str = "workflow.status";
-const SPANS: &str = "workflow.spans";
-
-/// Attribute of a link with the reason for the link.
-const RELATION: &str = "workflow.relation";
+use crate::fields::{RELATION, SPANS, STATUS};
 
 /// Number of levels that are indented. Deeper spans are labelled with their depth: with indentation, the drawing of a
 /// long chain would grow with the square of its length.
@@ -399,7 +394,7 @@ fn parent_id(span: &SpanData) -> Option<Id> {
     (span.parent_span_id != SpanId::INVALID).then(|| (trace_id(span), span.parent_span_id))
 }
 
-/// Returns the status of a workflow that its own span tells.
+/// Returns the status of a workflow that its own span tells, which alone has a number of spans.
 fn own_status(span: &SpanData) -> Option<String> {
     let value = |name| span.attributes.iter().find(|kv| kv.key.as_str() == name);
     value(SPANS)?;

@@ -45,7 +45,7 @@ pub(super) fn enter_root(
     let Some(roots) = &shared.roots else {
         return Box::default();
     };
-    let Some(first) = recording.as_ref() else {
+    let Some(first) = recording.take() else {
         let key =
             identity.map(|identity| shared.key(&identity.instance_id, identity.run_id.as_deref()));
         return Box::new(Rooted {
@@ -61,6 +61,7 @@ pub(super) fn enter_root(
     let (id, run_id) = (key.id, key.run_id);
     let allocated = roots.allocate(tracer, name, id, run_id, generation, parent);
     let Some(mut allocated) = allocated else {
+        *recording = Some(first);
         return Box::default();
     };
     // The first span has begun before anything could be allocated.
@@ -68,9 +69,6 @@ pub(super) fn enter_root(
         allocated.span.started_at = start;
         allocated.span.last_end = start;
     }
-    let Some(first) = recording.take() else {
-        return Box::default();
-    };
     if let Some(all) = &mut builder.links {
         let of_root = all.split_off(links.min(all.len()));
         allocated.span.links = kept_links(of_root);

@@ -725,3 +725,40 @@ mod killed {
         run(&server.url());
     }
 }
+
+thread_local! {
+    static IS_IN_CLOCK: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+}
+
+/// A clock that uses the storage whose clock it is.
+#[derive(Debug, Default)]
+struct CallsBack(std::sync::OnceLock<WorkflowContextStorage>);
+
+impl tracing_workflow_context::Clock for CallsBack {
+    fn now(&self) -> std::time::SystemTime {
+        if !IS_IN_CLOCK.replace(true) {
+            if let Some(storage) = self.0.get() {
+                storage.complete(ID, "completed").unwrap();
+            }
+            IS_IN_CLOCK.set(false);
+        }
+        std::time::SystemTime::now()
+    }
+}
+
+/// Would deadlock otherwise.
+#[test]
+fn no_lock_of_a_root_is_held_while_the_clock_is_read() {
+    let clock = std::sync::Arc::new(CallsBack::default());
+    let storage = patient(MemoryBackend::new()).durable_root(true);
+    let worker = worker(storage.clock(clock.clone()).build().unwrap());
+    worker.run(|| {
+        let _order = order();
+        // The place of this process is taken, so that the end of a span is written to it.
+        worker.storage.flush().unwrap();
+        assert!(clock.0.set(worker.storage.clone()).is_ok());
+        info_span!("inside", workflow.instance_id = ID).in_scope(|| ());
+    });
+    worker.storage.flush().unwrap();
+    assert_eq!(worker.storage.stats().exported_roots, 1);
+}
