@@ -24,7 +24,7 @@ use crate::lock::lock;
 use crate::root::open::{OpenRoot, reopen};
 use crate::root::state::Roots;
 use crate::stats::Counter;
-use entry::{Entry, Limits, Rank, Run};
+use entry::{Entry, Limits, Rank, Rare, Run};
 use shards::{Contents, Counts, Shards};
 use walk::{Ids, Sweep};
 
@@ -61,6 +61,15 @@ pub(crate) struct Key<'a> {
 #[derive(Debug)]
 pub(crate) struct Conflict {
     pub(crate) winner: WorkflowContext,
+}
+
+/// The runs in whose place another context was stored.
+pub(crate) struct Replaced(Option<Box<Rare>>);
+
+impl Replaced {
+    pub(crate) fn run_ids(&self) -> Vec<Box<str>> {
+        self.0.as_ref().map_or_else(Vec::new, |rare| rare.run_ids())
+    }
 }
 
 impl Cache {
@@ -222,21 +231,21 @@ impl Cache {
         })
     }
 
-    /// Stores the context of an instance in place of all its runs. Returns the ids of those runs.
-    pub(crate) fn replace(&self, id: &str, context: WorkflowContext) -> Vec<Box<str>> {
-        let hash = self.hash(id);
+    /// Stores the context of an instance in place of all its runs.
+    pub(crate) fn replace(&self, id: &str, context: WorkflowContext) -> Replaced {
+        let (hash, now) = (self.hash(id), self.time.now());
         // Only a pointer is taken out under the lock, and nearly always there is none.
         let mut replaced = None;
         let run = Run::new(context, None, 1);
-        let stored = self.upsert(hash, id, run, |entry, run| {
+        let stored = self.upsert(hash, id, now, run, |entry, run| {
             replaced = entry.latest.rare.take();
             entry.latest = run;
             entry.completed.set(0);
             Ok(())
         });
         debug_assert!(stored.is_ok(), "a replacement conflicts with nothing");
-        self.note(hash, Event::Stored);
-        replaced.map_or_else(Vec::new, |rare| rare.run_ids())
+        self.note_at(now, hash, Event::Stored);
+        Replaced(replaced)
     }
 
     /// Inserts a record of the backend, unless the run is known already.
@@ -245,8 +254,12 @@ impl Cache {
         let run_id = record.run_id.as_deref();
         let run = Run::new(record.context, run_id, record.generation).with_root(root);
         // On a conflict the run was recorded here while it was fetched, and that counts.
-        let _ = self.upsert(self.hash(id), id, run, |entry, run| {
-            match entry.run_mut(run_id) {
+        let _ = self.upsert(
+            self.hash(id),
+            id,
+            self.time.now(),
+            run,
+            |entry, run| match entry.run_mut(run_id) {
                 Some(known) => Err(Conflict {
                     winner: known.context(),
                 }),
@@ -254,8 +267,8 @@ impl Cache {
                     entry.begin(run);
                     Ok(())
                 }
-            }
-        });
+            },
+        );
     }
 
     /// Inserts a record of the backend, unless the instance is known already.
@@ -268,7 +281,7 @@ impl Cache {
                 winner: entry.latest().context(),
             })
         };
-        let _ = self.upsert(self.hash(id), id, run, known);
+        let _ = self.upsert(self.hash(id), id, self.time.now(), run, known);
     }
 
     /// Replaces our context of a run with that of another process, which was recorded first, if ours is still stored.
@@ -388,8 +401,12 @@ impl Cache {
         let mut run = Run::new(context, key.run_id, generation).with_root(root);
         run.author = author;
         let mut before = None;
-        self.upsert(key.hash, key.id, run, |entry, run| {
-            match entry.run_mut(key.run_id) {
+        self.upsert(
+            key.hash,
+            key.id,
+            self.time.now(),
+            run,
+            |entry, run| match entry.run_mut(key.run_id) {
                 Some(known) if follows.is_some_and(|(context, _)| known.context() == *context) => {
                     known.continue_as(run);
                     Ok(())
@@ -402,8 +419,8 @@ impl Cache {
                     entry.begin(run);
                     Ok(())
                 }
-            }
-        })?;
+            },
+        )?;
         Ok(before)
     }
 
@@ -506,11 +523,11 @@ impl Cache {
         &self,
         hash: u64,
         id: &str,
+        now: u32,
         run: Run,
         update: impl FnOnce(&mut Entry, Run) -> Result<(), Conflict>,
     ) -> Result<(), Conflict> {
         let root = self.roots.as_ref().and_then(|_| run.root().cloned());
-        let now = self.time.now();
         let mut shard = self.shards.lock_for(hash);
         let table = &mut shard.table;
         let known = table.find(hash, |entry| entry.id == *id);

@@ -34,11 +34,6 @@ impl Tier {
         self.remote.as_ref()
     }
 
-    #[inline]
-    pub(crate) fn has_backend(&self) -> bool {
-        self.remote.is_some()
-    }
-
     /// Looks an instance up for a span or a call; counted as one hit or one miss. A hit takes one lock. `look` runs under
     /// the lock of a shard: it must neither block nor call out.
     #[inline]
@@ -131,17 +126,27 @@ impl Tier {
 
     #[inline]
     pub(super) fn store(&self, id: &str, context: WorkflowContext) {
+        if self.remote.is_none() && !self.cache.has_roots() {
+            drop(self.cache.replace(id, context));
+        } else {
+            self.store_in_both(id, context);
+        }
+    }
+
+    #[inline(never)]
+    fn store_in_both(&self, id: &str, context: WorkflowContext) {
         if self.cache.has_roots() {
             self.end_root(id, &context);
         }
-        let Some(remote) = &self.remote else {
-            self.cache.replace(id, context);
-            return;
-        };
-        remote.ignore_late(id);
-        let replaced_runs = self.cache.replace(id, context.clone());
-        remote.forget_runs(id, replaced_runs);
-        remote.put(id, context);
+        let remote = self.remote.as_ref();
+        if let Some(remote) = remote {
+            remote.ignore_late(id);
+        }
+        let replaced = self.cache.replace(id, context.clone());
+        if let Some(remote) = remote {
+            remote.forget_runs(id, replaced.run_ids());
+            remote.put(id, context);
+        }
     }
 
     /// Ends the own span of a workflow in whose place another context is stored.

@@ -30,14 +30,14 @@ pub(super) struct Rooted {
 }
 
 /// Allocates and records the root of the span's instance, if it is the first of that; otherwise enters the one that is
-/// there. `links` are the span's own; what it has beyond them is the root's. Takes the recording unless the instance goes
+/// there. The last `added_links` of the span's become the root's. Takes the recording unless the instance goes
 /// without a root.
 #[inline(never)]
 pub(super) fn enter_root(
     tracer: &impl Tracer,
     shared: &Shared,
     builder: &mut SpanBuilder,
-    links: usize,
+    added_links: usize,
     identity: Option<&Identity>,
     recording: &mut Option<Box<Recording<'_>>>,
     parent: &Context,
@@ -70,7 +70,7 @@ pub(super) fn enter_root(
         allocated.span.last_end = start;
     }
     if let Some(all) = &mut builder.links {
-        let of_root = all.split_off(links.min(all.len()));
+        let of_root = all.split_off(all.len().saturating_sub(added_links));
         allocated.span.links = kept_links(of_root);
     }
     let before = shared.tier.cache().root_of(Key {
