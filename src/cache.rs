@@ -21,10 +21,10 @@ use crate::explain::Explanation;
 use crate::explain::author::Authors;
 use crate::explain::trail::{Event, Step, Trail};
 use crate::lock::lock;
-use crate::root::open::{OpenRoot, reopen};
+use crate::root::open::{OpenRoot, reopen, set_recorded};
 use crate::root::state::Roots;
 use crate::stats::Counter;
-use entry::{Entry, Limits, Rank, Rare, Run};
+use entry::{Entry, Limits, Rank, Replaced, Run};
 use shards::{Contents, Counts, Shards};
 use walk::{Ids, Sweep};
 
@@ -61,15 +61,6 @@ pub(crate) struct Key<'a> {
 #[derive(Debug)]
 pub(crate) struct Conflict {
     pub(crate) winner: WorkflowContext,
-}
-
-/// The runs in whose place another context was stored.
-pub(crate) struct Replaced(Option<Box<Rare>>);
-
-impl Replaced {
-    pub(crate) fn run_ids(&self) -> Vec<Box<str>> {
-        self.0.as_ref().map_or_else(Vec::new, |rare| rare.run_ids())
-    }
 }
 
 impl Cache {
@@ -235,17 +226,15 @@ impl Cache {
     pub(crate) fn replace(&self, id: &str, context: WorkflowContext) -> Replaced {
         let (hash, now) = (self.hash(id), self.time.now());
         // Only a pointer is taken out under the lock, and nearly always there is none.
-        let mut replaced = None;
+        let mut replaced = Replaced::default();
         let run = Run::new(context, None, 1);
         let stored = self.upsert(hash, id, now, run, |entry, run| {
-            replaced = entry.latest.rare.take();
-            entry.latest = run;
-            entry.completed.set(0);
+            replaced = entry.replace(run);
             Ok(())
         });
         debug_assert!(stored.is_ok(), "a replacement conflicts with nothing");
         self.note_at(now, hash, Event::Stored);
-        Replaced(replaced)
+        replaced
     }
 
     /// Inserts a record of the backend, unless the run is known already.
@@ -601,14 +590,6 @@ impl Cache {
             tick,
             event,
         });
-    }
-}
-
-/// Notes that memory has the root now. One that it refused is of no use to anybody.
-#[inline]
-fn set_recorded(root: Option<Arc<OpenRoot>>) {
-    if let Some(root) = root {
-        root.set_recorded();
     }
 }
 

@@ -66,8 +66,7 @@ impl OpenRoot {
         self.0.context.trace_id() == context.trace_id()
     }
 
-    /// Notes that memory has it now.
-    pub(crate) fn set_recorded(&self) {
+    fn set_recorded(&self) {
         let progress = &mut *lock(&self.0.progress);
         if progress.stage == Stage::New {
             progress.stage = Stage::Open;
@@ -201,6 +200,14 @@ impl Roots {
     ) -> Arc<OpenRoot> {
         let Allocated { context, span } = allocated.clone();
         OpenRoot::new(self, id, run_id, generation, context, span)
+    }
+}
+
+/// Notes that memory has the root now. One that it refused is of no use to anybody.
+#[inline]
+pub(crate) fn set_recorded(root: Option<Arc<OpenRoot>>) {
+    if let Some(root) = root {
+        root.set_recorded();
     }
 }
 
