@@ -17,9 +17,9 @@ use opentelemetry::TraceId;
 use crate::backend::Record;
 use crate::clock::{self, Clock, OnTick, SystemClock, Ticks};
 use crate::context::WorkflowContext;
-use crate::explain::Explanation;
 use crate::explain::author::Authors;
 use crate::explain::trail::{Event, Step, Trail};
+use crate::explain::{Explanation, Summary};
 use crate::lock::lock;
 use crate::root::open::{OpenRoot, reopen, set_recorded};
 use crate::root::state::Roots;
@@ -482,11 +482,15 @@ impl Cache {
             let table = &self.shards.lock_for(hash).table;
             let found = table.find(hash, |entry| entry.id == *id);
             let found = found.and_then(|index| table.get(index));
-            found.map(|entry| (entry.summary(wall), entry.latest().author))
+            found.map(|entry| {
+                let Run { author, .. } = *entry.latest();
+                (entry.summary(wall), author, entry.latest().root().cloned())
+            })
         };
-        let recorded = found.map(|(mut recorded, author)| {
-            recorded.writer = authors.writer(author);
-            recorded
+        let recorded = found.map(|(recorded, author, root)| Summary {
+            writer: authors.writer(author),
+            root: root.map(|root| root.summary()),
+            ..recorded
         });
         let steps = self.trail.steps_of(hash);
         Explanation::new(id, recorded, steps, now, self.trail.is_off())

@@ -194,6 +194,7 @@ impl Entry {
             run_id: self.latest.run_id().map(|id| id.as_str().to_owned()),
             completed: self.completed.get() != 0,
             older_runs: self.older().len(),
+            root: None,
             now,
         }
     }

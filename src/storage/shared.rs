@@ -199,6 +199,8 @@ impl Shared {
         let explanation = (self.tier.cache()).explain(&plain(id), self.clock.now(), &self.authors);
         let is_shared = |trace| self.shared_traces.contains(trace);
         let explanation = explanation.with_shared_trace(is_shared);
+        let missing = self.roots.as_ref().and_then(|roots| roots.missing());
+        let explanation = explanation.with_missing_for_roots(missing);
         let client = self.tier.remote().map(|remote| remote.client());
         explanation.with_backend_down(client.is_some_and(|client| client.is_down()))
     }

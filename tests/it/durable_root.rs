@@ -255,6 +255,33 @@ fn a_missing_piece_switches_durable_roots_off_and_exports_no_probe() {
 }
 
 #[test]
+fn explain_tells_of_the_root_and_of_the_missing_line() {
+    let worker = worker(builder().build().unwrap());
+    let explained = |worker: &Worker| worker.storage.explain(ID).to_string();
+    worker.run(|| {
+        let _order = order();
+        info_span!("step", workflow.instance_id = ID).in_scope(|| ());
+        let text = explained(&worker);
+        let open = "open until its end is told by workflow.status, a span in completing_spans, complete or cleanup; \
+                    1 spans have ended here, 1 are open";
+        assert!(text.contains("workflow span \"order\""), "{text}");
+        assert!(text.contains(open), "{text}");
+        worker.storage.complete(ID, "failed").unwrap();
+        assert!(explained(&worker).contains("ends as failed"));
+    });
+    let text = explained(&worker);
+    assert!(text.contains("ended as failed; 2 spans"), "{text}");
+
+    let storage = builder().build().unwrap();
+    let provider = SdkTracerProvider::builder().with_sampler(storage.sampler(Sampler::AlwaysOn));
+    let worker = assembled(provider, storage);
+    step(&worker, "first");
+    let text = explained(&worker);
+    let missing = "durable roots are off: the tracer provider lacks .with_id_generator(storage.id_generator())";
+    assert!(text.contains(missing), "{text}");
+}
+
+#[test]
 fn a_tenth_of_the_instances_is_sampled_each_as_a_whole() {
     let worker = sampled(builder().build().unwrap(), Sampler::TraceIdRatioBased(0.1));
     let ids: Vec<_> = (0..1_000).map(|n| format!("order-{n}")).collect();
