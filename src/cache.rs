@@ -222,12 +222,17 @@ impl Cache {
         })
     }
 
-    /// Stores the context of an instance in place of all its runs.
-    pub(crate) fn replace(&self, id: &str, context: WorkflowContext) -> Replaced {
+    /// Stores the context of an instance in place of all its runs, beneath the root that goes on.
+    pub(crate) fn replace(
+        &self,
+        id: &str,
+        context: WorkflowContext,
+        root: Option<Arc<OpenRoot>>,
+    ) -> Replaced {
         let (hash, now) = (self.hash(id), self.time.now());
         // Only a pointer is taken out under the lock, and nearly always there is none.
         let mut replaced = Replaced::default();
-        let run = Run::new(context, None, 1);
+        let run = Run::new(context, None, 1).with_root(root);
         let stored = self.upsert(hash, id, now, run, |entry, run| {
             replaced = entry.replace(run);
             Ok(())
@@ -644,7 +649,7 @@ mod tests {
         ] {
             let hash = cache.hash(id);
             assert!(!cache.complete_hashed(hash), "nothing is stored yet");
-            cache.replace(id, context(1));
+            cache.replace(id, context(1), None);
             let is_there = |entry: Option<&Entry>| entry.is_some();
             assert!(cache.look_up(cache.key(id, None), is_there));
             assert!(!cache.look_up(
@@ -683,7 +688,7 @@ mod tests {
                         *if span.is_some() { &mut hits } else { &mut misses } += 1;
                     }
                     _ => {
-                        cache.replace(&id, context(step));
+                        cache.replace(&id, context(step), None);
                         model.insert(id, step);
                     }
                 }
@@ -703,7 +708,7 @@ mod tests {
             let cache = cache(max);
             for n in ids {
                 let id = n.to_string();
-                cache.replace(&id, context(n + 1));
+                cache.replace(&id, context(n + 1), None);
                 prop_assert!(cache.len() <= max);
                 prop_assert_eq!(cache.latest(&id).map(|cx| cx.span_id()), Some((n + 1).into()));
             }

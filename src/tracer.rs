@@ -10,7 +10,7 @@ mod provider;
 mod recording;
 pub(crate) mod replay;
 pub(crate) mod replays;
-mod rooted;
+pub(crate) mod rooted;
 pub(crate) mod shared_traces;
 mod span;
 mod special;

@@ -9,6 +9,7 @@ use super::recording::Recording;
 use crate::cache::Key;
 use crate::context::WorkflowContext;
 use crate::decision::relation::Relation;
+use crate::explain::author::Author;
 use crate::explain::trail::Outcome;
 use crate::fields::{self, identity::Identity};
 use crate::own_spans::OpenAndEnd;
@@ -131,4 +132,22 @@ pub(super) fn allocate_late(
     let allocated = shared.tracers.with(allocate)?;
     let root = roots.open(key.id, key.run_id, 1, &allocated);
     Some((allocated.context, root))
+}
+
+/// Records the root of an instance of which nothing is stored, for a call that opens a span of it. Returns what is recorded
+/// then.
+pub(crate) fn record_root(shared: &Shared, id: &str, name: &str) -> Option<WorkflowContext> {
+    let roots = shared.roots.as_ref()?;
+    let key = shared.key(id, None);
+    let allocate = |tracer: &dyn OpenAndEnd| {
+        let name = name.to_owned().into();
+        roots.allocate(tracer, name, id, None, 1, &Context::new())
+    };
+    let allocated = shared.tracers.with(allocate)?;
+    let root = roots.open(id, None, 1, &allocated);
+    let context = allocated.context;
+    match shared.record(key, None, context.clone(), Author::default(), Some(root)) {
+        Ok(_) => Some(context),
+        Err(winner) => Some(winner),
+    }
 }

@@ -1,5 +1,7 @@
 //! Feature `durable-root`: a workflow has a span of its own, from its first sight to its end, exported once.
 
+mod derived;
+
 use std::time::Duration;
 
 use opentelemetry::Context;
@@ -10,8 +12,9 @@ use opentelemetry_sdk::trace::{
 };
 use tracing::{Dispatch, info_span, span::EnteredSpan};
 use tracing_subscriber::prelude::*;
+use tracing_workflow_context::testing::TraceForest;
 use tracing_workflow_context::{
-    MemoryBackend, WorkflowContextStorage, WorkflowContextStorageBuilder,
+    MemoryBackend, WorkflowContext, WorkflowContextStorage, WorkflowContextStorageBuilder,
 };
 
 use crate::support::*;
@@ -279,6 +282,35 @@ fn explain_tells_of_the_root_and_of_the_missing_line() {
     let text = explained(&worker);
     let missing = "durable roots are off: the tracer provider lacks .with_id_generator(storage.id_generator())";
     assert!(text.contains(missing), "{text}");
+}
+
+#[test]
+fn a_context_of_the_trace_that_is_stored_by_a_call_leaves_the_root_open() {
+    let backend = MemoryBackend::new();
+    let make = || worker(patient(backend.clone()).durable_root(true).build().unwrap());
+    let (one, other) = (make(), make());
+    step(&one, "first");
+    let first = one.span("first").span_context.clone();
+    let context = WorkflowContext::try_from(&first).unwrap();
+    one.storage.store(ID, context).unwrap();
+    one.storage.create_resumed(ID, None).unwrap();
+    step(&one, "second");
+    one.storage.flush().unwrap();
+    step(&other, "third");
+    end(&other, "completed");
+    other.storage.flush().unwrap();
+    let spans = [one.spans(), other.spans()].concat();
+    let root = root(&spans);
+    let status = attribute(&root, "workflow.status").unwrap();
+    assert_eq!(status.as_str(), "completed");
+    assert_eq!(
+        number(&root, "workflow.spans"),
+        4,
+        "the agent's is no span of a tracer"
+    );
+    TraceForest::from_spans(&spans)
+        .assert_one_trace()
+        .assert_rooted();
 }
 
 #[test]
