@@ -1,6 +1,7 @@
 //! Feature `durable-root`: a workflow has a span of its own, from its first sight to its end, exported once.
 
 mod derived;
+mod suspended;
 
 use std::time::Duration;
 

@@ -1412,3 +1412,31 @@ fn records_expired_by_the_storages_clock_are_not_found() {
     let storage = patient(backend).clock(clock).build().unwrap();
     assert_eq!(storage.get(ID).unwrap(), None);
 }
+
+#[test]
+fn a_process_that_lives_for_one_span_keeps_its_instance_for_the_next() {
+    let (backend, clock) = (MemoryBackend::new(), ManualClock::new());
+    let process = || {
+        let storage = patient(backend.clone()).idle_ttl(24 * HOUR);
+        let storage = storage.completed_grace(HOUR).clock(clock.clone());
+        Worker::with_storage(storage.build().unwrap())
+    };
+    let step = |worker: &Worker, status: &str| {
+        worker.run(|| {
+            info_span!("step", workflow.instance_id = ID, workflow.status = status).in_scope(|| ());
+        });
+        worker.storage.flush().unwrap();
+        worker.trace_of("step")
+    };
+    let first = step(&process(), "running");
+    for _ in 0..4 {
+        clock.advance(20 * HOUR);
+        assert_eq!(step(&process(), "running"), first);
+    }
+    // The end is not put off.
+    assert_eq!(step(&process(), "completed"), first);
+    clock.advance(HOUR - Duration::from_secs(1));
+    assert_eq!(step(&process(), "running"), first);
+    clock.advance(Duration::from_secs(2));
+    assert_ne!(step(&process(), "running"), first);
+}
