@@ -6,6 +6,7 @@
 
 mod activation;
 mod deferral;
+pub(crate) mod log_filter;
 mod pending;
 
 use std::any::TypeId;

@@ -18,6 +18,7 @@ use opentelemetry::trace::{Tracer, TracerProvider};
 use opentelemetry_sdk::trace::{IdGenerator, RandomIdGenerator, ShouldSample};
 use tracing::Subscriber;
 use tracing_opentelemetry::OpenTelemetryLayer;
+use tracing_subscriber::layer::Filter;
 use tracing_subscriber::registry::LookupSpan;
 
 use crate::context::WorkflowContext;
@@ -25,6 +26,7 @@ use crate::error::{CreateResumedError, StorageError};
 use crate::explain::Explanation;
 use crate::fields::value::EndStatus;
 use crate::layer::WorkflowContextLayer;
+use crate::layer::log_filter::LogFilter;
 use crate::own_spans::agent_span_name;
 #[cfg(feature = "durable-root")]
 use crate::root::ids::{WorkflowIdGenerator, WorkflowSampler};
@@ -175,6 +177,33 @@ impl WorkflowContextStorage {
     pub fn cleanup(&self, instance_id: &str) -> Result<bool, StorageError> {
         let instance_id = self.shared.read_id(instance_id)?;
         Ok(self.shared.tier.cleanup(&instance_id))
+    }
+
+    /// Returns a per-layer filter that hides the events of replayed spans from a logging layer: what re-executed code tells
+    /// once more. Events outside any replay, and in real spans, pass, as do all spans.
+    ///
+    /// What is exported goes without replays by itself; a layer that logs sees all events, since it does not ask this crate.
+    /// Whether a span is replayed is known once it has started, so the subscriber needs the layer of this storage too.
+    ///
+    /// ```
+    /// # use tracing_workflow_context::WorkflowContextStorage;
+    /// use opentelemetry::trace::TracerProvider as _;
+    /// use tracing_subscriber::Layer as _;
+    /// use tracing_subscriber::prelude::*;
+    ///
+    /// # let tracer = opentelemetry_sdk::trace::SdkTracerProvider::builder().build().tracer("orders");
+    /// let storage = WorkflowContextStorage::new();
+    /// let subscriber = tracing_subscriber::registry()
+    ///     .with(storage.layer(tracer))
+    ///     .with(tracing_subscriber::fmt::layer().with_filter(storage.log_filter()));
+    /// # drop(subscriber);
+    /// ```
+    #[must_use]
+    pub fn log_filter<S>(&self) -> impl Filter<S> + Send + Sync + 'static + use<S>
+    where
+        S: Subscriber + for<'span> LookupSpan<'span>,
+    {
+        LogFilter::new(self.shared.clone())
     }
 
     /// Tells the end of an instance, as a terminal `workflow.status` on one of its spans does: for engines that call back when

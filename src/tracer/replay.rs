@@ -53,7 +53,9 @@ impl Beneath {
             let apart = None;
             return Some(Self { replay, apart });
         }
-        let Standing { replay, context } = shared.replays.get(mark.beneath)?;
+        let Standing {
+            replay, context, ..
+        } = shared.replays.get(mark.beneath)?;
         if !replay.is_over() && is_new_work(shared, parent) {
             return None;
         }
@@ -108,6 +110,10 @@ impl Numbered {
             number,
         }
     }
+
+    pub(crate) fn is_of(&self, shared: &Arc<Shared>) -> bool {
+        Arc::ptr_eq(&self.shared, shared)
+    }
 }
 
 impl Drop for Numbered {
@@ -132,6 +138,7 @@ impl ReplaysBeneath {
             standing: Standing {
                 replay: Replay::new(&shared.counters),
                 context: span.clone(),
+                is_real: true,
             },
             is_active: false,
         }
@@ -208,6 +215,7 @@ impl StandIn {
         shared.replays.add(number, || Standing {
             replay: replay.clone(),
             context: context.clone(),
+            is_real: false,
         });
         Self {
             shared: shared.clone(),

@@ -1440,3 +1440,51 @@ fn a_process_that_lives_for_one_span_keeps_its_instance_for_the_next() {
     clock.advance(Duration::from_secs(2));
     assert_ne!(step(&process(), "running"), first);
 }
+
+#[test]
+fn namespaces_on_one_backend_do_not_meet() {
+    let backend = MemoryBackend::new();
+    let worker = |namespace: &str| {
+        let storage = patient(backend.clone()).namespace(namespace);
+        Worker::with_storage(storage.build().unwrap())
+    };
+    let namespaces = ["", "orders", "orders\u{1d}", "o", "\u{1d}", "orders\u{1f}"];
+    // Ids that could be taken for keys of a namespace.
+    let ids = [
+        ID,
+        "orders\u{1d}order-42",
+        "\u{1d}order-42",
+        "order-42\u{1f}1",
+    ];
+    let step = |namespace, id| {
+        let worker = worker(namespace);
+        worker.run(|| info_span!("step", workflow.instance_id = id).in_scope(|| ()));
+        worker.storage.flush().unwrap();
+        worker.trace_of("step")
+    };
+    let mut traces = std::collections::HashSet::new();
+    for (namespace, id) in namespaces.iter().flat_map(|n| ids.map(|id| (*n, id))) {
+        let trace = step(namespace, id);
+        assert!(
+            traces.insert(trace),
+            "{namespace:?} met another with {id:?}"
+        );
+        assert_eq!(step(namespace, id), trace, "{namespace:?}, {id:?}");
+    }
+    assert!(worker("orders").storage.cleanup(ID).unwrap());
+    assert!(worker("").storage.get(ID).unwrap().is_some());
+}
+
+#[test]
+fn a_namespace_has_a_bound() {
+    let build = |length| {
+        WorkflowContextStorage::builder()
+            .namespace("n".repeat(length))
+            .build()
+    };
+    assert!(build(256).is_ok());
+    assert_eq!(
+        build(257).unwrap_err().to_string(),
+        "namespace: 257 bytes are too many, the most is 256"
+    );
+}
