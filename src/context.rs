@@ -245,6 +245,15 @@ impl WorkflowContext {
         Context::new().with_remote_span_context(self.to_span_context())
     }
 
+    /// Shortens the tracestate to that many bytes.
+    #[inline]
+    pub(crate) fn with_trace_state_up_to(mut self, most: usize) -> Self {
+        if let Some(state) = &self.trace_state {
+            self.trace_state = shortened(state, most);
+        }
+        self
+    }
+
     /// Returns this as a span context, marked remote.
     pub(crate) fn to_span_context(&self) -> SpanContext {
         let trace_state = self.trace_state.as_deref().cloned();
@@ -454,6 +463,15 @@ pub(crate) fn since_epoch(time: SystemTime) -> u64 {
 fn from_epoch(nanos: u64) -> SystemTime {
     // Does not overflow: every platform's clock reaches 584 years beyond 1970.
     SystemTime::UNIX_EPOCH + Duration::from_nanos(nanos)
+}
+
+#[inline(never)]
+fn shortened(state: &Arc<TraceState>, most: usize) -> Option<Arc<TraceState>> {
+    let length = |(key, value): (&str, &str)| key.len() + value.len() + 2;
+    match state.into_iter().map(length).sum::<usize>() <= most.saturating_add(1) {
+        true => Some(state.clone()),
+        false => traceparent::shorten_tracestate(state, most).map(Arc::new),
+    }
 }
 
 #[cfg(test)]

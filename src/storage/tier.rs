@@ -100,6 +100,7 @@ impl Tier {
         root: Option<Arc<OpenRoot>>,
         counters: &Arc<Counters>,
     ) -> Result<Option<LateWinner>, WorkflowContext> {
+        let context = self.cache.bounded(context);
         // The next trace of a run is that run's, also if a span opens it that does not name the run.
         let run_id = match (follows, key.run_id) {
             (Some(_), None) => self.cache.latest_run_id(key),
@@ -126,6 +127,7 @@ impl Tier {
 
     #[inline]
     pub(super) fn store(&self, id: &str, context: WorkflowContext) {
+        let context = self.cache.bounded(context);
         if self.remote.is_none() && !self.cache.has_roots() {
             drop(self.cache.replace(id, context, None));
         } else {

@@ -9,6 +9,7 @@
 //! | a new run is a new root, a child workflow continues its parent instance | `runs` |
 //! | a trace past `max_age` or `max_spans` is followed by a linked root | `bounds` |
 //! | completed, idle and surplus instances are forgotten | `lifecycle` |
+//! | memory is bounded in bytes too | `bytes` |
 //! | two threads open the first span at once: the first recorded wins | `concurrency` |
 //! | store, get, cleanup, `create_resumed`, ids and stats | `explicit_api` |
 //! | parsing and injecting strictly by W3C Trace Context level 2 | `propagation` |
@@ -38,6 +39,7 @@
 mod support;
 
 mod bounds;
+mod bytes;
 mod concurrency;
 mod continuity;
 mod deferral;
