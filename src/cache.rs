@@ -22,7 +22,8 @@ use crate::lock::lock;
 use crate::root::open::{OpenRoot, reopen, set_recorded};
 use crate::root::state::Roots;
 use crate::stats::Counter;
-use entry::{Entry, Limits, Rank, Replaced, Run};
+use entry::{Conflict, Entry, Limits, Rank, Replaced, Run};
+use inline_str::InlineStr;
 use shards::{Contents, Counts, Shards};
 use walk::{Ids, Sweep};
 
@@ -53,12 +54,6 @@ pub(crate) struct Key<'a> {
     pub(crate) id: &'a str,
     /// The run that the span or call names, if any.
     pub(crate) run_id: Option<&'a str>,
-}
-
-/// The context was not recorded, because another one was recorded first.
-#[derive(Debug)]
-pub(crate) struct Conflict {
-    pub(crate) winner: WorkflowContext,
 }
 
 impl Cache {
@@ -226,22 +221,36 @@ impl Cache {
         })
     }
 
-    /// Stores the context of an instance in place of all its runs, beneath the root that goes on.
-    pub(crate) fn replace(
-        &self,
-        id: &str,
-        context: WorkflowContext,
-        root: Option<Arc<OpenRoot>>,
-    ) -> Replaced {
+    /// Stores the context of an instance in place of all its runs.
+    pub(crate) fn replace(&self, id: &str, context: WorkflowContext) -> Replaced {
         let (hash, now) = (self.hash(id), self.time.now());
         // Only a pointer is taken out under the lock, and nearly always there is none.
         let mut replaced = Replaced::default();
-        let run = Run::new(context, None, 1).with_root(root);
+        let run = Run::new(context, None, 1);
         let stored = self.upsert(hash, id, now, run, |entry, run| {
             replaced = entry.replace(run);
             Ok(())
         });
         debug_assert!(stored.is_ok(), "a replacement conflicts with nothing");
+        self.note_at(now, hash, Event::Stored);
+        replaced
+    }
+
+    /// Stores a context as [`replace`](Self::replace) does, beneath the root that goes on. Apart from it, since to pass the
+    /// run on would take 30 instructions of each `store`.
+    pub(crate) fn replace_beneath(
+        &self,
+        id: &str,
+        context: WorkflowContext,
+        root: Arc<OpenRoot>,
+    ) -> Replaced {
+        let (hash, now) = (self.hash(id), self.time.now());
+        let mut replaced = Replaced::default();
+        let run = Run::new(context, None, 1).with_root(Some(root));
+        let _ = self.upsert(hash, id, now, run, |entry, run| {
+            replaced = entry.replace(run);
+            Ok(())
+        });
         self.note_at(now, hash, Event::Stored);
         replaced
     }
@@ -498,7 +507,7 @@ impl Cache {
         hash: u64,
         id: &str,
         now: u32,
-        run: Run,
+        mut run: Run,
         update: impl FnOnce(&mut Entry, Run) -> Result<(), Conflict>,
     ) -> Result<(), Conflict> {
         let root = self.roots.as_ref().and_then(|_| run.root().cloned());
@@ -531,13 +540,13 @@ impl Cache {
             }
             return Ok(());
         }
-        let mut entry = Entry::new(id, run, now);
-        self.shards.recount(0, entry.count_bytes());
-        table.insert(hash, entry, |entry| self.shards.hash_of(entry));
+        let bytes = run.count_bytes() + InlineStr::heap_bytes_for(id);
+        table.insert(hash, Entry::new(id, run, now), |entry| {
+            self.shards.hash_of(entry)
+        });
         drop(shard);
         set_recorded(root);
-        self.shards.count_inserted();
-        if self.shards.are_too_many() {
+        if self.shards.count_inserted(bytes) {
             evict::make_room(&self.shards, now, hash, id, |hash, event| {
                 self.note_loss(hash, now, event);
             });
@@ -630,7 +639,7 @@ mod tests {
         ] {
             let hash = cache.hash(id);
             assert!(!cache.complete_hashed(hash), "nothing is stored yet");
-            cache.replace(id, context(1), None);
+            cache.replace(id, context(1));
             let is_there = |entry: Option<&Entry>| entry.is_some();
             assert!(cache.look_up(cache.key(id, None), is_there));
             assert!(!cache.look_up(
@@ -669,7 +678,7 @@ mod tests {
                         *if span.is_some() { &mut hits } else { &mut misses } += 1;
                     }
                     _ => {
-                        cache.replace(&id, context(step), None);
+                        cache.replace(&id, context(step));
                         model.insert(id, step);
                     }
                 }
@@ -689,7 +698,7 @@ mod tests {
             let cache = cache(max);
             for n in ids {
                 let id = n.to_string();
-                cache.replace(&id, context(n + 1), None);
+                cache.replace(&id, context(n + 1));
                 prop_assert!(cache.len() <= max);
                 prop_assert_eq!(cache.latest(&id).map(|cx| cx.span_id()), Some((n + 1).into()));
             }

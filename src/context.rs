@@ -245,6 +245,11 @@ impl WorkflowContext {
         Context::new().with_remote_span_context(self.to_span_context())
     }
 
+    #[inline]
+    pub(crate) fn has_trace_state(&self) -> bool {
+        self.trace_state.is_some()
+    }
+
     /// Shortens the tracestate to that many bytes.
     #[inline]
     pub(crate) fn with_trace_state_up_to(mut self, most: usize) -> Self {

@@ -96,6 +96,12 @@ impl Rare {
     }
 }
 
+/// The context was not recorded, because another one was recorded first.
+#[derive(Debug)]
+pub(crate) struct Conflict {
+    pub(crate) winner: WorkflowContext,
+}
+
 /// The runs in whose place another context was stored.
 #[derive(Default)]
 pub(crate) struct Replaced(Option<Box<Rare>>);
@@ -167,11 +173,7 @@ impl Entry {
     /// Counts the bytes beyond the entry itself.
     #[inline]
     pub(super) fn count_bytes(&mut self) -> usize {
-        let size = self.latest.size();
-        if let Some(rare) = &mut self.latest.rare {
-            rare.counted = size;
-        }
-        self.id.heap_bytes() + size
+        self.id.heap_bytes() + self.latest.count_bytes()
     }
 
     /// Makes an expired entry one that was just created with that run.
@@ -378,9 +380,18 @@ impl Run {
         }
     }
 
-    #[inline]
     fn size(&self) -> usize {
         self.rare.as_ref().map_or(0, |rare| rare.size())
+    }
+
+    /// Counts its bytes beyond itself.
+    #[inline]
+    pub(super) fn count_bytes(&mut self) -> usize {
+        let Some(rare) = &mut self.rare else {
+            return 0;
+        };
+        rare.counted = rare.size();
+        rare.counted
     }
 
     /// Gives the run its own span.

@@ -22,6 +22,15 @@ impl InlineStr {
         }
     }
 
+    /// Returns the bytes of a string that would be stored elsewhere.
+    #[inline]
+    pub(super) fn heap_bytes_for(text: &str) -> usize {
+        match text.len() {
+            ..=INLINE => 0,
+            more => more,
+        }
+    }
+
     /// Returns the bytes that are stored elsewhere.
     #[inline]
     pub(super) fn heap_bytes(&self) -> usize {

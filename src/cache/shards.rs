@@ -25,6 +25,8 @@ pub(super) struct Shards {
     len: AtomicUsize,
     /// The bytes beyond the entries themselves, as they were last counted.
     more_bytes: AtomicUsize,
+    /// The most instances that take no more bytes than that.
+    most_small: usize,
     pub(super) limits: Limits,
 }
 
@@ -62,6 +64,7 @@ impl Shards {
             shards: shards.collect(),
             len: AtomicUsize::new(0),
             more_bytes: AtomicUsize::new(0),
+            most_small: limits.max_instances.min(limits.max_bytes / PER_ENTRY),
             limits,
         }
     }
@@ -74,9 +77,19 @@ impl Shards {
     /// Returns `true` if there are more instances or bytes than there may be.
     #[inline]
     pub(super) fn are_too_many(&self) -> bool {
-        let len = self.len();
-        let bytes = (len.saturating_mul(PER_ENTRY)).saturating_add(self.more_bytes.load(Relaxed));
-        len > self.limits.max_instances || bytes > self.limits.max_bytes
+        self.is_too_many(self.len())
+    }
+
+    #[inline]
+    fn is_too_many(&self, len: usize) -> bool {
+        match self.more_bytes.load(Relaxed) {
+            0 => len > self.most_small,
+            // As much memory as there is does not overflow.
+            more => {
+                let bytes = len.wrapping_mul(PER_ENTRY).wrapping_add(more);
+                len > self.limits.max_instances || bytes > self.limits.max_bytes
+            }
+        }
     }
 
     /// Returns `true` if one more instance fits without an eviction.
@@ -99,10 +112,12 @@ impl Shards {
         self.shards.len()
     }
 
-    /// Notes an insertion.
+    /// Notes an insertion. Returns `true` if there are too many now.
     #[inline]
-    pub(super) fn count_inserted(&self) {
-        self.len.fetch_add(1, Relaxed);
+    pub(super) fn count_inserted(&self, bytes: usize) -> bool {
+        self.recount(0, bytes);
+        let len = self.len.fetch_add(1, Relaxed) + 1;
+        self.is_too_many(len)
     }
 
     /// Returns the hits and misses of all shards.
