@@ -7,9 +7,15 @@ pub(crate) mod breaker;
 pub(crate) mod client;
 #[cfg(any(test, feature = "redb", feature = "redis"))]
 pub(crate) mod codec;
+#[cfg(feature = "redis")]
+pub(crate) mod form;
 mod guard;
+#[cfg(feature = "redis")]
+mod json;
 pub(crate) mod keys;
 pub(crate) mod memory;
+#[cfg(feature = "redis")]
+mod outcomes;
 pub(crate) mod reader;
 #[cfg(feature = "redb")]
 pub(crate) mod redb;

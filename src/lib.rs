@@ -241,11 +241,13 @@ mod traceparent;
 mod tracer;
 mod warnings;
 
+#[cfg(feature = "redis")]
+pub use backend::form::Form;
 pub use backend::memory::MemoryBackend;
 #[cfg(feature = "redb")]
 pub use backend::redb::{OpenError, RedbBackend, RedbSync};
 #[cfg(feature = "redis")]
-pub use backend::redis::{ConnectError, Form, RedisBackend};
+pub use backend::redis::{ConnectError, RedisBackend};
 pub use clock::Clock;
 pub use context::WorkflowContext;
 pub use decision::relation::{Continuation, Relation};
