@@ -241,9 +241,11 @@ mod traceparent;
 mod tracer;
 mod warnings;
 
-#[cfg(feature = "redis")]
+#[cfg(any(feature = "postgres", feature = "redis"))]
 pub use backend::form::Form;
 pub use backend::memory::MemoryBackend;
+#[cfg(feature = "postgres")]
+pub use backend::postgres::PostgresBackend;
 #[cfg(feature = "redb")]
 pub use backend::redb::{OpenError, RedbBackend, RedbSync};
 #[cfg(feature = "redis")]

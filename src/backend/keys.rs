@@ -40,7 +40,7 @@ pub(crate) fn instance_key(id: &str) -> String {
 }
 
 /// Returns the part of any key that stands for the instance id.
-#[cfg(feature = "redis")]
+#[cfg(any(feature = "postgres", feature = "redis"))]
 pub(crate) fn instance_part(key: &str) -> &str {
     key.split(SEPARATOR).next().unwrap_or(key)
 }

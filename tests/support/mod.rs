@@ -3,9 +3,13 @@
 mod clock;
 mod controlled_backend;
 mod evidence;
-#[cfg(any(feature = "redb", feature = "redis"))]
+#[cfg(any(feature = "postgres", feature = "redb", feature = "redis"))]
 mod files;
+#[cfg(feature = "postgres")]
+mod postgres_server;
 mod process;
+#[cfg(any(feature = "postgres", feature = "redis"))]
+mod proxy;
 mod random;
 #[cfg(feature = "redis")]
 mod redis_server;
@@ -17,9 +21,13 @@ mod worker;
 pub(crate) use clock::*;
 pub(crate) use controlled_backend::*;
 pub(crate) use evidence::*;
-#[cfg(any(feature = "redb", feature = "redis"))]
+#[cfg(any(feature = "postgres", feature = "redb", feature = "redis"))]
 pub(crate) use files::*;
+#[cfg(feature = "postgres")]
+pub(crate) use postgres_server::*;
 pub(crate) use process::*;
+#[cfg(any(feature = "postgres", feature = "redis"))]
+pub(crate) use proxy::*;
 pub(crate) use random::*;
 #[cfg(feature = "redis")]
 pub(crate) use redis_server::*;

@@ -330,7 +330,7 @@ fn a_server_that_is_restarted_and_empty() {
 
 fn spoiled(what: &str, says: Replies) {
     let server = Mutex::new(RedisServer::start());
-    let proxy = Proxy::before(&server.lock().unwrap());
+    let proxy = Proxy::before(&*server.lock().unwrap());
     let (spoil, mend) = (
         || proxy.set_replies(says),
         || proxy.set_replies(Replies::Forward),
