@@ -5,11 +5,15 @@ mod controlled_backend;
 mod evidence;
 #[cfg(any(feature = "postgres", feature = "redb", feature = "redis"))]
 mod files;
+#[cfg(any(feature = "postgres", feature = "redis"))]
+mod load;
 #[cfg(feature = "postgres")]
 mod postgres_server;
 mod process;
 #[cfg(any(feature = "postgres", feature = "redis"))]
 mod proxy;
+#[cfg(any(feature = "postgres", feature = "redis"))]
+mod race;
 mod random;
 #[cfg(feature = "redis")]
 mod redis_server;
@@ -17,17 +21,23 @@ mod samplers;
 mod spans;
 mod threads;
 mod worker;
+#[cfg(any(feature = "postgres", feature = "redis"))]
+mod writes;
 
 pub(crate) use clock::*;
 pub(crate) use controlled_backend::*;
 pub(crate) use evidence::*;
 #[cfg(any(feature = "postgres", feature = "redb", feature = "redis"))]
 pub(crate) use files::*;
+#[cfg(any(feature = "postgres", feature = "redis"))]
+pub(crate) use load::*;
 #[cfg(feature = "postgres")]
 pub(crate) use postgres_server::*;
 pub(crate) use process::*;
 #[cfg(any(feature = "postgres", feature = "redis"))]
 pub(crate) use proxy::*;
+#[cfg(any(feature = "postgres", feature = "redis"))]
+pub(crate) use race::*;
 pub(crate) use random::*;
 #[cfg(feature = "redis")]
 pub(crate) use redis_server::*;
@@ -35,3 +45,5 @@ pub(crate) use samplers::*;
 pub(crate) use spans::*;
 pub(crate) use threads::*;
 pub(crate) use worker::*;
+#[cfg(any(feature = "postgres", feature = "redis"))]
+pub(crate) use writes::*;
