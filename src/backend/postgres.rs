@@ -320,25 +320,26 @@ impl StorageBackend for PostgresBackend {
         let (mut after, most) = (Arc::<[u8]>::from([]), self.timeouts.response);
         loop {
             let begin = after.clone();
-            let rows = self.call(move |client, table| {
+            let page = self.call(move |client, table| {
                 let begin = begin.clone();
                 async move {
                     let limit = GROUP as i64;
                     let parameters: table::Parameters<'_> =
                         &[(&&*begin, Type::BYTEA), (&limit, Type::INT8)];
-                    Ok(table::query(&client, &table.page, parameters, most).await?)
+                    let rows = table::query(&client, &table.page, parameters, most).await?;
+                    // At once, since a record is to live for so long from now.
+                    let records = rows.iter().map(|row| table.keyed_record(row));
+                    let last = rows.last().filter(|_| rows.len() == GROUP);
+                    let last = last.map(|row| Arc::<[u8]>::from(row.get::<_, &[u8]>("id")));
+                    Ok((records.collect::<Vec<_>>(), last))
                 }
-            })?;
-            for row in &rows {
-                let key: &[u8] = row.get("key");
-                match (std::str::from_utf8(key), self.table.record(row)) {
-                    (Ok(key), Some(record)) => visit(key, record),
-                    (Err(_), Some(_)) => self.table.malformed.add(),
-                    (_, None) => {}
-                }
+            });
+            let (records, last) = page?;
+            for (key, record) in records.into_iter().flatten() {
+                visit(&key, record);
             }
-            match rows.last().filter(|_| rows.len() == GROUP) {
-                Some(last) => after = last.get::<_, &[u8]>("id").into(),
+            match last {
+                Some(last) => after = last,
                 None => return Ok(()),
             }
         }

@@ -19,6 +19,8 @@ pub(crate) struct PostgresServer {
     port: u16,
     directory: Directory,
     settings: Vec<String>,
+    /// The largest size of a file, in bytes.
+    largest_file: Option<u64>,
 }
 
 impl PostgresServer {
@@ -28,11 +30,20 @@ impl PostgresServer {
 
     /// Starts a server with these settings, each as in `name=value`.
     pub(crate) fn start_with(settings: &[&str]) -> Self {
-        Self::start_on(settings, |_| {})
+        Self::start_on(settings, None, |_| {})
+    }
+
+    /// Starts a server none of whose files may exceed that many bytes.
+    pub(crate) fn start_with_files_of(bytes: u64) -> Self {
+        Self::start_on(&["autovacuum=off"], Some(bytes), |_| {})
     }
 
     /// Starts a server after its data directory was changed.
-    pub(crate) fn start_on(settings: &[&str], change: impl FnOnce(&Path)) -> Self {
+    pub(crate) fn start_on(
+        settings: &[&str],
+        largest_file: Option<u64>,
+        change: impl FnOnce(&Path),
+    ) -> Self {
         let directory = new_data();
         change(&directory.file("data"));
         let settings: Vec<_> = settings.iter().map(ToString::to_string).collect();
@@ -40,7 +51,7 @@ impl PostgresServer {
         let (port, process) = (0..10)
             .find_map(|_| {
                 let port = free_port();
-                Some((port, try_start(&directory, port, &settings)?))
+                Some((port, try_start(&directory, port, &settings, largest_file)?))
             })
             .expect("postgres starts on one of ten free ports");
         Self {
@@ -48,6 +59,7 @@ impl PostgresServer {
             port,
             directory,
             settings,
+            largest_file,
         }
     }
 
@@ -62,11 +74,20 @@ impl PostgresServer {
         self.stop();
         let deadline = Instant::now() + PATIENCE;
         self.process = loop {
-            match try_start(&self.directory, self.port, &self.settings) {
+            match self.try_start() {
                 Some(process) => break process,
                 None => assert!(Instant::now() < deadline, "postgres starts again"),
             }
         };
+    }
+
+    fn try_start(&self) -> Option<Child> {
+        try_start(
+            &self.directory,
+            self.port,
+            &self.settings,
+            self.largest_file,
+        )
     }
 
     /// Restarts the server with new, empty data.
@@ -112,7 +133,8 @@ impl PostgresServer {
 
     /// Returns the URL for another user.
     pub(crate) fn url_of(&self, user: &str) -> String {
-        self.url().replacen(USER, user, 1)
+        self.url()
+            .replacen(&format!("{USER}@"), &format!("{user}@"), 1)
     }
 }
 
@@ -199,9 +221,22 @@ impl Drop for PgBouncer {
     }
 }
 
-fn try_start(directory: &Directory, port: u16, settings: &[String]) -> Option<Child> {
+fn try_start(
+    directory: &Directory,
+    port: u16,
+    settings: &[String],
+    largest_file: Option<u64>,
+) -> Option<Child> {
     let data = directory.file("data");
-    let mut command = as_user(&program("postgres"));
+    let mut command = match largest_file {
+        None => as_user(&program("postgres")),
+        Some(bytes) => {
+            let mut command = as_user(Path::new("prlimit"));
+            command.arg(format!("--fsize={bytes}"));
+            command.arg(program("postgres"));
+            command
+        }
+    };
     command
         .arg("-D")
         .arg(&data)

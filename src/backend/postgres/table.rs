@@ -237,6 +237,16 @@ COMMENT ON TABLE {name} IS '{COMMENT}';
         ))
     }
 
+    /// Reads the key and the record of a row. Returns `None` if one of them is malformed, which is counted.
+    pub(super) fn keyed_record(&self, row: &Row) -> Option<(String, Record)> {
+        let record = self.record(row)?;
+        let key = std::str::from_utf8(row.get("key"));
+        if key.is_err() {
+            self.malformed.add();
+        }
+        Some((key.ok()?.to_owned(), record))
+    }
+
     /// Reads the record of a row. Returns `None` for a malformed one, which is counted.
     pub(super) fn record(&self, row: &Row) -> Option<Record> {
         let value: Option<&[u8]> = row.get("value");

@@ -1,0 +1,1 @@
+//! Connections by TLS: the certificate of the server is verified.
