@@ -1,10 +1,14 @@
 //! Helpers shared by the integration tests: `it` compiles them once for its modules, and the other binaries include them.
 
+#[cfg(any(feature = "postgres-tls", feature = "redis-tls"))]
+mod certificates;
 mod clock;
 mod controlled_backend;
 mod evidence;
 #[cfg(any(feature = "postgres", feature = "redb", feature = "redis"))]
 mod files;
+#[cfg(any(feature = "postgres", feature = "redis"))]
+mod interop;
 #[cfg(any(feature = "postgres", feature = "redis"))]
 mod load;
 #[cfg(feature = "postgres")]
@@ -24,11 +28,15 @@ mod worker;
 #[cfg(any(feature = "postgres", feature = "redis"))]
 mod writes;
 
+#[cfg(any(feature = "postgres-tls", feature = "redis-tls"))]
+pub(crate) use certificates::*;
 pub(crate) use clock::*;
 pub(crate) use controlled_backend::*;
 pub(crate) use evidence::*;
 #[cfg(any(feature = "postgres", feature = "redb", feature = "redis"))]
 pub(crate) use files::*;
+#[cfg(any(feature = "postgres", feature = "redis"))]
+pub(crate) use interop::*;
 #[cfg(any(feature = "postgres", feature = "redis"))]
 pub(crate) use load::*;
 #[cfg(feature = "postgres")]

@@ -46,6 +46,7 @@ impl PostgresServer {
     ) -> Self {
         let directory = new_data();
         change(&directory.file("data"));
+        own(directory.path());
         let settings: Vec<_> = settings.iter().map(ToString::to_string).collect();
         // Another process may take the port between its choice and its use.
         let (port, process) = (0..10)
