@@ -1,6 +1,6 @@
 //! A group of writes, carried out in few statements.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::mem::discriminant;
 use std::sync::Arc;
 use std::time::Duration;
@@ -86,17 +86,18 @@ impl Group {
         Ok(outcomes)
     }
 
-    /// Divides the writes, so that each key is once in each part: a statement can write to a row once.
+    /// Divides the writes into the first one on each key, the second ones, and so on: a statement can write to a row once,
+    /// and the writes on a key keep their order.
     fn runs(&self) -> Vec<Vec<usize>> {
-        let (mut runs, mut run, mut keys) = (Vec::new(), Vec::new(), HashSet::new());
+        let (mut runs, mut of_key) = (Vec::new(), HashMap::new());
         for (at, write) in self.writes.iter().enumerate() {
-            if !keys.insert(write.key()) {
-                runs.push(std::mem::take(&mut run));
-                keys = HashSet::from([write.key()]);
+            let earlier = of_key.entry(write.key()).or_insert(0);
+            if runs.len() == *earlier {
+                runs.push(Vec::new());
             }
-            run.push(at);
+            runs[*earlier].push(at);
+            *earlier += 1;
         }
-        runs.push(run);
         runs
     }
 
