@@ -20,10 +20,6 @@ use tracing_workflow_context::{PostgresBackend, RedisBackend, WorkflowContextSto
 
 const WORKERS: usize = 8;
 const WORKFLOWS: usize = 20_000;
-    1_000
-} else {
-    20_000
-};
 /// Later steps of a workflow, each on another worker: in this worst case, no worker has seen the workflow before.
 const STEPS: usize = 4;
 /// The fleet that the results are scaled to.

@@ -234,6 +234,29 @@ fn a_refused_write_holds_back_no_other() {
 }
 
 #[test]
+fn a_group_is_written_in_few_transactions() {
+    let server = PostgresServer::start();
+    let backend = backend(&server);
+    StorageBackend::connect(&backend).unwrap();
+    let transactions = || {
+        let number = server.sql("SELECT pg_current_xact_id()");
+        number.parse::<u64>().expect("a number")
+    };
+    let in_an_hour = SystemTime::now() + Duration::from_secs(3600);
+    // As a storage writes them: the instance and its end.
+    let both = |n: usize| {
+        let key = n.to_string();
+        [claim(&key, &record(PARENT)), Write::Expire(key, in_an_hour)]
+    };
+    let writes: Vec<_> = (0..500).flat_map(both).collect();
+    let before = transactions();
+    backend.write_all(&writes).unwrap();
+    // The claims, the expiries, the look for expired rows, and the question itself.
+    let used = transactions() - before;
+    assert!(used <= 4, "{used} transactions");
+}
+
+#[test]
 fn workers_that_write_the_same_keys_do_not_wait_for_each_other() {
     let server = PostgresServer::start();
     let backends = [0; 4].map(|_| backend(&server));

@@ -17,9 +17,9 @@ use crate::stats::Counter;
 /// The comment of a table of this crate, with the version of its columns.
 const COMMENT: &str = "tracing-workflow-context, format 1";
 
-/// The columns of a row that make a record. Infinite times cannot be subtracted.
-const RECORD: &str = "coalesce(t.record, convert_to(t.context::text, 'UTF8')) AS value, \
-    extract(epoch FROM least(t.expires_at, now() + interval '1000 years') - now())::float8 AS seconds_left";
+/// The columns of a row that make a record, with 0 seconds if it has expired. Infinite times cannot be subtracted.
+const RECORD: &str = "coalesce(t.record, convert_to(t.context::text, 'UTF8')) AS value, extract(epoch FROM \
+    greatest(least(t.expires_at, now() + interval '1000 years'), now()) - now())::float8 AS seconds_left";
 
 pub(super) type Parameters<'a> = &'a [(&'a (dyn ToSql + Sync), Type)];
 
@@ -81,7 +81,9 @@ pub(super) struct Table {
 
 impl Table {
     pub(super) fn new(name: Name, is_unlogged: bool) -> Self {
-        // Statements that lock several rows lock them in the order of `id`, so that no two of them wait for each other.
+        // Statements that lock several rows lock them in the order of `id`, so that no two of them wait for each other. Rows
+        // are found by `id` alone, and their expiry is looked at afterwards: the server's statistics of it are always old,
+        // and would let it expect too few rows.
         let insert = format!(
             "INSERT INTO {name} AS t (key, record, context, expires_at)
              SELECT w.key, w.record, w.context::jsonb, now() + w.lifetime * interval '1 millisecond'
@@ -93,42 +95,42 @@ impl Table {
         Self {
             get: format!("SELECT {RECORD} FROM {name} AS t WHERE t.id = sha256($1) AND t.expires_at > now()"),
             page: format!(
-                "SELECT t.id, t.key, {RECORD} FROM {name} AS t
-                 WHERE t.id > $1 AND t.expires_at > now() ORDER BY t.id LIMIT $2"
+                "SELECT t.id, t.key, {RECORD} FROM {name} AS t WHERE t.id > $1 ORDER BY t.id LIMIT $2"
             ),
             // The rows that the statement does not see, since they were committed after it began, are in neither part.
             claim: format!(
-                "WITH won AS ({insert} WHERE t.expires_at <= now() RETURNING t.key)
+                "WITH won AS ({insert} WHERE t.expires_at <= now() RETURNING t.key),
+                 w AS MATERIALIZED (SELECT sha256(key) AS id FROM unnest($1::bytea[]) AS key)
                  SELECT key, true AS is_won, NULL::bytea AS value, 0::float8 AS seconds_left, '' AS version FROM won
                  UNION ALL
-                 SELECT t.key, false, {RECORD}, t.xmin::text FROM {name} AS t
-                 WHERE t.id = ANY (ARRAY(SELECT sha256(key) FROM unnest($1::bytea[]) AS key)) AND t.expires_at > now()"
+                 SELECT t.key, false, {RECORD}, t.version
+                 FROM (SELECT t.*, t.xmin::text AS version FROM w JOIN {name} AS t ON t.id = w.id OFFSET 0) AS t
+                 WHERE t.expires_at > now()"
             ),
             put: insert,
             expire: format!(
-                "UPDATE {name} AS t SET expires_at = now() + w.lifetime * interval '1 millisecond'
+                "WITH w AS MATERIALIZED (
+                     SELECT sha256(key) AS id, lifetime FROM unnest($1::bytea[], $2::int8[]) AS w (key, lifetime)
+                 )
+                 UPDATE {name} AS t SET expires_at = now() + w.lifetime * interval '1 millisecond'
                  FROM (
-                     SELECT t.id, w.lifetime FROM unnest($1::bytea[], $2::int8[]) AS w (key, lifetime)
-                     JOIN {name} AS t ON t.id = sha256(w.key) AND t.expires_at > now()
-                     ORDER BY t.id FOR UPDATE OF t
+                     SELECT t.id, w.lifetime FROM w JOIN {name} AS t ON t.id = w.id ORDER BY t.id FOR UPDATE OF t
                  ) AS w
-                 WHERE t.id = w.id"
+                 WHERE t.id = w.id AND t.expires_at > now()"
             ),
             remove: format!(
-                "DELETE FROM {name} AS t USING (
-                     SELECT id FROM {name}
-                     WHERE id = ANY (ARRAY(SELECT sha256(key) FROM unnest($1::bytea[]) AS key))
-                     ORDER BY id FOR UPDATE
-                 ) AS old
-                 WHERE t.id = old.id"
+                "WITH w AS MATERIALIZED (SELECT sha256(key) AS id FROM unnest($1::bytea[]) AS key)
+                 DELETE FROM {name} AS t
+                 USING (SELECT t.id FROM w JOIN {name} AS t ON t.id = w.id ORDER BY t.id FOR UPDATE OF t) AS w
+                 WHERE t.id = w.id"
             ),
             remove_versions: format!(
-                "DELETE FROM {name} AS t USING (
-                     SELECT t.id FROM unnest($1::bytea[], $2::text[]) AS old (key, version)
-                     JOIN {name} AS t ON t.id = sha256(old.key) AND t.xmin::text = old.version
-                     ORDER BY t.id FOR UPDATE OF t
-                 ) AS old
-                 WHERE t.id = old.id"
+                "WITH w AS MATERIALIZED (
+                     SELECT sha256(key) AS id, version FROM unnest($1::bytea[], $2::text[]) AS w (key, version)
+                 )
+                 DELETE FROM {name} AS t
+                 USING (SELECT t.id, w.version FROM w JOIN {name} AS t ON t.id = w.id ORDER BY t.id FOR UPDATE OF t) AS w
+                 WHERE t.id = w.id AND t.xmin::text = w.version"
             ),
             // The lock ends with the statement. By `ctid`, since an index on the expiry would make each move of an expiry
             // write to it.
@@ -237,8 +239,11 @@ COMMENT ON TABLE {name} IS '{COMMENT}';
         ))
     }
 
-    /// Reads the key and the record of a row. Returns `None` if one of them is malformed, which is counted.
+    /// Reads the key and the record of a row. Returns `None` if it has expired, or one of them is malformed, which is counted.
     pub(super) fn keyed_record(&self, row: &Row) -> Option<(String, Record)> {
+        if row.get::<_, f64>("seconds_left") <= 0.0 {
+            return None;
+        }
         let record = self.record(row)?;
         let key = std::str::from_utf8(row.get("key"));
         if key.is_err() {
