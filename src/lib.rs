@@ -149,6 +149,10 @@
 //!   contexts on a Redis or Valkey server that many machines share: a single one, with sentinels, or a Cluster. Adds
 //!   `redis` and `serde_json`.
 //! - `redis-tls`: the same by TLS. Adds `rustls` and `ring`, which needs a C compiler.
+//! - `postgres`: [`PostgresBackend`](https://docs.rs/tracing-workflow-context/latest/tracing_workflow_context/struct.PostgresBackend.html),
+//!   contexts in a table of a PostgreSQL database that many machines share, also behind PgBouncer. Adds `tokio-postgres`,
+//!   `tokio`, `futures-util` and `serde_json`; the runtime is the backend's own.
+//! - `postgres-tls`: the same by TLS. Adds `tokio-postgres-rustls`, `rustls`, `rustls-native-certs` and `ring`.
 //!
 //! # The workflow's own span
 //!

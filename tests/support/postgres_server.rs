@@ -1,5 +1,6 @@
 //! PostgreSQL servers for one test, and PgBouncer before them.
 
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -132,6 +133,22 @@ impl PostgresServer {
         rows.trim_end().to_owned()
     }
 
+    /// Runs SQL in a transaction that lasts until the result is dropped.
+    pub(crate) fn transaction(&self, sql: &str) -> Transaction {
+        let mut process = Command::new(program("psql"))
+            .args(["-XAtq", "-v", "ON_ERROR_STOP=1", "-d", &self.url()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("psql can be run");
+        let stdin = process.stdin.as_mut().expect("piped");
+        writeln!(stdin, "BEGIN; {sql}; \\echo begun").expect("psql reads it");
+        let lines = BufReader::new(process.stdout.take().expect("piped")).lines();
+        let begun = lines.map_while(Result::ok).any(|line| line == "begun");
+        assert!(begun, "{sql}: psql failed");
+        Transaction(process)
+    }
+
     /// Returns the URL for another user.
     pub(crate) fn url_of(&self, user: &str) -> String {
         self.url()
@@ -152,6 +169,18 @@ impl Server for PostgresServer {
 impl Drop for PostgresServer {
     fn drop(&mut self) {
         self.stop();
+    }
+}
+
+/// A transaction that ends when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Transaction(Child);
+
+impl Drop for Transaction {
+    fn drop(&mut self) {
+        // psql ends with its input.
+        drop(self.0.stdin.take());
+        let _ = self.0.wait();
     }
 }
 
