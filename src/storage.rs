@@ -25,9 +25,11 @@ use crate::error::{CreateResumedError, StorageError};
 use crate::explain::Explanation;
 use crate::fields::value::EndStatus;
 use crate::layer::WorkflowContextLayer;
+use crate::own_spans::agent_span_name;
 #[cfg(feature = "durable-root")]
 use crate::root::ids::{WorkflowIdGenerator, WorkflowSampler};
 use crate::stats::Stats;
+use crate::tracer::rooted::record_root;
 use crate::tracer::{WorkflowTracer, WorkflowTracerProvider};
 use crate::warnings::LOG_TARGET;
 use shared::Shared;
@@ -223,7 +225,8 @@ impl WorkflowContextStorage {
     /// The span is called `{agent_name or DurableAgent}.ToolCallingWorkflow` and carries
     /// `openinference.span.kind = AGENT`, `workflow.instance_id`, `workflow.resumed = true`, `agent.name` and
     /// `gen_ai.agent.name`. The context stored for the instance becomes its parent; without one it is the root of a new
-    /// trace. Of the tracers given to [`layer`](Self::layer), [`tracer`](Self::tracer) and made by a
+    /// trace, or with a [durable root](crate::WorkflowContextStorageBuilder::durable_root) the first child of that, in the derived
+    /// trace if ids are derived. Of the tracers given to [`layer`](Self::layer), [`tracer`](Self::tracer) and made by a
     /// [`tracer_provider`](Self::tracer_provider), it goes through the last one that lives; if there is none, through the
     /// global tracer provider's. No lock is held while the span is made.
     ///
@@ -238,7 +241,9 @@ impl WorkflowContextStorage {
     ) -> Result<WorkflowContext, CreateResumedError> {
         let instance_id = self.shared.read_id(instance_id)?;
         let stored = self.shared.tier.peek(&instance_id);
-        let parent = stored.map_or_else(Context::new, |stored| stored.to_otel());
+        let new_root = || record_root(&self.shared, &instance_id, &agent_span_name(agent_name));
+        let parent = stored.or_else(new_root);
+        let parent = parent.map_or_else(Context::new, |parent| parent.to_otel());
         let span = (self.shared.tracers).export_agent(&instance_id, agent_name, &parent);
         let context = span
             .and_then(|span| WorkflowContext::from_span(&span, self.shared.clock.now()))

@@ -498,6 +498,7 @@ impl WorkflowContextStorageBuilder {
             let (roots, warnings) = (roots.as_ref(), warnings.clone());
             Remote::new(backend, cache, clock, settings, roots, warnings)
         });
+        let keeps_identities = remote.is_some() || roots.is_some() || fields.has_completing();
         Ok(WorkflowContextStorage {
             shared: Arc::new(Shared {
                 fields,
@@ -516,6 +517,7 @@ impl WorkflowContextStorageBuilder {
                 warnings,
                 authors: Authors::default(),
                 tracers,
+                keeps_identities,
                 roots,
                 #[cfg(feature = "metrics")]
                 registrations: Default::default(),

@@ -277,11 +277,14 @@ impl Remote {
         self.late.ignore(id);
     }
 
-    pub(super) fn put(&self, id: &str, context: WorkflowContext) {
+    pub(super) fn put(&self, id: &str, context: WorkflowContext, root: Option<Box<RootSpan>>) {
         if !self.knows_all() {
             self.misses.forget(self.cache.hash(id));
         }
-        let record = Record::new(context, self.lifetimes.idle_after(self.clock.now()));
+        let record = Record {
+            root,
+            ..Record::new(context, self.lifetimes.idle_after(self.clock.now()))
+        };
         self.client.write(Write::Put(instance_key(id), record));
     }
 
