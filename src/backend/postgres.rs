@@ -9,7 +9,7 @@ mod table;
 
 use std::fmt;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use tokio_postgres::{Client, types::Type};
 
@@ -364,16 +364,5 @@ impl fmt::Debug for PostgresBackend {
             .field("table", &self.table.name.to_string())
             .field("form", &self.form)
             .finish_non_exhaustive()
-    }
-}
-
-/// Returns how long a record lives, in milliseconds; negative if it has expired. At most a thousand years, since the
-/// server's times end.
-fn lifetime(expires_at: SystemTime) -> i64 {
-    const LONGEST: i64 = 1000 * 365 * 24 * 60 * 60 * 1000;
-    let milliseconds = |span: Duration| i64::try_from(span.as_millis()).unwrap_or(i64::MAX);
-    match expires_at.duration_since(SystemTime::now()) {
-        Ok(left) => milliseconds(left).min(LONGEST),
-        Err(gone) => -milliseconds(gone.duration()).min(LONGEST),
     }
 }

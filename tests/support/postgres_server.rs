@@ -289,9 +289,13 @@ fn try_start(
         .spawn()
         .expect("postgres can be run");
     let deadline = Instant::now() + PATIENCE;
-    while Instant::now() < deadline {
+    loop {
         if let Ok(Some(_)) = process.try_wait() {
             return None;
+        }
+        if Instant::now() > deadline {
+            let _ = (process.kill(), process.wait());
+            panic!("postgres does not become ready");
         }
         // Its eighth line is the state; the first one tells that the file is not of an earlier start.
         let state = std::fs::read_to_string(data.join("postmaster.pid")).unwrap_or_default();
@@ -306,7 +310,6 @@ fn try_start(
         }
         thread::sleep(Duration::from_millis(5));
     }
-    panic!("postgres does not become ready");
 }
 
 /// Returns a directory with the data of a new server.

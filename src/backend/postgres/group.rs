@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::mem::discriminant;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, Error, Row};
@@ -16,8 +16,7 @@ use crate::backend::{Record, Write, WriteOutcome};
 /// Number of attempts to claim a key while others claim and remove it.
 const ATTEMPTS: usize = 10;
 
-/// What the columns get for a NUL, which `jsonb` refuses, is this in the text of the object. It may also be an escaped
-/// backslash and four zeros, which does no harm.
+/// A NUL in the text of a JSON object. It may also be an escaped backslash before `u0000`, which then does no harm.
 const NUL: &[u8] = b"\\u0000";
 
 pub(super) struct Group {
@@ -44,7 +43,7 @@ impl Group {
                 Value::new(key, record, form)
             }
             Write::Expire(_, at) => Value {
-                lifetime: super::lifetime(*at),
+                lifetime: lifetime(*at),
                 ..Value::default()
             },
             Write::Remove(_) => Value::default(),
@@ -245,7 +244,18 @@ impl Value {
         Self {
             record: record_column,
             context,
-            lifetime: super::lifetime(record.expires_at),
+            lifetime: lifetime(record.expires_at),
         }
+    }
+}
+
+/// Returns how long a record lives, in milliseconds; negative if it has expired. At most a thousand years, since the
+/// server's times end.
+fn lifetime(expires_at: SystemTime) -> i64 {
+    const LONGEST: i64 = 1000 * 365 * 24 * 60 * 60 * 1000;
+    let milliseconds = |span: Duration| i64::try_from(span.as_millis()).unwrap_or(i64::MAX);
+    match expires_at.duration_since(SystemTime::now()) {
+        Ok(left) => milliseconds(left).min(LONGEST),
+        Err(gone) => -milliseconds(gone.duration()).min(LONGEST),
     }
 }
