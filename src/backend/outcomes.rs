@@ -4,14 +4,6 @@ use std::collections::HashMap;
 
 use crate::backend::{BackendError, Write, WriteOutcome};
 
-/// Returns the error of a failed write.
-pub(super) fn failure(outcome: &WriteOutcome) -> Option<&BackendError> {
-    match outcome {
-        WriteOutcome::Failed(error) => Some(error),
-        WriteOutcome::Done | WriteOutcome::Existing(_) => None,
-    }
-}
-
 /// Fails the writes that follow a failed one on its key, as the contract of [`WriteOutcome::Failed`] demands, and marks
 /// all failures as partial.
 pub(super) fn fail_later_writes(writes: &[Write], outcomes: &mut [WriteOutcome]) {

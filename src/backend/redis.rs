@@ -19,7 +19,7 @@ use self::command::Found;
 use self::connect::client;
 use self::node::{Node, Session, Timeouts};
 use super::form::Form;
-use super::outcomes::{fail_later_writes, failure};
+use super::outcomes::fail_later_writes;
 use crate::backend::{BackendError, Record, StorageBackend, Write, WriteOutcome};
 use crate::stats::Counter;
 
@@ -569,5 +569,12 @@ impl Servers {
             true => error.partial(),
             false => error,
         }
+    }
+}
+
+fn failure(outcome: &WriteOutcome) -> Option<&BackendError> {
+    match outcome {
+        WriteOutcome::Failed(error) => Some(error),
+        WriteOutcome::Done | WriteOutcome::Existing(_) => None,
     }
 }
