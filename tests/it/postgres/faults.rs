@@ -5,11 +5,12 @@ use std::sync::Mutex;
 
 use super::*;
 
+const TIMEOUT: Duration = Duration::from_millis(250);
+
 /// A backend whose calls fail soon.
 fn hasty(url: &str) -> PostgresBackend {
     let backend = PostgresBackend::connect(url).expect("a URL");
-    let timeout = Duration::from_millis(250);
-    backend.connect_timeout(timeout).response_timeout(timeout)
+    backend.connect_timeout(TIMEOUT).response_timeout(TIMEOUT)
 }
 
 /// Makes the backend of another worker.
@@ -31,7 +32,8 @@ fn a_server_that_is_stopped() {
         || server.lock().unwrap().stop(),
         || server.lock().unwrap().start_again(),
     );
-    under_load("stopped", hasty(&url), other(&server), stop, start);
+    under_load("stopped", hasty(&url), other(&server), stop, start)
+        .assert_never_waits_for(TIMEOUT, "stopped");
 }
 
 #[test]
@@ -41,7 +43,8 @@ fn a_server_that_is_frozen() {
         || server.lock().unwrap().freeze(),
         || server.lock().unwrap().thaw(),
     );
-    under_load("frozen", hasty(&url), other(&server), freeze, thaw);
+    under_load("frozen", hasty(&url), other(&server), freeze, thaw)
+        .assert_never_waits_for(TIMEOUT, "frozen");
 }
 
 #[test]
@@ -52,7 +55,8 @@ fn a_server_that_is_slow() {
         || proxy.set_replies(Replies::Delay(Duration::from_millis(600))),
         || proxy.set_replies(Replies::Forward),
     );
-    under_load("slow", hasty(&proxy.url()), other(&server), spoil, mend);
+    under_load("slow", hasty(&proxy.url()), other(&server), spoil, mend)
+        .assert_never_waits_for(TIMEOUT, "slow");
 }
 
 #[test]
@@ -61,7 +65,8 @@ fn a_table_that_is_dropped() {
     let sql = |sql: &str| server.lock().unwrap().sql(sql);
     let drop_it = || drop(sql("DROP TABLE workflow_contexts"));
     // The failure makes the next call create it.
-    under_load("dropped", hasty(&url), other(&server), drop_it, || ());
+    under_load("dropped", hasty(&url), other(&server), drop_it, || ())
+        .assert_never_waits_for(TIMEOUT, "dropped");
 }
 
 #[test]
@@ -80,7 +85,8 @@ fn a_server_that_becomes_read_only() {
         other(&server),
         || set("on"),
         || set("off"),
-    );
+    )
+    .assert_never_waits_for(TIMEOUT, "read-only");
 }
 
 #[test]
@@ -91,7 +97,8 @@ fn a_pooler_whose_server_is_stopped() {
         || server.lock().unwrap().stop(),
         || server.lock().unwrap().start_again(),
     );
-    under_load("pooled", hasty(pooler.url()), other(&server), stop, start);
+    under_load("pooled", hasty(pooler.url()), other(&server), stop, start)
+        .assert_never_waits_for(TIMEOUT, "pooled");
 }
 
 #[test]

@@ -31,7 +31,7 @@ fn a_server_that_is_stopped() {
         || server.lock().unwrap().stop(),
         || server.lock().unwrap().start_again(),
     );
-    under_load("stopped", hasty(&url), other(&server), stop, start);
+    under_load("stopped", hasty(&url), other(&server), stop, start).assert_in_time("stopped");
 }
 
 #[test]
@@ -42,7 +42,7 @@ fn a_server_that_is_frozen() {
         || server.lock().unwrap().freeze(),
         || server.lock().unwrap().thaw(),
     );
-    under_load("frozen", hasty(&url), other(&server), freeze, thaw);
+    under_load("frozen", hasty(&url), other(&server), freeze, thaw).assert_in_time("frozen");
 }
 
 #[test]
@@ -122,5 +122,5 @@ fn spoiled(what: &str, says: Replies) {
         || proxy.set_replies(says),
         || proxy.set_replies(Replies::Forward),
     );
-    under_load(what, hasty(&proxy.url()), other(&server), spoil, mend);
+    under_load(what, hasty(&proxy.url()), other(&server), spoil, mend).assert_in_time(what);
 }
