@@ -279,7 +279,13 @@ impl WorkflowContext {
     /// Creates a context from its stored parts; `None` if an id is zero.
     ///
     /// Unknown flags are cleared, and an invalid tracestate is dropped.
-    #[cfg(any(test, feature = "redb", feature = "redis", feature = "testing"))]
+    #[cfg(any(
+        test,
+        feature = "postgres",
+        feature = "redb",
+        feature = "redis",
+        feature = "testing"
+    ))]
     pub(crate) fn from_parts(
         trace_id: TraceId,
         span_id: SpanId,
@@ -299,7 +305,7 @@ impl WorkflowContext {
     }
 
     /// Returns this, recorded at another time.
-    #[cfg(any(test, feature = "redis"))]
+    #[cfg(any(test, feature = "postgres", feature = "redis"))]
     pub(crate) fn with_recorded_at(self, recorded_at: SystemTime) -> Self {
         Self {
             recorded_at: since_epoch(recorded_at),

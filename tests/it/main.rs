@@ -26,6 +26,7 @@
 //! | feature `durable-root`: a workflow is one root, whole, exported once | `durable_root` |
 //! | feature `redb`: contexts survive the process | `restart` |
 //! | feature `redis`, `redis-tls`: contexts on a server or Cluster that many machines share | `redis` |
+//! | feature `postgres`, `postgres-tls`: contexts in a table that many machines share, behind a pooler too | `postgres` |
 //! | feature `metrics`: the counters as OpenTelemetry metrics | `metrics` |
 //! | `tracer_provider` decorates a whole provider | `tracer_provider` |
 //! | feature `testing`: `TraceForest` draws and asserts | `trace_forest` |
@@ -57,6 +58,8 @@ mod misses;
 mod model;
 mod panics;
 mod policy;
+#[cfg(feature = "postgres")]
+mod postgres;
 mod propagation;
 #[cfg(feature = "redis")]
 mod redis;
