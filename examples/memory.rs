@@ -1,6 +1,6 @@
 //! Measures the memory of an instance, and the time of insertions with and without eviction, the slowest included.
 //!
-//! `cargo run --release --example memory`
+//! `cargo run --release --features durable-root --example memory`
 #![allow(unsafe_code, reason = "the methods of a counting allocator are unsafe")]
 
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use opentelemetry::trace::TracerProvider as _;
-use opentelemetry_sdk::trace::SdkTracerProvider;
+use opentelemetry_sdk::trace::{Sampler, SdkTracerProvider};
 use tracing::info_span;
 use tracing_subscriber::prelude::*;
 use tracing_workflow_context::{WorkflowContext, WorkflowContextStorage};
@@ -41,20 +41,27 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("bytes per instance, with {INSTANCES} instances whose ids are UUIDs:");
     per_instance("stored by a call", |storage| {
         let context = context();
-        uuids(|id| storage.store(id, context.clone()).expect("a good id"));
+        uuids(INSTANCES, |id| {
+            storage.store(id, context.clone()).expect("a good id")
+        });
     });
     per_instance("recorded by a span", |storage| {
         in_spans(storage, || {
-            uuids(|id| info_span!("step", workflow.instance_id = id).in_scope(|| {}));
+            uuids(INSTANCES, |id| {
+                info_span!("step", workflow.instance_id = id).in_scope(|| {})
+            });
         });
     });
     per_instance("recorded by a span with a run id", |storage| {
         in_spans(storage, || {
-            uuids(|id| {
+            uuids(INSTANCES, |id| {
                 info_span!("step", workflow.instance_id = id, workflow.run_id = id).in_scope(|| {})
             });
         });
     });
+
+    println!("with durable roots:");
+    with_roots(INSTANCES / 4);
 
     println!("time of an insertion, with at most {INSTANCES} instances:");
     let before = LIVE.load(Relaxed);
@@ -92,12 +99,36 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
 /// Fills a new storage, and prints the bytes that this has allocated.
 fn per_instance(how: &str, fill: impl FnOnce(&WorkflowContextStorage)) {
-    let storage = WorkflowContextStorage::new();
+    let storage = WorkflowContextStorage::builder().max_bytes(u64::MAX);
+    let storage = storage.build().expect("valid settings");
     let before = LIVE.load(Relaxed);
     fill(&storage);
     let bytes = LIVE.load(Relaxed) - before;
     assert_eq!(storage.stats().stored_instances, INSTANCES as u64);
     println!("  {:>6.1}  {how}", bytes as f64 / INSTANCES as f64);
+}
+
+/// Fills a storage with durable roots, and prints the bytes that this has allocated.
+fn with_roots(instances: usize) {
+    let storage = WorkflowContextStorage::builder().durable_root(true);
+    let storage = storage.max_bytes(u64::MAX).build().expect("valid settings");
+    let provider = SdkTracerProvider::builder()
+        .with_id_generator(storage.id_generator())
+        .with_sampler(storage.sampler(Sampler::AlwaysOn))
+        .build();
+    let layer = storage.layer(provider.tracer("memory"));
+    let before = LIVE.load(Relaxed);
+    tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), || {
+        uuids(instances, |id| {
+            info_span!("step", workflow.instance_id = id).in_scope(|| {})
+        });
+    });
+    let bytes = LIVE.load(Relaxed) - before;
+    assert_eq!(storage.stats().stored_instances, instances as u64);
+    println!(
+        "  {:>6.1}  recorded by a span, {instances} instances",
+        bytes as f64 / instances as f64
+    );
 }
 
 /// Runs with the layer of the storage, without an exporter.
@@ -116,9 +147,9 @@ fn print(kind: &str, mut times: Vec<Duration>) {
     );
 }
 
-fn uuids(mut with: impl FnMut(&str)) {
+fn uuids(instances: usize, mut with: impl FnMut(&str)) {
     let mut id = String::new();
-    for instance in 0..INSTANCES {
+    for instance in 0..instances {
         write_uuid(&mut id, instance);
         with(&id);
     }

@@ -1,7 +1,7 @@
-//! A worker process is killed with a workflow under way; the next one goes on from the file that it left, and they
-//! leave one trace.
+//! A worker process is killed with a workflow under way; the next one goes on from the file that it left, and so on: five
+//! processes, four of them killed, leave one trace, whose root is the workflow's own span.
 //!
-//! `cargo run --features redb,testing --example restart`
+//! `cargo run --features redb,durable-root,testing --example restart`
 
 #![allow(
     clippy::print_stdout,
@@ -14,9 +14,14 @@ use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use opentelemetry_sdk::trace::{Sampler, SdkTracerProvider};
+use tracing_workflow_context::testing::TraceForest;
 use tracing_workflow_context::{RedbBackend, WorkflowContextStorage};
 
-use support::{Result, draw, from_line, print_spans, run_step, trace_with};
+use support::{Result, draw, from_line, print_spans, run_step, trace_through};
+
+/// The step after which the workflow has ended.
+const LAST: &str = "close";
 
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -30,7 +35,13 @@ fn main() -> Result<()> {
 fn kill_and_restart() -> Result<()> {
     let path = std::env::temp_dir().join(format!("restart-example-{}", std::process::id()));
     let mut spans = Vec::new();
-    for steps in [["reserve_stock", "charge_card"], ["ship", "send_bill"]] {
+    for steps in [
+        ["reserve_stock", "charge_card"],
+        ["pack", "print_label"],
+        ["ship", "track"],
+        ["deliver", "ask_for_review"],
+        ["send_bill", LAST],
+    ] {
         let mut process = Command::new(std::env::current_exe()?)
             .arg("worker")
             .arg(&path)
@@ -51,6 +62,7 @@ fn kill_and_restart() -> Result<()> {
     }
     std::fs::remove_file(path)?;
     draw(&spans);
+    TraceForest::from_spans(&spans).assert_rooted();
     Ok(())
 }
 
@@ -58,10 +70,17 @@ fn kill_and_restart() -> Result<()> {
 fn work(path: &Path, steps: &[&str]) -> Result<()> {
     let storage = WorkflowContextStorage::builder()
         .backend(RedbBackend::open(path)?)
+        .durable_root(true)
         .build()?;
-    let exporter = trace_with(&storage);
+    let provider = SdkTracerProvider::builder()
+        .with_id_generator(storage.id_generator())
+        .with_sampler(storage.sampler(Sampler::ParentBased(Box::new(Sampler::AlwaysOn))));
+    let exporter = trace_through(provider, &storage);
 
     steps.iter().for_each(|step| run_step(step, "order-42"));
+    if steps.ends_with(&[LAST]) {
+        storage.complete("order-42", "completed")?;
+    }
     // From here on nothing can be lost.
     storage.flush()?;
     print_spans(&exporter)?;

@@ -19,12 +19,12 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use opentelemetry_sdk::trace::SpanData;
+use opentelemetry_sdk::trace::{SdkTracerProvider, SpanData};
 use tracing_workflow_context::{
     PostgresBackend, RedbBackend, RedisBackend, WorkflowContextStorage,
 };
 
-use support::{Result, draw, from_line, print_spans, run_step, trace_with};
+use support::{Result, draw, from_line, print_spans, run_step, trace_through};
 
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -77,7 +77,7 @@ fn work(store: &str) -> Result<()> {
         Some(_) => builder.backend(RedisBackend::connect(store)?),
     };
     let storage = builder.build()?;
-    let exporter = trace_with(&storage);
+    let exporter = trace_through(SdkTracerProvider::builder(), &storage);
 
     for task in std::io::stdin().lines() {
         let task = task?;

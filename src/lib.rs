@@ -208,7 +208,14 @@
 //! - A context stored by a call has no root.
 //! - [`exported_roots`](Stats::exported_roots) and [`lost_roots`](Stats::lost_roots) count.
 //!
-//! A root comes last. A sampler at the tail of the pipeline that waits for the root waits as long as the workflow takes.
+//! A root comes last, when the workflow has ended:
+//!
+//! | where | until then | what to do |
+//! |---|---|---|
+//! | Jaeger | the spans stand side by side, with the warning "invalid parent span IDs" | nothing; it goes once the root is there |
+//! | Tempo | the search shows `<root span not yet received>` and no name; structural TraceQL operators such as `>>` find nothing | search by `span.workflow.instance_id`, or for `span.workflow.pending` with [`start_marker`](WorkflowContextStorageBuilder::start_marker) |
+//! | Phoenix, and any table of root spans alone | the trace is not listed | show all spans, or filter by `workflow.instance_id` |
+//! | the Collector's `tail_sampling` | decides `decision_wait` (30 s) after the first span, so no policy sees the root of a longer workflow | decide at the head by the sampler given to [`sampler`](WorkflowContextStorage::sampler), or by what each span has; set `decision_cache.sampled_cache_size`, so that late spans and the root follow the decision |
 //!
 //! # Limits
 //!

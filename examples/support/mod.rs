@@ -5,31 +5,36 @@ use std::error::Error;
 use std::thread::sleep;
 use std::time::{Duration, SystemTime};
 
+use opentelemetry::KeyValue;
 use opentelemetry::trace::{
     SpanContext, SpanId, SpanKind, Status, TraceFlags, TraceId, TraceState, TracerProvider as _,
 };
 use opentelemetry_sdk::trace::{
-    InMemorySpanExporter, SdkTracerProvider, SpanData, SpanEvents, SpanLinks,
+    InMemorySpanExporter, SpanData, SpanEvents, SpanLinks, TracerProviderBuilder,
 };
 use tracing_subscriber::prelude::*;
 use tracing_workflow_context::WorkflowContextStorage;
 use tracing_workflow_context::testing::TraceForest;
 
+/// The attributes of a workflow's own span that are drawn: its outcome, and the number of its spans.
+const OWN: [&str; 2] = ["workflow.status", "workflow.spans"];
+
 pub(crate) type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
 /// Sets up the subscriber of a worker. The exporter returned collects its spans.
-pub(crate) fn trace_with(storage: &WorkflowContextStorage) -> InMemorySpanExporter {
+pub(crate) fn trace_through(
+    provider: TracerProviderBuilder,
+    storage: &WorkflowContextStorage,
+) -> InMemorySpanExporter {
     let exporter = InMemorySpanExporter::default();
-    let provider = SdkTracerProvider::builder()
-        .with_simple_exporter(exporter.clone())
-        .build();
+    let provider = provider.with_simple_exporter(exporter.clone()).build();
     tracing_subscriber::registry()
         .with(storage.layer(provider.tracer("worker")))
         .init();
     exporter
 }
 
-#[tracing::instrument(fields(workflow.instance_id = %order))]
+#[tracing::instrument(fields(workflow.instance_id = %order, workflow.name = "order"))]
 pub(crate) fn run_step(step: &str, order: &str) {
     call_service(step);
 }
@@ -56,22 +61,31 @@ pub(crate) fn draw(spans: &[SpanData]) {
 
 fn to_line(span: &SpanData) -> Result<String> {
     let since_epoch = |time: SystemTime| time.duration_since(SystemTime::UNIX_EPOCH);
-    let step = span.attributes.iter().find(|it| it.key.as_str() == "step");
-    let step = step.map(|it| it.value.to_string()).unwrap_or_default();
+    let attribute = |name: &str| {
+        let mut attributes = span.attributes.iter();
+        let found = attributes.find(|it| it.key.as_str() == name);
+        found.map(|it| it.value.to_string())
+    };
+    let name = match attribute("step") {
+        Some(step) => format!("{}({step})", span.name),
+        None => span.name.to_string(),
+    };
     Ok(format!(
-        "{} {} {} {} {} {}({step})",
+        "{} {} {} {} {} {} {name}",
         span.span_context.trace_id(),
         span.span_context.span_id(),
         span.parent_span_id,
         since_epoch(span.start_time)?.as_nanos(),
         since_epoch(span.end_time)?.as_nanos(),
-        span.name,
+        OWN.map(|name| attribute(name).unwrap_or_else(|| "-".to_owned()))
+            .join(","),
     ))
 }
 
 /// Reads a span that `print_spans` has printed.
 pub(crate) fn from_line(line: &str) -> Result<SpanData> {
-    let [trace, span, parent, start, end, name] = line.split(' ').collect::<Vec<_>>()[..] else {
+    let [trace, span, parent, start, end, own, name] = line.split(' ').collect::<Vec<_>>()[..]
+    else {
         return Err(format!("no span: {line}").into());
     };
     let time = |text: &str| -> Result<SystemTime> {
@@ -91,7 +105,12 @@ pub(crate) fn from_line(line: &str) -> Result<SpanData> {
         name: name.to_owned().into(),
         start_time: time(start)?,
         end_time: time(end)?,
-        attributes: Vec::new(),
+        attributes: OWN
+            .into_iter()
+            .zip(own.split(','))
+            .filter(|(_, value)| *value != "-")
+            .map(|(name, value)| KeyValue::new(name, value.to_owned()))
+            .collect(),
         dropped_attributes_count: 0,
         events: SpanEvents::default(),
         links: SpanLinks::default(),

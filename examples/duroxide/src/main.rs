@@ -47,7 +47,8 @@ fn compare_orders(dir: &Path) -> Result<()> {
 
     print_counts(&plain, &ours);
     println!();
-    ensure(ours.trace_count() == 1, "expected 1 trace")
+    ours.assert_one_trace().assert_rooted();
+    Ok(())
 }
 
 /// Two processes for each layer, as the first is killed.

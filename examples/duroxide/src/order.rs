@@ -1,6 +1,7 @@
 //! The user's side: an ordinary duroxide workflow.
 //!
-//! All it does for tracing is to put the field `workflow.instance_id` on the spans it has anyway.
+//! All it does for tracing is to put the field `workflow.instance_id` on the spans it has anyway, and to tell its end by the
+//! field `workflow.status`, so that the workflow's own span has an outcome.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -8,6 +9,8 @@ use std::time::Duration;
 use duroxide::runtime::registry::ActivityRegistry;
 use duroxide::{ActivityContext, OrchestrationContext, OrchestrationRegistry, RetryPolicy};
 use tokio::time::sleep;
+use tracing::Span;
+use tracing::field::Empty;
 
 pub const NAME: &str = "order";
 
@@ -25,8 +28,19 @@ pub fn activities() -> ActivityRegistry {
 }
 
 /// Re-run from its first line on every turn, that is whenever an activity or a timer below is done.
-#[tracing::instrument(skip_all, fields(workflow.instance_id = %ctx.instance_id()))]
+#[tracing::instrument(skip_all, fields(workflow.instance_id = %ctx.instance_id(), workflow.status = Empty))]
 async fn order(ctx: OrchestrationContext, item: String) -> Result<String, String> {
+    let result = fulfil(ctx, item).await;
+    let status = if result.is_ok() {
+        "completed"
+    } else {
+        "failed"
+    };
+    Span::current().record("workflow.status", status);
+    result
+}
+
+async fn fulfil(ctx: OrchestrationContext, item: String) -> Result<String, String> {
     ctx.set_custom_status("reserving the stock");
     let shelf = ctx.schedule_activity("reserve_stock", &item).await?;
 

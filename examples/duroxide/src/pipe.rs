@@ -4,10 +4,10 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use opentelemetry::InstrumentationScope;
 use opentelemetry::trace::{
     SpanContext, SpanId, SpanKind, Status, TraceFlags, TraceId, TraceState,
 };
+use opentelemetry::{InstrumentationScope, KeyValue};
 use opentelemetry_sdk::error::OTelSdkResult;
 use opentelemetry_sdk::trace::{SpanData, SpanEvents, SpanExporter, SpanLinks};
 
@@ -18,6 +18,9 @@ pub const SPAN: &str = "span:";
 
 /// Opens the line with the number of replayed spans so far.
 pub const REPLAYED: &str = "replayed:";
+
+/// The attributes of a workflow's own span that are drawn: its outcome, and the number of its spans.
+const OWN: [&str; 2] = ["workflow.status", "workflow.spans"];
 
 /// The worker waits to be killed.
 pub const KILL_ME: &str = "kill me";
@@ -41,6 +44,11 @@ fn to_line(span: &SpanData) -> String {
         Status::Error { description } => description,
         _ => "",
     };
+    let own = OWN.map(|name| {
+        let mut attributes = span.attributes.iter();
+        let found = attributes.find(|it| it.key.as_str() == name);
+        found.map(|it| it.value.to_string()).unwrap_or_default()
+    });
     [
         &*span.span_context.trace_id().to_string(),
         &*span.span_context.span_id().to_string(),
@@ -48,6 +56,7 @@ fn to_line(span: &SpanData) -> String {
         &*since_epoch(span.start_time).to_string(),
         &*since_epoch(span.end_time).to_string(),
         error,
+        &*own.join(","),
         &*span.name,
     ]
     .join("\t")
@@ -55,7 +64,7 @@ fn to_line(span: &SpanData) -> String {
 
 pub fn from_line(line: &str) -> Result<SpanData> {
     let fields: Vec<_> = line.split('\t').collect();
-    let [trace, span, parent, start, end, error, name] = fields[..] else {
+    let [trace, span, parent, start, end, error, own, name] = fields[..] else {
         return Err(format!("not a span: {line}").into());
     };
     Ok(SpanData {
@@ -72,7 +81,12 @@ pub fn from_line(line: &str) -> Result<SpanData> {
         name: name.to_owned().into(),
         start_time: UNIX_EPOCH + Duration::from_nanos(start.parse()?),
         end_time: UNIX_EPOCH + Duration::from_nanos(end.parse()?),
-        attributes: Vec::new(),
+        attributes: OWN
+            .into_iter()
+            .zip(own.split(','))
+            .filter(|(_, value)| !value.is_empty())
+            .map(|(name, value)| KeyValue::new(name, value.to_owned()))
+            .collect(),
         dropped_attributes_count: 0,
         events: SpanEvents::default(),
         links: SpanLinks::default(),

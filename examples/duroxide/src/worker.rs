@@ -11,7 +11,7 @@ use duroxide::runtime::registry::ActivityRegistry;
 use duroxide::runtime::{OrchestrationStatus, Runtime, RuntimeOptions};
 use duroxide::{Client, OrchestrationRegistry};
 use opentelemetry::trace::TracerProvider;
-use opentelemetry_sdk::trace::SdkTracerProvider;
+use opentelemetry_sdk::trace::{Sampler, SdkTracerProvider};
 use tracing_subscriber::prelude::*;
 use tracing_workflow_context::{WorkflowContext, WorkflowContextStorage};
 
@@ -24,11 +24,19 @@ const KILLED_IN_STEP: u32 = 11;
 
 /// Starts the workflow or, where the database is there already, goes on with it.
 pub fn run(workflow: &str, layer: &str, database: &Path) -> Result<()> {
-    let provider = SdkTracerProvider::builder()
-        .with_simple_exporter(pipe::Exporter)
-        .build();
+    // The order gets a span of its own, from its first turn to its end.
+    let has_root = (workflow, layer) == (order::NAME, OURS);
+    let storage = WorkflowContextStorage::builder().durable_root(has_root);
+    let storage = storage.build()?;
+    let mut provider = SdkTracerProvider::builder().with_simple_exporter(pipe::Exporter);
+    if has_root {
+        let root = Sampler::ParentBased(Box::new(Sampler::AlwaysOn));
+        provider = provider
+            .with_id_generator(storage.id_generator())
+            .with_sampler(storage.sampler(root));
+    }
+    let provider = provider.build();
     let tracer = provider.tracer("duroxide-example");
-    let storage = WorkflowContextStorage::new();
 
     // Before duroxide starts, which otherwise installs a global subscriber of its own.
     let registry = tracing_subscriber::registry();
