@@ -362,7 +362,8 @@ where
         });
         let beneath_root = rooted.as_ref().and_then(|rooted| rooted.parent.as_ref());
         let parent = beneath_root.unwrap_or(parent);
-        let watch = Watch::new(shared, Some((instance, rank)), memo, awaits);
+        let mut watch = Watch::new(shared, Some((instance, rank)), memo, awaits);
+        watch.note_scope(&builder);
         let build = || self.inner.build_with_context(builder, parent);
         let lose = || Lost::new(shared, parent);
         let mut started = WorkflowSpan::start(Some(watch), build, lose);

@@ -17,9 +17,9 @@ use tracing_subscriber::registry::LookupSpan;
 
 use super::WorkflowContextLayer;
 use super::pending::{Awaits, Learnt, Pending, WaitsNoMore};
-use crate::fields::ReservedFields;
 use crate::fields::callsite::{Callsite, Role};
 use crate::fields::identity::Identity;
+use crate::fields::{Owner, ReservedFields, Scope};
 use crate::tracer::handoff::{self, Adoption, HeldSpan, Mark, StartNumber, StorageId};
 use crate::tracer::held_parents::inside_held;
 use crate::tracer::replay::Numbered;
@@ -58,7 +58,7 @@ where
             ..self.mark(role, may_be_held, declares.has_replay(), attrs, &ctx)
         };
         let number = mark.number;
-        let identity = || self.shared.fields.identify(attrs);
+        let identity = || self.shared.fields.ids_of(attrs).identity();
         let may_wait = may_be_held && (awaits.has_id() || identity().is_none());
         let is_inside_held = may_wait && self.note_held_parent(attrs, number, &ctx);
         // Without activation, and as long as that is unknown, creating a contextual span starts the current one.
@@ -117,7 +117,7 @@ where
         if let Some(span) = ctx.span(id) {
             let pending = Pending::new(awaits_what, number);
             if may_wait && declares.has_more_than_id() {
-                pending.note(self.shared.fields.ids(|visitor| attrs.record(visitor)));
+                pending.note(self.shared.fields.ids_of(attrs));
             }
             span.extensions_mut().replace(pending);
             self.pending_spans.add(id);
@@ -217,8 +217,13 @@ where
     #[inline(never)]
     pub(super) fn record(&self, id: &span::Id, values: &span::Record<'_>, ctx: Context<'_, S>) {
         self.inner.on_record(id, values, ctx.clone());
-        let recorded = self.shared.fields.recorded(values);
-        let ids = || self.shared.fields.ids(|visitor| values.record(visitor));
+        let owner = ctx
+            .metadata(id)
+            .map_or(Owner::Scope(Scope::NONE), |metadata| {
+                Owner::Target(metadata.target())
+            });
+        let recorded = self.shared.fields.recorded(owner, values);
+        let ids = || (self.shared.fields).ids(owner, |visitor| values.record(visitor));
         let waited = match self.pending(id, &ctx, |pending| pending.learn(recorded)) {
             Some(Learnt::All(waited)) => waited,
             Some(Learnt::Some) if recorded != ReservedFields::NONE => {

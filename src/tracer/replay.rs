@@ -14,6 +14,7 @@ use crate::context::WorkflowContext;
 use crate::decision::{Arrival, Decision, Moment, decide};
 use crate::fields::identity::Identity;
 use crate::fields::value::EndStatus;
+use crate::fields::{Owner, Scope};
 use crate::storage::shared::Shared;
 
 /// Stands for the recorded span of an instance while code is re-executed.
@@ -229,7 +230,9 @@ impl StandIn {
     }
 
     pub(super) fn observe(&mut self, attribute: &KeyValue) {
-        let tag = self.shared.fields.tag_of(std::slice::from_ref(attribute));
+        // Neither field that counts here has a scope.
+        let (attribute, owner) = (std::slice::from_ref(attribute), Owner::Scope(Scope::NONE));
+        let tag = self.shared.fields.tag_of(attribute, owner);
         if let Some(replaying) = tag.replaying {
             self.replay.set_over(!replaying);
         }
@@ -240,7 +243,7 @@ impl StandIn {
 
     /// Keeps a warning or an error that is told after the end of the replay; drops and counts any other event.
     pub(super) fn observe_event(&self, event: Event) {
-        if let Some(status) = self.shared.fields.tag_of(&event.attributes).end {
+        if let Some(status) = self.shared.fields.end_of(&event.attributes) {
             self.complete(status);
         }
         if self.replay.is_over() && is_severe(&event) {

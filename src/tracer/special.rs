@@ -15,6 +15,7 @@ use super::watch::{Memo, Unnamed, Watch};
 use super::{Origin, WorkflowTracer, without_span};
 use crate::decision::Moment;
 use crate::explain::author::Author;
+use crate::fields::Owner;
 use crate::fields::identity::{Identity, Names};
 use crate::root::ids;
 
@@ -99,7 +100,8 @@ where
             return None;
         }
         let attributes = builder.attributes.as_deref().unwrap_or_default();
-        let tag = self.shared.fields.tag_of(attributes);
+        let owner = Owner::Attributes(attributes);
+        let tag = self.shared.fields.tag_of(attributes, owner);
         let identity = tag.names()?.to_identity();
         let ids = |cx: &Context| {
             let span = cx.span();
@@ -142,7 +144,8 @@ where
         if parent.is_telemetry_suppressed() {
             return self.build_ordinary(builder, parent);
         }
-        let tag = shared.tag_of(builder.attributes.as_deref().unwrap_or_default());
+        let attributes = builder.attributes.as_deref().unwrap_or_default();
+        let tag = shared.tag_of(attributes, Owner::Attributes(attributes));
         let may_name_itself = adopted.as_ref().is_some_and(|offer| offer.may_name_itself);
         let adopted = adopted.map(|offer| offer.identity);
         let events = builder.events.as_deref();
@@ -197,7 +200,8 @@ where
                 let is_poller = shared.fields.is_poller(&builder);
                 let mut memo = Memo::new(None, unnamed);
                 memo.completes(shared.fields.is_completing(&builder));
-                let watch = Watch::new(shared, None, Some(memo), mark.awaits);
+                let mut watch = Watch::new(shared, None, Some(memo), mark.awaits);
+                watch.note_scope(&builder);
                 let build = || self.inner.build_with_context(builder, parent);
                 let lose = || Lost::new(shared, parent);
                 let mut started = WorkflowSpan::start(Some(watch), build, lose);
