@@ -34,6 +34,7 @@ use crate::error::InvalidInstanceId;
 pub(crate) struct Fields {
     meanings: Meanings,
     engine_spans: Vec<SpanPattern>,
+    nested: Vec<SpanPattern>,
     pollers: Vec<SpanPattern>,
     completing: Vec<SpanPattern>,
 }
@@ -56,6 +57,10 @@ impl SpanPattern {
     fn matches(&self, name: &str, target: Option<&str>) -> bool {
         let is_target = |known: &Cow<'_, str>| target.is_some_and(|target| target == known);
         self.name == name && self.target.as_ref().is_none_or(is_target)
+    }
+
+    fn is_of(&self, metadata: &Metadata<'_>) -> bool {
+        self.matches(metadata.name(), Some(metadata.target()))
     }
 
     /// Reads a name, which may have a target in front, and is taken as a whole as well.
@@ -97,6 +102,7 @@ impl Fields {
         Self {
             meanings,
             engine_spans: Vec::new(),
+            nested: Vec::new(),
             pollers: Vec::new(),
             completing: Vec::new(),
         }
@@ -135,6 +141,7 @@ impl Fields {
         }
         let spans = [
             (&mut self.engine_spans, preset.adopted),
+            (&mut self.nested, preset.nested),
             (&mut self.pollers, preset.pollers),
             (&mut self.completing, preset.completing),
         ];
@@ -175,9 +182,14 @@ impl Fields {
         !self.completing.is_empty() && SpanPattern::any_matches(&self.completing, span)
     }
 
+    /// Returns `true` if a span that is created with `parent: None` belongs into the current one all the same.
+    pub(crate) fn is_nested(&self, metadata: &Metadata<'_>) -> bool {
+        self.nested.iter().any(|span| span.is_of(metadata))
+    }
+
     /// Reads what the spans of a callsite have in common.
     pub(crate) fn callsite(&self, metadata: &Metadata<'_>) -> Callsite {
-        let named = |span: &SpanPattern| span.matches(metadata.name(), Some(metadata.target()));
+        let named = |span: &SpanPattern| span.is_of(metadata);
         let mut declares = ReservedFields::default();
         let mut is_tagged = false;
         for field in metadata.fields() {

@@ -69,6 +69,8 @@ pub(super) struct Preset {
     pub(super) id_form: Option<&'static IdForm>,
     /// Spans around user code without an instance id, which join the instance of their first child.
     pub(super) adopted: &'static [SpanName],
+    /// Spans opened with `parent: None` that belong into the current one all the same.
+    pub(super) nested: &'static [SpanName],
     /// Spans in which a process waits for work.
     pub(super) pollers: &'static [SpanName],
     /// Spans whose close is the end of their instance.
@@ -107,6 +109,7 @@ const NOTHING: Preset = Preset {
     targets: &[],
     id_form: None,
     adopted: &[],
+    nested: &[],
     pollers: &[],
     completing: &[],
 };
@@ -158,13 +161,19 @@ impl Engine {
             // aws-durable-execution-sdk 0.1.0, names in src/observability.rs: `durable_execution` and
             // `durable_operation` (src/tracing_layer.rs:100-170) carry the ARN. `isReplay` is recorded on the former after
             // each operation is claimed (src/context.rs:390 and 551), on a handle the SDK keeps for that, so `false` is
-            // sure to be seen; the span itself is new in each invocation. Around it lambda_runtime 1.0.1 opens
+            // sure to be seen; the span itself is new in each invocation. Child contexts have one of their own with
+            // `parent: None` (src/tracing_layer.rs:163), so that a log filter judges each by its own flag: this crate does
+            // that in any case, and nests it where it was created. Around them lambda_runtime 1.0.1 opens
             // `Lambda runtime invoke` (src/layers/trace.rs:60-68), which names a request only.
             Self::AwsDurable => Preset {
                 instance_id: anywhere("executionArn"),
                 replaying_children: own("isReplay"),
                 targets: &["aws_durable_execution_sdk::tracing_layer"],
                 adopted: &[("Lambda runtime invoke", "lambda_runtime::layers::trace")],
+                nested: &[(
+                    "durable_execution",
+                    "aws_durable_execution_sdk::tracing_layer",
+                )],
                 ..NOTHING
             },
             // underway 0.2.0: `execute` (src/job.rs:1624) runs one attempt at one step. Around it, on a task of its own,

@@ -52,6 +52,8 @@ where
             let create = || self.inner.on_new_span(attrs, id, ctx);
             return handoff::marking(None, create);
         }
+        let nested = self.nested(attrs, &ctx);
+        let attrs = nested.as_ref().unwrap_or(attrs);
         let mark = Mark {
             awaits: role != Role::Ordinary
                 && (awaits != ReservedFields::NONE || declares.has_replay()),
@@ -122,6 +124,19 @@ where
             span.extensions_mut().replace(pending);
             self.pending_spans.add(id);
         }
+    }
+
+    /// Returns the attributes of an engine's span that is created without a parent and belongs into the current span. If that
+    /// is another instance's, the span continues its own all the same.
+    fn nested<'a>(
+        &self,
+        attrs: &'a span::Attributes<'a>,
+        ctx: &Context<'_, S>,
+    ) -> Option<span::Attributes<'a>> {
+        let is_nested = attrs.is_root() && self.shared.fields.is_nested(attrs.metadata());
+        let current = is_nested.then(|| ctx.lookup_current()).flatten()?.id();
+        let (metadata, values) = (attrs.metadata(), attrs.values());
+        Some(span::Attributes::child_of(current, metadata, values))
     }
 
     /// Returns what the builder of a new span carries: a number if it may be held, be beneath a replay, or begin one.

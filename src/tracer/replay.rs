@@ -131,7 +131,7 @@ impl ReplaysBeneath {
             shared: shared.clone(),
             number,
             standing: Standing {
-                replay: Replay::new(&shared.counters),
+                replay: Replay::beneath_real(&shared.counters),
                 context: span.clone(),
             },
             is_active: false,

@@ -151,7 +151,10 @@ where
         let events = builder.events.as_deref();
         let told_end = (tag.end).or_else(|| shared.fields.end_in(events.unwrap_or_default()));
         let replays_beneath = tag.replaying_children == Some(true);
-        let beneath = Beneath::find(shared, mark, parent);
+        // An engine that runs code again in several real spans, one inside the other, has a flag for each.
+        let has_own_flag = tag.replaying_children.is_some();
+        let beneath = Beneath::find(shared, mark, parent)
+            .filter(|beneath| !has_own_flag || !beneath.replay.is_beneath_real());
         let under = (beneath.as_ref()).filter(|beneath| !beneath.replay.is_over());
         let replay = match tag.replaying {
             Some(replaying) => replaying.then(|| Replay::new(&shared.counters)),

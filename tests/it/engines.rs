@@ -12,7 +12,8 @@ use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 use tracing_workflow_context::{Engine, WorkflowContextStorage};
 
 use crate::support::{
-    DrawnOnPanic, Worker, assert_continues, assert_nested, assert_root, attribute, both_activations,
+    DrawnOnPanic, Worker, assert_continues, assert_nested, assert_root, attribute,
+    both_activations, link,
 };
 
 fn knowing(engines: &[Engine]) -> WorkflowContextStorage {
@@ -281,9 +282,65 @@ mod aws {
             drop((handler, invoke));
 
             let names = worker.names();
-            assert!(names.contains(&"new".to_owned()), "{names:?}");
             assert!(!names.iter().any(|name| name.starts_with("replayed")));
+            let [_, handler] = only(worker, "durable_execution");
+            assert_nested(&worker.span("child context"), &handler);
+            assert_nested(&worker.span("new"), &worker.span("child context"));
             worker.forest().assert_one_trace().assert_no_orphans();
+        });
+    }
+
+    /// Created in the handler, polled elsewhere.
+    #[test]
+    fn a_child_context_is_nested_where_it_was_created() {
+        with(Engine::AwsDurable, |worker| {
+            execution(false).in_scope(|| {
+                let branch = info_span!("batch").in_scope(|| child_context(false));
+                let child = branch.in_scope(|| child_context(false));
+                info_span!("elsewhere").in_scope(|| child.in_scope(|| step("in the child")));
+            });
+
+            let [branch, child] = only(worker, "child context");
+            let (branch, child) = match child.parent_span_id == branch.span_context.span_id() {
+                true => (branch, child),
+                false => (child, branch),
+            };
+            assert_nested(&branch, &worker.span("batch"));
+            assert_nested(&child, &branch);
+            assert_nested(&worker.span("in the child"), &child);
+        });
+    }
+
+    #[test]
+    fn a_child_context_without_a_current_span_continues_the_execution() {
+        with(Engine::AwsDurable, |worker| {
+            execution(false).in_scope(|| ());
+            child_context(false).in_scope(|| ());
+            info_span!("another request").in_scope(|| child_context(false).in_scope(|| ()));
+
+            let first = worker.span("durable_execution").span_context;
+            let [alone, in_request] = only(worker, "child context");
+            for child in [&alone, &in_request] {
+                assert_eq!(child.parent_span_id, first.span_id());
+            }
+            assert_eq!(alone.links.len(), 0);
+            let request = worker.span("another request").span_context;
+            let (relation, linked) = link(&in_request);
+            assert_eq!(
+                (relation.as_str(), linked.span_id()),
+                ("foreign", request.span_id())
+            );
+        });
+    }
+
+    #[test]
+    fn a_span_without_a_parent_that_is_not_the_engines_is_not_nested() {
+        with(Engine::AwsDurable, |worker| {
+            execution(false).in_scope(|| {
+                info_span!(parent: None, "durable_execution", otel.name = "mine").in_scope(|| ());
+            });
+            assert_root(&worker.span("mine"));
+            assert_eq!(worker.forest().trace_count(), 2);
         });
     }
 
