@@ -150,11 +150,15 @@ impl Fields {
         }
     }
 
-    /// Returns the scope of a span that is about to start.
+    /// Returns `false` if each name has its meaning on every span.
     #[inline]
-    pub(crate) fn scope_of(&self, span: &SpanBuilder) -> Scope {
-        let attributes = span.attributes.as_deref().unwrap_or_default();
-        self.meanings.scope_of(Owner::Attributes(attributes))
+    pub(crate) fn has_scopes(&self) -> bool {
+        self.meanings.has_scopes()
+    }
+
+    /// Returns the scope of a span.
+    pub(crate) fn scope_of(&self, owner: Owner<'_>) -> Scope {
+        self.meanings.scope_of(owner)
     }
 
     pub(crate) fn add_engine_span(&mut self, name: Cow<'static, str>) {
@@ -227,8 +231,7 @@ impl Fields {
         }
         let only = only?;
         let everywhere = Owner::Scope(Scope::NONE);
-        let Meaning::InstanceId { rank, .. } = self.meanings.get(only.key.as_str(), everywhere)?
-        else {
+        let Meaning::InstanceId { rank } = self.meanings.get(only.key.as_str(), everywhere)? else {
             return None;
         };
         let id = printed(&only.value);
@@ -240,7 +243,8 @@ impl Fields {
         let mut tag = Tag::default();
         for attribute in attributes {
             if let Some(meaning) = self.meanings.get(attribute.key.as_str(), owner) {
-                tag.take(meaning, &attribute.value, attributes);
+                let form = |rank, id| formed(id, self.meanings.form(rank), attributes);
+                tag.take(meaning, &attribute.value, form);
             }
         }
         tag
@@ -263,11 +267,10 @@ impl Fields {
             meanings: &self.meanings,
             owner,
             ids: Ids::default(),
-            form: None,
         };
         record(&mut visitor);
-        let IdentityVisitor { mut ids, form, .. } = visitor;
-        if let (Some(form), Some(id)) = (form, &ids.instance_id) {
+        let mut ids = visitor.ids;
+        if let (Some(form), Some(id)) = (self.meanings.form(ids.rank), &ids.instance_id) {
             let queue = form.queue.and_then(|name| {
                 let mut visitor = QueueVisitor { name, queue: None };
                 record(&mut visitor);
@@ -370,16 +373,21 @@ impl<'a> Tag<'a> {
         }
     }
 
-    /// Takes a reserved field, which is one of the attributes.
-    fn take(&mut self, meaning: Meaning, value: &'a Value, attributes: &[KeyValue]) {
+    /// Takes a reserved field. `form` gives an instance id, by the rank of its field, the form that it has.
+    fn take(
+        &mut self,
+        meaning: Meaning,
+        value: &'a Value,
+        form: impl FnOnce(u16, Cow<'a, str>) -> Cow<'a, str>,
+    ) {
         match meaning {
             Meaning::Replaying => self.replaying = truth(value).or(self.replaying),
             Meaning::ReplayingChildren => {
                 self.replaying_children = truth(value).or(self.replaying_children);
             }
             Meaning::Status => self.end = EndStatus::read(value).or(self.end),
-            Meaning::InstanceId { rank, form } => {
-                let Some(id) = self.id(formed(printed(value), form, attributes)) else {
+            Meaning::InstanceId { rank } => {
+                let Some(id) = self.id(form(rank, printed(value))) else {
                     return;
                 };
                 if self.instance_id.is_some() && rank > self.rank {

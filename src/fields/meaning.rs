@@ -9,10 +9,7 @@ use super::identity::IdForm;
 /// The meaning of a field. Ranks are positions in the builder's order: of several ids on one span the lowest counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Meaning {
-    InstanceId {
-        rank: u16,
-        form: Option<&'static IdForm>,
-    },
+    InstanceId { rank: u16 },
     RunId,
     ParentInstanceId,
     Replaying,
@@ -45,6 +42,8 @@ pub(crate) struct Meanings {
     names: Vec<Named>,
     /// The targets of each engine that has a scope.
     scopes: Vec<&'static [&'static str]>,
+    /// The forms of ids that have one, by the rank of the field.
+    forms: Vec<(u16, &'static IdForm)>,
     /// Bit n is set if some name has n bytes, modulo 64. Most attributes are ruled out by that alone.
     lengths: u64,
 }
@@ -76,7 +75,14 @@ impl Meanings {
         scope: Scope,
     ) {
         let rank = u16::try_from(self.names.len()).unwrap_or(u16::MAX);
-        self.add(name, Meaning::InstanceId { rank, form }, scope);
+        self.add(name, Meaning::InstanceId { rank }, scope);
+        self.forms.extend(form.map(|form| (rank, form)));
+    }
+
+    /// Returns the form of the ids in the field of that rank.
+    pub(super) fn form(&self, rank: u16) -> Option<&'static IdForm> {
+        let found = self.forms.iter().find(|(known, _)| *known == rank);
+        found.map(|(_, form)| *form)
     }
 
     /// Adds a name, unless it has a meaning there already.
@@ -104,14 +110,24 @@ impl Meanings {
             return None;
         }
         let is_meant = |named: &&Named| {
-            named.name == name
-                && (named.scope == Scope::NONE || named.scope == self.scope_of(owner))
+            named.name == name && (named.scope == Scope::NONE || self.is_in(named.scope, owner))
         };
         self.names.iter().find(is_meant).map(|named| named.meaning)
     }
 
-    /// Returns the scope that a span is in.
     #[inline]
+    pub(super) fn has_scopes(&self) -> bool {
+        !self.scopes.is_empty()
+    }
+
+    /// Returns `true` if a span is in the scope. Out of line, since few names ask.
+    #[cold]
+    #[inline(never)]
+    fn is_in(&self, scope: Scope, owner: Owner<'_>) -> bool {
+        self.scope_of(owner) == scope
+    }
+
+    /// Returns the scope that a span is in.
     pub(super) fn scope_of(&self, owner: Owner<'_>) -> Scope {
         match owner {
             Owner::Scope(scope) => scope,
@@ -124,7 +140,6 @@ impl Meanings {
         }
     }
 
-    #[inline(never)]
     fn scope_of_target(&self, target: &str) -> Scope {
         let mut scopes = self.scopes.iter();
         let index = scopes.position(|targets| targets.contains(&target));

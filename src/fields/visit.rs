@@ -4,17 +4,16 @@ use std::fmt::{self, Write as _};
 
 use tracing::field::{Field, Visit};
 
-use super::identity::{IdForm, Ids};
+use super::identity::Ids;
 use super::meaning::{Meaning, Meanings, Owner, ReservedFields};
 use super::value::{LONGEST_TEXT, plain};
 use crate::error::InvalidInstanceId;
 
+/// Reads the ids; that of an instance has still to get its form.
 pub(super) struct IdentityVisitor<'a> {
     pub(super) meanings: &'a Meanings,
     pub(super) owner: Owner<'a>,
     pub(super) ids: Ids,
-    /// The form that the instance id is still to get.
-    pub(super) form: Option<&'static IdForm>,
 }
 
 impl IdentityVisitor<'_> {
@@ -22,9 +21,7 @@ impl IdentityVisitor<'_> {
         let ids = &mut self.ids;
         let meaning = self.meanings.get(field.name(), self.owner);
         let slot = match meaning {
-            Some(Meaning::InstanceId { rank, .. })
-                if ids.instance_id.is_none() || rank <= ids.rank =>
-            {
+            Some(Meaning::InstanceId { rank }) if ids.instance_id.is_none() || rank <= ids.rank => {
                 &mut ids.instance_id
             }
             Some(Meaning::RunId) => &mut ids.run_id,
@@ -38,8 +35,8 @@ impl IdentityVisitor<'_> {
         let id = plain(&text.0);
         if InvalidInstanceId::check(&id).is_ok() {
             *slot = Some(id.into());
-            if let Some(Meaning::InstanceId { rank, form }) = meaning {
-                (ids.rank, self.form) = (rank, form);
+            if let Some(Meaning::InstanceId { rank }) = meaning {
+                ids.rank = rank;
             }
         }
     }

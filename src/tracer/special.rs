@@ -15,8 +15,8 @@ use super::watch::{Memo, Unnamed, Watch};
 use super::{Origin, WorkflowTracer, without_span};
 use crate::decision::Moment;
 use crate::explain::author::Author;
-use crate::fields::Owner;
 use crate::fields::identity::{Identity, Names};
+use crate::fields::{Owner, Scope};
 use crate::root::ids;
 
 impl<T> WorkflowTracer<T>
@@ -145,7 +145,12 @@ where
             return self.build_ordinary(builder, parent);
         }
         let attributes = builder.attributes.as_deref().unwrap_or_default();
-        let tag = shared.tag_of(attributes, Owner::Attributes(attributes));
+        let owner = Owner::Attributes(attributes);
+        let tag = shared.tag_of(attributes, owner);
+        let scope = match mark.awaits {
+            true => shared.fields.scope_of(owner),
+            false => Scope::NONE,
+        };
         let may_name_itself = adopted.as_ref().is_some_and(|offer| offer.may_name_itself);
         let adopted = adopted.map(|offer| offer.identity);
         let events = builder.events.as_deref();
@@ -203,8 +208,7 @@ where
                 let is_poller = shared.fields.is_poller(&builder);
                 let mut memo = Memo::new(None, unnamed);
                 memo.completes(shared.fields.is_completing(&builder));
-                let mut watch = Watch::new(shared, None, Some(memo), mark.awaits);
-                watch.note_scope(&builder);
+                let watch = Watch::new(shared, None, Some(memo), mark.awaits, scope);
                 let build = || self.inner.build_with_context(builder, parent);
                 let lose = || Lost::new(shared, parent);
                 let mut started = WorkflowSpan::start(Some(watch), build, lose);
@@ -220,7 +224,7 @@ where
                     self.diagnose(&decision, parent);
                 }
                 let mut plan = self.plan(&builder, key, tag.rank(), names, unnamed);
-                (plan.awaits, plan.told_end) = (mark.awaits, told_end);
+                (plan.awaits, plan.scope, plan.told_end) = (mark.awaits, scope, told_end);
                 plan.recording = self.recording(&builder, key, &decision);
                 self.start(builder, parent, &decision, plan)
             }

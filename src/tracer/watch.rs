@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::SystemTime;
 
-use opentelemetry::trace::{Span, SpanBuilder, SpanContext};
+use opentelemetry::trace::{Span, SpanContext};
 use opentelemetry::{KeyValue, SpanId, TraceId};
 
 use super::handoff::{self, Mark};
@@ -119,6 +119,7 @@ impl Watch {
         instance: Option<(u64, u16)>,
         memo: Option<Box<Memo>>,
         observes: bool,
+        scope: Scope,
     ) -> Self {
         Self {
             shared: shared.clone(),
@@ -126,15 +127,7 @@ impl Watch {
             memo,
             rank: instance.map_or(u16::MAX, |(_, rank)| rank),
             observes,
-            scope: Scope::NONE,
-        }
-    }
-
-    /// Notes on whose spans the names count that may still be recorded on it.
-    #[inline]
-    pub(super) fn note_scope(&mut self, span: &SpanBuilder) {
-        if self.observes {
-            self.scope = self.shared.fields.scope_of(span);
+            scope,
         }
     }
 

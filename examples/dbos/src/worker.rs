@@ -60,9 +60,7 @@ async fn work(url: &str, layer: &str, part: &str) -> Result<()> {
             ..StartOptions::default()
         };
         let request = order.start_with(IN_REQUEST.into(), options(IN_REQUEST));
-        let _ = async { request.await }
-            .instrument(info_span!("request"))
-            .await?;
+        let _ = request.instrument(info_span!("request")).await?;
         for id in IN_QUEUE {
             let queued = StartOptions {
                 queue: Some(Enqueue::new(QUEUE)),
