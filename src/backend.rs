@@ -10,6 +10,7 @@ pub(crate) mod codec;
 mod guard;
 pub(crate) mod keys;
 pub(crate) mod memory;
+pub(crate) mod namespaced;
 pub(crate) mod reader;
 #[cfg(feature = "redb")]
 pub(crate) mod redb;

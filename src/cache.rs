@@ -17,14 +17,14 @@ use opentelemetry::TraceId;
 use crate::backend::Record;
 use crate::clock::{self, Clock, OnTick, SystemClock, Ticks};
 use crate::context::WorkflowContext;
-use crate::explain::Explanation;
 use crate::explain::author::Authors;
 use crate::explain::trail::{Event, Step, Trail};
+use crate::explain::{Explanation, Summary};
 use crate::lock::lock;
-use crate::root::open::{OpenRoot, reopen};
+use crate::root::open::{OpenRoot, reopen, set_recorded};
 use crate::root::state::Roots;
 use crate::stats::Counter;
-use entry::{Entry, Limits, Rank, Run};
+use entry::{Entry, Limits, Rank, Replaced, Run};
 use shards::{Contents, Counts, Shards};
 use walk::{Ids, Sweep};
 
@@ -222,21 +222,24 @@ impl Cache {
         })
     }
 
-    /// Stores the context of an instance in place of all its runs. Returns the ids of those runs.
-    pub(crate) fn replace(&self, id: &str, context: WorkflowContext) -> Vec<Box<str>> {
-        let hash = self.hash(id);
+    /// Stores the context of an instance in place of all its runs, beneath the root that goes on.
+    pub(crate) fn replace(
+        &self,
+        id: &str,
+        context: WorkflowContext,
+        root: Option<Arc<OpenRoot>>,
+    ) -> Replaced {
+        let (hash, now) = (self.hash(id), self.time.now());
         // Only a pointer is taken out under the lock, and nearly always there is none.
-        let mut replaced = None;
-        let run = Run::new(context, None, 1);
-        let stored = self.upsert(hash, id, run, |entry, run| {
-            replaced = entry.latest.rare.take();
-            entry.latest = run;
-            entry.completed.set(0);
+        let mut replaced = Replaced::default();
+        let run = Run::new(context, None, 1).with_root(root);
+        let stored = self.upsert(hash, id, now, run, |entry, run| {
+            replaced = entry.replace(run);
             Ok(())
         });
         debug_assert!(stored.is_ok(), "a replacement conflicts with nothing");
-        self.note(hash, Event::Stored);
-        replaced.map_or_else(Vec::new, |rare| rare.run_ids())
+        self.note_at(now, hash, Event::Stored);
+        replaced
     }
 
     /// Inserts a record of the backend, unless the run is known already.
@@ -245,8 +248,12 @@ impl Cache {
         let run_id = record.run_id.as_deref();
         let run = Run::new(record.context, run_id, record.generation).with_root(root);
         // On a conflict the run was recorded here while it was fetched, and that counts.
-        let _ = self.upsert(self.hash(id), id, run, |entry, run| {
-            match entry.run_mut(run_id) {
+        let _ = self.upsert(
+            self.hash(id),
+            id,
+            self.time.now(),
+            run,
+            |entry, run| match entry.run_mut(run_id) {
                 Some(known) => Err(Conflict {
                     winner: known.context(),
                 }),
@@ -254,8 +261,8 @@ impl Cache {
                     entry.begin(run);
                     Ok(())
                 }
-            }
-        });
+            },
+        );
     }
 
     /// Inserts a record of the backend, unless the instance is known already.
@@ -268,7 +275,7 @@ impl Cache {
                 winner: entry.latest().context(),
             })
         };
-        let _ = self.upsert(self.hash(id), id, run, known);
+        let _ = self.upsert(self.hash(id), id, self.time.now(), run, known);
     }
 
     /// Replaces our context of a run with that of another process, which was recorded first, if ours is still stored.
@@ -388,8 +395,12 @@ impl Cache {
         let mut run = Run::new(context, key.run_id, generation).with_root(root);
         run.author = author;
         let mut before = None;
-        self.upsert(key.hash, key.id, run, |entry, run| {
-            match entry.run_mut(key.run_id) {
+        self.upsert(
+            key.hash,
+            key.id,
+            self.time.now(),
+            run,
+            |entry, run| match entry.run_mut(key.run_id) {
                 Some(known) if follows.is_some_and(|(context, _)| known.context() == *context) => {
                     known.continue_as(run);
                     Ok(())
@@ -402,8 +413,8 @@ impl Cache {
                     entry.begin(run);
                     Ok(())
                 }
-            }
-        })?;
+            },
+        )?;
         Ok(before)
     }
 
@@ -476,11 +487,15 @@ impl Cache {
             let table = &self.shards.lock_for(hash).table;
             let found = table.find(hash, |entry| entry.id == *id);
             let found = found.and_then(|index| table.get(index));
-            found.map(|entry| (entry.summary(wall), entry.latest().author))
+            found.map(|entry| {
+                let Run { author, .. } = *entry.latest();
+                (entry.summary(wall), author, entry.latest().root().cloned())
+            })
         };
-        let recorded = found.map(|(mut recorded, author)| {
-            recorded.writer = authors.writer(author);
-            recorded
+        let recorded = found.map(|(recorded, author, root)| Summary {
+            writer: authors.writer(author),
+            root: root.map(|root| root.summary()),
+            ..recorded
         });
         let steps = self.trail.steps_of(hash);
         Explanation::new(id, recorded, steps, now, self.trail.is_off())
@@ -506,11 +521,11 @@ impl Cache {
         &self,
         hash: u64,
         id: &str,
+        now: u32,
         run: Run,
         update: impl FnOnce(&mut Entry, Run) -> Result<(), Conflict>,
     ) -> Result<(), Conflict> {
         let root = self.roots.as_ref().and_then(|_| run.root().cloned());
-        let now = self.time.now();
         let mut shard = self.shards.lock_for(hash);
         let table = &mut shard.table;
         let known = table.find(hash, |entry| entry.id == *id);
@@ -587,14 +602,6 @@ impl Cache {
     }
 }
 
-/// Notes that memory has the root now. One that it refused is of no use to anybody.
-#[inline]
-fn set_recorded(root: Option<Arc<OpenRoot>>) {
-    if let Some(root) = root {
-        root.set_recorded();
-    }
-}
-
 impl OnTick for Cache {
     fn on_tick(&self, now: u32) {
         let report = |hash, event| self.note_loss(hash, now, event);
@@ -642,7 +649,7 @@ mod tests {
         ] {
             let hash = cache.hash(id);
             assert!(!cache.complete_hashed(hash), "nothing is stored yet");
-            cache.replace(id, context(1));
+            cache.replace(id, context(1), None);
             let is_there = |entry: Option<&Entry>| entry.is_some();
             assert!(cache.look_up(cache.key(id, None), is_there));
             assert!(!cache.look_up(
@@ -681,7 +688,7 @@ mod tests {
                         *if span.is_some() { &mut hits } else { &mut misses } += 1;
                     }
                     _ => {
-                        cache.replace(&id, context(step));
+                        cache.replace(&id, context(step), None);
                         model.insert(id, step);
                     }
                 }
@@ -701,7 +708,7 @@ mod tests {
             let cache = cache(max);
             for n in ids {
                 let id = n.to_string();
-                cache.replace(&id, context(n + 1));
+                cache.replace(&id, context(n + 1), None);
                 prop_assert!(cache.len() <= max);
                 prop_assert_eq!(cache.latest(&id).map(|cx| cx.span_id()), Some((n + 1).into()));
             }

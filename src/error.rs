@@ -36,6 +36,9 @@ impl InvalidInstanceId {
     }
 }
 
+/// The most bytes that a namespace may have.
+pub(crate) const MAX_NAMESPACE_BYTES: usize = 256;
+
 /// The error of an explicit call on the storage. Nothing that was stored is lost.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -114,6 +117,12 @@ pub enum BuildError {
         continuation: crate::Continuation,
         /// The reason.
         why: &'static str,
+    },
+    /// The namespace is longer than 256 bytes.
+    #[error("namespace: {length} bytes are too many, the most is {MAX_NAMESPACE_BYTES}")]
+    NamespaceTooLong {
+        /// Its length in bytes.
+        length: usize,
     },
     /// A thread for the backend could not be started.
     #[error("backend: could not start a thread: {error}")]

@@ -14,6 +14,7 @@ use self::trail::{Event, Step};
 use crate::clock::TICK;
 use crate::context::WorkflowContext;
 use crate::error::{InvalidInstanceId, MAX_INSTANCE_ID_BYTES};
+use crate::root::summary::RootSummary;
 
 /// An explanation of an instance: the recorded context and its author, and the decisions on the last spans.
 ///
@@ -29,6 +30,7 @@ pub struct Explanation {
     trail_is_off: bool,
     backend_is_down: bool,
     trace_is_shared: bool,
+    missing_for_roots: Option<&'static str>,
 }
 
 /// The record of an instance.
@@ -40,6 +42,8 @@ pub(crate) struct Summary {
     pub(crate) run_id: Option<String>,
     pub(crate) completed: bool,
     pub(crate) older_runs: usize,
+    /// Its own span, with durable roots.
+    pub(crate) root: Option<RootSummary>,
     /// The time of the explanation.
     pub(crate) now: SystemTime,
 }
@@ -65,6 +69,7 @@ impl Explanation {
             trail_is_off,
             backend_is_down: false,
             trace_is_shared: false,
+            missing_for_roots: None,
         }
     }
 
@@ -82,6 +87,14 @@ impl Explanation {
     pub(crate) fn with_backend_down(self, backend_is_down: bool) -> Self {
         Self {
             backend_is_down,
+            ..self
+        }
+    }
+
+    /// Notes the line without which durable roots are off.
+    pub(crate) fn with_missing_for_roots(self, missing_for_roots: Option<&'static str>) -> Self {
+        Self {
+            missing_for_roots,
             ..self
         }
     }
@@ -177,6 +190,12 @@ impl fmt::Display for Explanation {
                 "\n  more than 16 instances share this trace: name the span that they have in common, a poller's, in poller_spans",
             )?;
         }
+        if let Some(missing) = self.missing_for_roots {
+            write!(
+                f,
+                "\n  durable roots are off: the tracer provider lacks {missing}"
+            )?;
+        }
         if self.trail_is_off {
             return write!(f, "\n  recent decisions are switched off");
         }
@@ -225,6 +244,9 @@ impl fmt::Display for Summary {
         }
         if self.completed {
             f.write_str(", completed")?;
+        }
+        if let Some(root) = &self.root {
+            write!(f, "\n  {root}")?;
         }
         Ok(())
     }

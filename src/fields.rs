@@ -26,7 +26,7 @@ pub(crate) use self::names::{
     RESUMED, RESUMES, RUN_ID, SPANS, STATUS,
 };
 use self::value::{EndStatus, printed, truth};
-use self::visit::{HasValue, IdentityVisitor, IsThere, QueueVisitor};
+use self::visit::{HasValue, IdentityVisitor, IsThere, IsThereAt, QueueVisitor};
 use crate::error::InvalidInstanceId;
 
 /// The fields and engine spans that one storage knows.
@@ -181,9 +181,13 @@ impl Fields {
     }
 
     /// Returns `true` if the close of a span that is about to start is the end of its instance.
-    #[inline]
     pub(crate) fn is_completing(&self, span: &SpanBuilder) -> bool {
-        !self.completing.is_empty() && SpanPattern::any_matches(&self.completing, span)
+        SpanPattern::any_matches(&self.completing, span)
+    }
+
+    /// Returns `true` if the close of some span is the end of its instance.
+    pub(crate) fn has_completing(&self) -> bool {
+        !self.completing.is_empty()
     }
 
     /// Returns `true` if a span that is created with `parent: None` belongs into the current one all the same.
@@ -195,22 +199,28 @@ impl Fields {
     pub(crate) fn callsite(&self, metadata: &Metadata<'_>) -> Callsite {
         let named = |span: &SpanPattern| span.is_of(metadata);
         let mut declares = ReservedFields::default();
-        let mut is_tagged = false;
+        let mut reserved = Vec::new();
         for field in metadata.fields() {
-            let meaning = (self.meanings).get(field.name(), Owner::Target(metadata.target()));
-            is_tagged |= meaning.is_some();
-            declares = declares.with(ReservedFields::from_meaning(meaning));
+            let owner = Owner::Target(metadata.target());
+            if let Some(meaning) = self.meanings.get(field.name(), owner) {
+                declares = declares.with(ReservedFields::from_meaning(Some(meaning)));
+                reserved.push(field.index());
+            }
         }
+        let sole_id = match (declares, &reserved[..]) {
+            (ReservedFields::INSTANCE_ID, [index]) => Some(*index),
+            _ => None,
+        };
         let role = if self.engine_spans.iter().any(named) {
             Role::Engine
-        } else if is_tagged {
+        } else if !reserved.is_empty() {
             Role::Tagged
         } else if self.pollers.iter().any(named) {
             Role::Poller
         } else {
             Role::Ordinary
         };
-        Callsite { role, declares }
+        Callsite::new(role, declares, sole_id)
     }
 
     /// Returns `false` if the name certainly is not reserved. Nearly always so, and next to free.
@@ -291,11 +301,35 @@ impl Fields {
 
     /// Returns the declared reserved fields that have no value yet. Only an empty `&str` counts as none: formatting every other
     /// value to see whether it is empty would cost each span too much.
+    #[inline]
     pub(crate) fn awaits(
+        &self,
+        callsite: Callsite,
+        attributes: &span::Attributes<'_>,
+    ) -> ReservedFields {
+        let Some(index) = callsite.sole_id() else {
+            return self.awaits_any(callsite.declares(), attributes);
+        };
+        let mut visitor = IsThereAt {
+            index,
+            is_there: false,
+        };
+        attributes.record(&mut visitor);
+        match visitor.is_there {
+            true => ReservedFields::NONE,
+            false => ReservedFields::INSTANCE_ID,
+        }
+    }
+
+    #[inline(never)]
+    fn awaits_any(
         &self,
         declared: ReservedFields,
         attributes: &span::Attributes<'_>,
     ) -> ReservedFields {
+        if declared == ReservedFields::NONE {
+            return declared;
+        }
         let mut visitor = IsThere {
             meanings: &self.meanings,
             owner: Owner::Target(attributes.metadata().target()),

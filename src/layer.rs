@@ -6,6 +6,7 @@
 
 mod activation;
 mod deferral;
+pub(crate) mod log_filter;
 mod pending;
 
 use std::any::TypeId;
@@ -23,6 +24,7 @@ use tracing_subscriber::registry::LookupSpan;
 
 use self::activation::Activation;
 use self::pending::PendingSpans;
+use crate::fields::ReservedFields;
 use crate::fields::callsite::{Callsite, Callsites, Role};
 use crate::storage::shared::Shared;
 use crate::tracer::{WorkflowTracer, handoff};
@@ -68,6 +70,18 @@ where
         let fields = &self.shared.fields;
         (self.callsites).get(metadata, |metadata| fields.callsite(metadata))
     }
+
+    /// Returns `true` for a tagged span whose fields have all their values, and which has nothing to do with replays or with
+    /// held spans.
+    #[inline]
+    fn is_plain(&self, callsite: Callsite, attrs: &span::Attributes<'_>) -> bool {
+        callsite.role() == Role::Tagged
+            && !callsite.declares().has_replay()
+            && self.shared.replays.is_idle()
+            && attrs.is_contextual()
+            && !handoff::is_any_held()
+            && self.activation.is_on()
+    }
 }
 
 impl<S, T> Layer<S> for WorkflowContextLayer<S, T>
@@ -106,10 +120,14 @@ where
     fn on_new_span(&self, attrs: &span::Attributes<'_>, id: &span::Id, ctx: Context<'_, S>) {
         let is_idle = self.pending_spans.is_idle() && self.shared.replays.is_idle();
         let callsite = self.callsite(attrs.metadata());
-        if is_idle && callsite.role == Role::Ordinary {
-            self.inner.on_new_span(attrs, id, ctx);
+        if is_idle && callsite.role() == Role::Ordinary {
+            return self.inner.on_new_span(attrs, id, ctx);
+        }
+        let awaits = self.shared.fields.awaits(callsite, attrs);
+        if awaits == ReservedFields::NONE && self.is_plain(callsite, attrs) {
+            handoff::marking(None, || self.inner.on_new_span(attrs, id, ctx));
         } else {
-            self.new_span(callsite, attrs, id, ctx);
+            self.new_span(callsite, awaits, attrs, id, ctx);
         }
     }
 

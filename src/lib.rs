@@ -101,7 +101,8 @@
 //! - **A span is held**: `tracing::Span::current().context()` and [`WorkflowContext::current`] start it at once, but
 //!   `opentelemetry::Context::current()` does not see it yet. Code that injects headers by the latter directly within such
 //!   a span, before any child, sends the outer context; and a context attached by hand there is beneath the span
-//!   once that starts. The child that starts it sees what was attached, such as baggage. Ordinary spans are never held.
+//!   once that starts. The child that starts it sees what was attached, such as baggage. [`WorkflowContext::peek`] starts
+//!   nothing, for log formatters. Ordinary spans are never held.
 //! - **Only the orchestrator's span has `workflow.replaying`**: spans within it without the field count as replayed until
 //!   it records `false`, also beneath a context that is attached by hand, or set by `set_parent`. If the engine's flag flips
 //!   in the middle of a turn, set it on each span. Spans of the OpenTelemetry API are judged by their parent there alone.
@@ -114,7 +115,7 @@
 //! - **A replayed span tells an event**: it is dropped and counted in [`replayed_events`](Stats::replayed_events). After the
 //!   replay is over, a warning or an error becomes an event of the next real span beneath, with its own time: at most 16
 //!   wait for that, and what is left at the end of the replayed spans is counted too. So are events of the OpenTelemetry API,
-//!   which have no level.
+//!   which have no level. Layers that log see all of it; [`log_filter`](WorkflowContextStorage::log_filter) hides it from them.
 //! - **Two threads open the first span of an instance at once**: the first one recorded wins, the other is linked to it.
 //! - **An id is used again**: within the grace after its end it is the finished instance, unless its spans have a
 //!   `workflow.run_id`; `explain` shows "joined after its end".
@@ -232,6 +233,7 @@ mod lock;
 #[cfg(feature = "metrics")]
 mod metrics;
 mod own_spans;
+mod peek;
 mod root;
 mod scoped;
 mod stats;

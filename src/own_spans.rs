@@ -59,17 +59,14 @@ impl Tracers {
         agent_name: Option<&str>,
         parent: &Context,
     ) -> Option<SpanContext> {
-        let agent = agent_name
-            .filter(|name| !name.is_empty())
-            .unwrap_or(DEFAULT_AGENT);
-        let span =
-            SpanBuilder::from_name(format!("{agent}.ToolCallingWorkflow")).with_attributes([
-                KeyValue::new("openinference.span.kind", "AGENT"),
-                KeyValue::new(fields::INSTANCE_ID, instance_id.to_owned()),
-                KeyValue::new(fields::RESUMED, true),
-                KeyValue::new(fields::AGENT_NAME, agent.to_owned()),
-                KeyValue::new(fields::GEN_AI_AGENT_NAME, agent.to_owned()),
-            ]);
+        let agent = agent_or_default(agent_name);
+        let span = SpanBuilder::from_name(agent_span_name(agent_name)).with_attributes([
+            KeyValue::new("openinference.span.kind", "AGENT"),
+            KeyValue::new(fields::INSTANCE_ID, instance_id.to_owned()),
+            KeyValue::new(fields::RESUMED, true),
+            KeyValue::new(fields::AGENT_NAME, agent.to_owned()),
+            KeyValue::new(fields::GEN_AI_AGENT_NAME, agent.to_owned()),
+        ]);
         let end = End {
             status: Status::Unset,
             at: None,
@@ -96,6 +93,16 @@ impl Tracers {
             None => run(&global::tracer(SCOPE)),
         }
     }
+}
+
+fn agent_or_default(name: Option<&str>) -> &str {
+    name.filter(|name| !name.is_empty())
+        .unwrap_or(DEFAULT_AGENT)
+}
+
+/// Returns the name of the span of a resumed agent.
+pub(crate) fn agent_span_name(agent_name: Option<&str>) -> String {
+    format!("{}.ToolCallingWorkflow", agent_or_default(agent_name))
 }
 
 /// The two things needed of a tracer, without its type.

@@ -2,7 +2,8 @@
 //!
 //! [`ids`] are the two pieces in the user's provider, [`derived`] the ids that need no store. [`allocate`] asks the pieces for
 //! a root. [`open`] is a root until its end is told, and [`close`] what happens then: one process claims the end in the
-//! backend, sums up the parts of all, and exports the span. [`state`] has what they share.
+//! backend, sums up the parts of all, and exports the span. [`state`] has what they share, and [`summary`] what `explain`
+//! tells of a root.
 
 pub(crate) mod allocate;
 pub(crate) mod close;
@@ -11,3 +12,4 @@ mod derived;
 pub(crate) mod ids;
 pub(crate) mod open;
 pub(crate) mod state;
+pub(crate) mod summary;

@@ -18,6 +18,7 @@ use opentelemetry::trace::{Tracer, TracerProvider};
 use opentelemetry_sdk::trace::{IdGenerator, RandomIdGenerator, ShouldSample};
 use tracing::Subscriber;
 use tracing_opentelemetry::OpenTelemetryLayer;
+use tracing_subscriber::layer::Filter;
 use tracing_subscriber::registry::LookupSpan;
 
 use crate::context::WorkflowContext;
@@ -25,9 +26,12 @@ use crate::error::{CreateResumedError, StorageError};
 use crate::explain::Explanation;
 use crate::fields::value::EndStatus;
 use crate::layer::WorkflowContextLayer;
+use crate::layer::log_filter::LogFilter;
+use crate::own_spans::agent_span_name;
 #[cfg(feature = "durable-root")]
 use crate::root::ids::{WorkflowIdGenerator, WorkflowSampler};
 use crate::stats::Stats;
+use crate::tracer::rooted::record_root;
 use crate::tracer::{WorkflowTracer, WorkflowTracerProvider};
 use crate::warnings::LOG_TARGET;
 use shared::Shared;
@@ -175,6 +179,33 @@ impl WorkflowContextStorage {
         Ok(self.shared.tier.cleanup(&instance_id))
     }
 
+    /// Returns a per-layer filter that hides the events of replayed spans from a logging layer: what re-executed code tells
+    /// once more. Events outside any replay, and in real spans, pass, as do all spans.
+    ///
+    /// What is exported goes without replays by itself; a layer that logs sees all events, since it does not ask this crate.
+    /// Whether a span is replayed is known once it has started, so the subscriber needs the layer of this storage too.
+    ///
+    /// ```
+    /// # use tracing_workflow_context::WorkflowContextStorage;
+    /// use opentelemetry::trace::TracerProvider as _;
+    /// use tracing_subscriber::Layer as _;
+    /// use tracing_subscriber::prelude::*;
+    ///
+    /// # let tracer = opentelemetry_sdk::trace::SdkTracerProvider::builder().build().tracer("orders");
+    /// let storage = WorkflowContextStorage::new();
+    /// let subscriber = tracing_subscriber::registry()
+    ///     .with(storage.layer(tracer))
+    ///     .with(tracing_subscriber::fmt::layer().with_filter(storage.log_filter()));
+    /// # drop(subscriber);
+    /// ```
+    #[must_use]
+    pub fn log_filter<S>(&self) -> impl Filter<S> + Send + Sync + 'static + use<S>
+    where
+        S: Subscriber + for<'span> LookupSpan<'span>,
+    {
+        LogFilter::new(self.shared.clone())
+    }
+
     /// Tells the end of an instance, as a terminal `workflow.status` on one of its spans does: for engines that call back when
     /// a workflow has ended. Returns `true` if something was stored.
     ///
@@ -223,7 +254,8 @@ impl WorkflowContextStorage {
     /// The span is called `{agent_name or DurableAgent}.ToolCallingWorkflow` and carries
     /// `openinference.span.kind = AGENT`, `workflow.instance_id`, `workflow.resumed = true`, `agent.name` and
     /// `gen_ai.agent.name`. The context stored for the instance becomes its parent; without one it is the root of a new
-    /// trace. Of the tracers given to [`layer`](Self::layer), [`tracer`](Self::tracer) and made by a
+    /// trace, or with a [durable root](crate::WorkflowContextStorageBuilder::durable_root) the first child of that, in the derived
+    /// trace if ids are derived. Of the tracers given to [`layer`](Self::layer), [`tracer`](Self::tracer) and made by a
     /// [`tracer_provider`](Self::tracer_provider), it goes through the last one that lives; if there is none, through the
     /// global tracer provider's. No lock is held while the span is made.
     ///
@@ -238,7 +270,9 @@ impl WorkflowContextStorage {
     ) -> Result<WorkflowContext, CreateResumedError> {
         let instance_id = self.shared.read_id(instance_id)?;
         let stored = self.shared.tier.peek(&instance_id);
-        let parent = stored.map_or_else(Context::new, |stored| stored.to_otel());
+        let new_root = || record_root(&self.shared, &instance_id, &agent_span_name(agent_name));
+        let parent = stored.or_else(new_root);
+        let parent = parent.map_or_else(Context::new, |parent| parent.to_otel());
         let span = (self.shared.tracers).export_agent(&instance_id, agent_name, &parent);
         let context = span
             .and_then(|span| WorkflowContext::from_span(&span, self.shared.clock.now()))

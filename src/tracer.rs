@@ -10,7 +10,7 @@ mod provider;
 mod recording;
 pub(crate) mod replay;
 pub(crate) mod replays;
-mod rooted;
+pub(crate) mod rooted;
 pub(crate) mod shared_traces;
 mod span;
 mod special;
@@ -32,7 +32,6 @@ pub use self::provider::WorkflowTracerProvider;
 pub use self::span::WorkflowSpan;
 
 use self::handoff::{Adoption, Mark, Marking};
-use self::lost::Lost;
 use self::mark::{is_marked, mark, mark_with, take_mark};
 use self::recording::Recording;
 use self::rooted::enter_root;
@@ -162,8 +161,7 @@ where
 
     #[inline]
     fn build_ordinary(&self, builder: SpanBuilder, parent: &Context) -> WorkflowSpan<T::Span> {
-        let build = || self.inner.build_with_context(builder, parent);
-        WorkflowSpan::start(None, build, || Lost::new(&self.shared, parent))
+        WorkflowSpan::start(&*self.inner, builder, parent, &self.shared)
     }
 
     #[inline(never)]
@@ -251,18 +249,13 @@ where
         unnamed: Option<Box<Unnamed>>,
     ) -> Plan<'_> {
         let shared = &*self.shared;
-        let completes = shared.fields.is_completing(builder);
-        let has_memo = unnamed.is_some()
-            || names.run_id.is_some()
-            || shared.tier.has_backend()
-            || shared.roots.is_some()
-            || completes;
+        let has_memo = shared.keeps_identities || unnamed.is_some() || names.run_id.is_some();
         Plan {
             instance: key.hash,
             rank,
             memo: has_memo.then(|| {
                 let mut memo = Memo::new(Some(names), unnamed);
-                memo.completes(completes);
+                memo.completes(shared.fields.is_completing(builder));
                 memo
             }),
             recording: None,
@@ -333,9 +326,9 @@ where
         } = plan;
         let natural = parent.span();
         let natural = natural.span_context();
-        let links = builder.links.as_ref().map_or(0, Vec::len);
+        let mut added_links = 0;
         if decision.links != Links::default() || recording.is_some() || decision.announce {
-            self.annotate(&mut builder, decision, natural);
+            added_links = self.annotate(&mut builder, decision, natural);
         }
         if let Some(adopted) = memo.as_ref().filter(|memo| memo.is_adopted()) {
             shared.counters.adopted.add();
@@ -359,7 +352,7 @@ where
                 tracer,
                 shared,
                 &mut builder,
-                links,
+                added_links,
                 identity,
                 recording,
                 parent,
@@ -367,11 +360,9 @@ where
         });
         let beneath_root = rooted.as_ref().and_then(|rooted| rooted.parent.as_ref());
         let parent = beneath_root.unwrap_or(parent);
-        let watch = Watch::new(shared, Some((instance, rank)), memo, awaits, scope);
-        let build = || self.inner.build_with_context(builder, parent);
-        let lose = || Lost::new(shared, parent);
-        let mut started = WorkflowSpan::start(Some(watch), build, lose);
-        if let Some((span, watch)) = started.watched() {
+        let mut started = WorkflowSpan::start(&*self.inner, builder, parent, shared);
+        let watch = || Watch::new(shared, Some((instance, rank)), memo, awaits, scope);
+        if let Some((span, watch)) = started.watch(watch) {
             let mut outcome = match recording {
                 None => decision.outcome,
                 Some(recording) => self
@@ -410,9 +401,15 @@ where
         }
     }
 
-    /// Adds the link and the attributes of a span that does not simply continue its instance's trace.
+    /// Adds the links and the attributes of a span that does not simply continue its instance's trace. Returns the number of
+    /// links.
     #[inline(never)]
-    fn annotate(&self, builder: &mut SpanBuilder, decision: &Decision, natural: &SpanContext) {
+    fn annotate(
+        &self,
+        builder: &mut SpanBuilder,
+        decision: &Decision,
+        natural: &SpanContext,
+    ) -> usize {
         let stored = decision.stored.as_ref();
         let attributes = builder.attributes.get_or_insert_default();
         if let Some(stored) = stored.filter(|_| decision.announce) {
@@ -431,10 +428,13 @@ where
         let to_stored =
             (to_stored.zip(stored)).map(|(why, stored)| (stored.to_span_context(), why));
         let to_natural = to_natural.map(|why| (natural.clone(), why));
+        let mut added = 0;
         for (target, why) in to_stored.into_iter().chain(to_natural) {
             let link = Link::new(target, vec![relation_attribute(why)], 0);
             builder.links.get_or_insert_default().push(link);
+            added += 1;
         }
+        added
     }
 }
 

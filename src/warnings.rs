@@ -33,6 +33,7 @@ pub(crate) struct Warnings {
     shared_trace: Cause,
     panicked: Cause,
     durable_root_off: Cause,
+    nobody_tells_the_end: Cause,
 }
 
 #[derive(Debug, Default)]
@@ -88,6 +89,11 @@ impl Warnings {
         self.durable_root_off.note(|| missing.to_owned());
     }
 
+    /// Notes that so many workflows were begun or abandoned, and that nobody has ever told the end of one.
+    pub(crate) fn nobody_tells_the_end(&self, count: u64) {
+        self.nobody_tells_the_end.note_times(count, String::new);
+    }
+
     /// Notes a failure of the backend.
     pub(crate) fn backend_failed(&self, error: &BackendError) {
         self.backend_failed.note(|| {
@@ -103,8 +109,12 @@ impl Warnings {
 
 impl Cause {
     fn note(&self, details: impl FnOnce() -> String) {
+        self.note_times(1, details);
+    }
+
+    fn note_times(&self, times: u64, details: impl FnOnce() -> String) {
         // The details are formatted only if they will be logged.
-        if self.times.fetch_add(1, Relaxed) == 0 {
+        if self.times.fetch_add(times, Relaxed) == 0 {
             *lock(&self.details) = details();
         }
     }
@@ -156,6 +166,14 @@ impl OnTick for Warnings {
             tracing::warn!(
                 target: LOG_TARGET,
                 "durable_root is set, but the tracer provider lacks {details}; workflows get no span of their own"
+            );
+        }
+        if let Some((times, _)) = self.nobody_tells_the_end.take(now) {
+            tracing::warn!(
+                target: LOG_TARGET,
+                times,
+                "workflows have spans of their own that were never ended: tell the end by workflow.status, a span in \
+                 completing_spans, complete or cleanup"
             );
         }
         if let Some((times, details)) = self.unreachable.take(now) {

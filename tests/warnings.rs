@@ -201,3 +201,32 @@ fn a_panic_that_was_caught_is_logged_once() {
     assert_eq!(logged("panicked when a span was started").len(), 1);
     assert_eq!(storage.stats().panics, 20);
 }
+
+#[cfg(feature = "durable-root")]
+#[test]
+fn workflows_that_never_end_are_logged_unless_somebody_tells_an_end() {
+    use opentelemetry_sdk::trace::Sampler;
+
+    log();
+    for tells_an_end in [true, false] {
+        let storage = WorkflowContextStorage::builder().durable_root(true);
+        let storage = storage.build().expect("valid settings");
+        let provider = SdkTracerProvider::builder()
+            .with_id_generator(storage.id_generator())
+            .with_sampler(storage.sampler(Sampler::AlwaysOn))
+            .build();
+        let tracer = storage.tracer(provider.tracer("test"));
+        for n in 0..300 {
+            let tag = KeyValue::new("workflow.instance_id", format!("order-{n}"));
+            drop(tracer.build(SpanBuilder::from_name("step").with_attributes([tag])));
+            if tells_an_end && n == 0 {
+                storage
+                    .complete("order-0", "completed")
+                    .expect("it is stored");
+            }
+        }
+    }
+    let logged = logged("were never ended");
+    assert_eq!(logged.len(), 1, "{logged:?}");
+    assert!(logged[0].contains("times=256"), "{logged:?}");
+}

@@ -7,8 +7,9 @@
 //! | `{id}` U+001F U+001F `{span id}` `{run id}` | the trace that follows the one of that span, claimed by the first worker that opens it |
 //! | `{id}` U+001F U+001F U+001F `{span id}` `{part}` | a part of the instance's own span, which has that span id |
 //!
-//! In an instance id, U+001F is escaped as U+001E and a space, and U+001E as two of it. A run id that begins with either
-//! gets one U+001E in front. So no two instances, runs or claims share a key.
+//! In an instance id, U+001F is escaped as U+001E and a space, U+001D as U+001E and a hyphen, and U+001E as two of it. A run id
+//! that begins with U+001F or U+001E gets one U+001E in front. With a namespace, that, escaped as an instance id is, and U+001D
+//! come before all this. So no two instances, runs or claims share a key, of the same namespace or of two.
 
 use std::borrow::Cow;
 
@@ -17,13 +18,16 @@ use opentelemetry::SpanId;
 /// Separates the parts of a key.
 const SEPARATOR: char = '\u{1f}';
 
+/// Ends a namespace.
+const NAMESPACE_END: char = '\u{1d}';
+
 /// Begins an escaped separator, or an escaped escape.
 const ESCAPE: char = '\u{1e}';
 
 /// Returns the key of an instance's latest context.
 pub(crate) fn instance_key(id: &str) -> String {
     // Fast path: nearly every id is its own key. A fold over all bytes is vectorized, a search that ends early is not.
-    let is_special = |byte| matches!(char::from(byte), SEPARATOR | ESCAPE);
+    let is_special = |byte| matches!(char::from(byte), NAMESPACE_END..=SEPARATOR);
     let any_special = id.bytes().fold(false, |any, byte| any | is_special(byte));
     if !any_special {
         return id.to_owned();
@@ -32,6 +36,7 @@ pub(crate) fn instance_key(id: &str) -> String {
     for c in id.chars() {
         match c {
             SEPARATOR => key.extend([ESCAPE, ' ']),
+            NAMESPACE_END => key.extend([ESCAPE, '-']),
             ESCAPE => key.extend([ESCAPE; 2]),
             c => key.push(c),
         }
@@ -39,15 +44,20 @@ pub(crate) fn instance_key(id: &str) -> String {
     key
 }
 
-/// Returns the part of any key that stands for the instance id.
+/// Returns the beginning of all keys of a namespace.
+pub(crate) fn namespace_prefix(namespace: &str) -> String {
+    format!("{}{NAMESPACE_END}", instance_key(namespace))
+}
+
+/// Returns the part of any key that stands for the instance id, with its namespace.
 #[cfg(feature = "redis")]
 pub(crate) fn instance_part(key: &str) -> &str {
     key.split(SEPARATOR).next().unwrap_or(key)
 }
 
-/// Returns the instance id if the key is that of an instance's latest context.
+/// Returns the instance id if the key is that of an instance's latest context, and of no namespace.
 pub(crate) fn instance_of(key: &str) -> Option<Cow<'_, str>> {
-    if key.contains(SEPARATOR) {
+    if key.contains([SEPARATOR, NAMESPACE_END]) {
         return None;
     }
     if !key.contains(ESCAPE) {
@@ -57,6 +67,7 @@ pub(crate) fn instance_of(key: &str) -> Option<Cow<'_, str>> {
     let unescape = std::iter::from_fn(|| match chars.next()? {
         ESCAPE => match chars.next()? {
             ' ' => Some(SEPARATOR),
+            '-' => Some(NAMESPACE_END),
             c => Some(c),
         },
         c => Some(c),
@@ -98,19 +109,24 @@ mod tests {
 
     /// Short ids, mostly of characters with a meaning in keys.
     fn id() -> impl Strategy<Value = String> {
-        "[a \u{1e}\u{1f}]{1,4}"
+        "[a \\- \u{1d}\u{1e}\u{1f}]{1,4}"
     }
 
     proptest! {
         #[test]
         fn no_two_instances_or_runs_or_claims_share_a_key(
-            one in (id(), prop::option::of(id()), prop::option::of(1..3_u64)),
-            other in (id(), prop::option::of(id()), prop::option::of(1..3_u64)),
+            one in (prop::option::of(id()), id(), prop::option::of(id()), prop::option::of(1..3_u64)),
+            other in (prop::option::of(id()), id(), prop::option::of(id()), prop::option::of(1..3_u64)),
         ) {
-            let whole = |(id, run_id, followed): &(String, Option<String>, Option<u64>)| match (run_id, followed) {
-                (run_id, Some(followed)) => claim_key(id, run_id.as_deref(), SpanId::from(*followed)),
-                (Some(run_id), None) => run_key(id, run_id),
-                (None, None) => instance_key(id),
+            type Parts = (Option<String>, String, Option<String>, Option<u64>);
+            let whole = |(namespace, id, run_id, followed): &Parts| {
+                let prefix = namespace.as_deref().map(namespace_prefix).unwrap_or_default();
+                let key = match (run_id, followed) {
+                    (run_id, Some(followed)) => claim_key(id, run_id.as_deref(), SpanId::from(*followed)),
+                    (Some(run_id), None) => run_key(id, run_id),
+                    (None, None) => instance_key(id),
+                };
+                prefix + &key
             };
             prop_assert_eq!(whole(&one) == whole(&other), one == other);
         }

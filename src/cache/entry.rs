@@ -79,6 +79,16 @@ impl Rare {
     }
 }
 
+/// The runs in whose place another context was stored.
+#[derive(Default)]
+pub(crate) struct Replaced(Option<Box<Rare>>);
+
+impl Replaced {
+    pub(crate) fn run_ids(&self) -> Vec<Box<str>> {
+        self.0.as_ref().map_or_else(Vec::new, |rare| rare.run_ids())
+    }
+}
+
 /// A run that was recorded without an id, and got one later.
 pub(crate) struct Named {
     pub(crate) context: WorkflowContext,
@@ -112,6 +122,15 @@ impl Entry {
             used: Cell::new(now << 1),
             completed: Cell::new(0),
         }
+    }
+
+    /// Puts a run in the place of all others.
+    #[inline]
+    pub(super) fn replace(&mut self, run: Run) -> Replaced {
+        let replaced = Replaced(self.latest.rare.take());
+        self.latest = run;
+        self.completed.set(0);
+        replaced
     }
 
     /// Makes an expired entry one that was just created with that run.
@@ -175,6 +194,7 @@ impl Entry {
             run_id: self.latest.run_id().map(|id| id.as_str().to_owned()),
             completed: self.completed.get() != 0,
             older_runs: self.older().len(),
+            root: None,
             now,
         }
     }

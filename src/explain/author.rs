@@ -19,6 +19,10 @@ pub(crate) struct Author {
 }
 
 impl Author {
+    pub(crate) fn is_known(&self) -> bool {
+        !self.span_name.is_empty()
+    }
+
     /// Reads the author from a span that is about to start.
     pub(crate) fn from_span(span: &SpanBuilder) -> Self {
         let target = target_of(span).map(Cow::into_owned).unwrap_or_default();
@@ -34,7 +38,7 @@ impl Author {
 pub(crate) enum Writer {
     Call,
     Span(Author),
-    /// A span whose name is one too many to be kept.
+    /// A span whose name is one too many to be kept, or was forgotten before it recorded.
     UnnamedSpan,
 }
 
@@ -47,13 +51,7 @@ impl fmt::Display for Writer {
                 let target = by.target.escape_debug();
                 write!(f, "by span {:?} of {target}", by.span_name)
             }
-            Self::UnnamedSpan => {
-                write!(
-                    f,
-                    "by a span whose name is not kept, after {} others",
-                    Authors::MAX
-                )
-            }
+            Self::UnnamedSpan => f.write_str("by a span whose name is not kept"),
         }
     }
 }
@@ -74,6 +72,9 @@ impl Authors {
 
     /// Returns the number of an author.
     pub(crate) fn number(&self, author: Author) -> NonZeroU16 {
+        if !author.is_known() {
+            return Self::UNNAMED;
+        }
         if let Some(known) = self.numbers.get(&author) {
             return *known;
         }

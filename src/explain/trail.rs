@@ -162,6 +162,16 @@ impl Trail {
         steps.sort_by_key(|step| step.tick);
         steps
     }
+
+    /// Returns the name of a span of an instance.
+    pub(crate) fn span_name(&self, instance: u64, span: &SpanContext) -> Option<Cow<'static, str>> {
+        let span = SpanIds::from(span);
+        let mut steps = self.steps_of(instance).into_iter();
+        steps.find_map(|step| match step.event {
+            Event::Started(note) if note.span == span => Some(note.span_name),
+            _ => None,
+        })
+    }
 }
 
 impl Steps {

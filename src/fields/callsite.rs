@@ -19,17 +19,16 @@ pub(crate) enum Role {
     Engine,
 }
 
-/// The properties that all spans of one callsite share.
+/// The properties that all spans of one callsite share, in eleven bits: two for the role, six for the reserved fields that
+/// are declared, three for the index of the sole id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Callsite {
-    pub(crate) role: Role,
-    pub(crate) declares: ReservedFields,
-}
+pub(crate) struct Callsite(u16);
 
 /// A lossy cache of callsites: each in the slot to which its address hashes. One whose slot is taken is read each time.
 #[derive(Debug)]
 pub(crate) struct Callsites {
-    /// The address and, below it, a [`Callsite`] in eight bits: no machine has addresses of more than 56 for programs.
+    /// The address, whose three lowest bits are zero, and below it a [`Callsite`] in eleven bits: no machine has addresses of
+    /// more than 56 bits for programs.
     slots: Box<[AtomicU64; Self::SLOTS]>,
 }
 
@@ -49,18 +48,20 @@ impl Callsites {
         metadata: &'static Metadata<'static>,
         read: impl FnOnce(&Metadata<'_>) -> Callsite,
     ) -> Callsite {
-        let address = (std::ptr::from_ref(metadata).addr() as u64) << Callsite::BITS;
+        const { assert!(align_of::<Metadata<'_>>() >= 1 << Callsite::BITS_OF_ADDRESS) }
+        let address = std::ptr::from_ref(metadata).addr() as u64;
+        let address = address << (Callsite::BITS - Callsite::BITS_OF_ADDRESS);
         let hash = address.wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let slot = &self.slots[(hash >> 54) as usize % Self::SLOTS];
         match slot.load(Relaxed) ^ address {
-            bits if bits < 1 << Callsite::BITS => Callsite::from_bits(bits),
+            bits if bits < 1 << Callsite::BITS => Callsite(bits as u16),
             _ => Self::add(slot, address, read(metadata)),
         }
     }
 
     #[cold]
     fn add(slot: &AtomicU64, address: u64, callsite: Callsite) -> Callsite {
-        let known = address | callsite.to_bits();
+        let known = address | u64::from(callsite.0);
         // The loser of a race for the slot is read again.
         let _ = slot.compare_exchange(0, known, Relaxed, Relaxed);
         callsite
@@ -68,23 +69,42 @@ impl Callsites {
 }
 
 impl Callsite {
-    /// The bits in which one is kept: two for the role.
-    const BITS: u32 = 2 + ReservedFields::BITS;
+    const BITS: u32 = 2 + ReservedFields::BITS + 3;
+    /// Those of them that are free in any address.
+    const BITS_OF_ADDRESS: u32 = 3;
+
+    const INDEX_SHIFT: u32 = 2 + ReservedFields::BITS;
+    /// Stands for an index that is not known.
+    const NO_INDEX: u16 = 7;
+
+    /// `sole_id` is the index of the instance id among the fields, if that is the only reserved one.
+    pub(super) fn new(role: Role, declares: ReservedFields, sole_id: Option<usize>) -> Self {
+        let index = (sole_id.and_then(|index| u16::try_from(index).ok()))
+            .filter(|index| *index < Self::NO_INDEX)
+            .unwrap_or(Self::NO_INDEX);
+        Self(role as u16 | u16::from(declares.bits()) << 2 | index << Self::INDEX_SHIFT)
+    }
 
     #[inline]
-    fn from_bits(bits: u64) -> Self {
-        Self {
-            role: match bits & 3 {
-                0 => Role::Ordinary,
-                1 => Role::Tagged,
-                2 => Role::Poller,
-                _ => Role::Engine,
-            },
-            declares: ReservedFields::from_bits((bits >> 2) as u8),
+    pub(crate) fn role(self) -> Role {
+        match self.0 & 3 {
+            0 => Role::Ordinary,
+            1 => Role::Tagged,
+            2 => Role::Poller,
+            _ => Role::Engine,
         }
     }
 
-    fn to_bits(self) -> u64 {
-        self.role as u64 | u64::from(self.declares.bits()) << 2
+    #[inline]
+    pub(crate) fn declares(self) -> ReservedFields {
+        ReservedFields::from_bits((self.0 >> 2) as u8 & ((1 << ReservedFields::BITS) - 1))
+    }
+
+    /// Returns the index of the instance id among the fields, if that is the only reserved one, and one of the first seven
+    /// fields: it is found there without comparing names.
+    #[inline]
+    pub(super) fn sole_id(self) -> Option<usize> {
+        let index = self.0 >> Self::INDEX_SHIFT;
+        (index != Self::NO_INDEX).then_some(usize::from(index))
     }
 }

@@ -119,6 +119,22 @@ impl Visit for IsThere<'_> {
     }
 }
 
+/// Finds whether the field with that index has any value but an empty text.
+pub(super) struct IsThereAt {
+    pub(super) index: usize,
+    pub(super) is_there: bool,
+}
+
+impl Visit for IsThereAt {
+    fn record_debug(&mut self, field: &Field, _: &dyn fmt::Debug) {
+        self.is_there |= field.index() == self.index;
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.is_there |= field.index() == self.index && !value.is_empty();
+    }
+}
+
 /// Finds the id fields that have a value, formatting no more of it than shows whether it is empty.
 pub(super) struct HasValue<'a> {
     pub(super) meanings: &'a Meanings,

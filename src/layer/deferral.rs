@@ -36,22 +36,13 @@ where
     pub(super) fn new_span(
         &self,
         callsite: Callsite,
+        awaits: ReservedFields,
         attrs: &span::Attributes<'_>,
         id: &span::Id,
         ctx: Context<'_, S>,
     ) {
-        let Callsite { role, declares } = callsite;
-        let awaits = match declares {
-            ReservedFields::NONE => ReservedFields::NONE,
-            _ => self.shared.fields.awaits(declares, attrs),
-        };
+        let (role, declares) = (callsite.role(), callsite.declares());
         let may_be_held = awaits.has_id() || role == Role::Engine;
-        let is_replayed = declares.has_replay() || !self.shared.replays.is_idle();
-        let is_plain = role == Role::Tagged && attrs.is_contextual() && !handoff::is_any_held();
-        if is_plain && awaits == ReservedFields::NONE && !is_replayed && self.activation.is_on() {
-            let create = || self.inner.on_new_span(attrs, id, ctx);
-            return handoff::marking(None, create);
-        }
         let nested = self.nested(attrs, &ctx);
         let attrs = nested.as_ref().unwrap_or(attrs);
         let mark = Mark {

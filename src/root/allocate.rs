@@ -1,7 +1,6 @@
 //! The allocation of a root: the two pieces in the provider are asked for its ids, and whether it is sampled.
 
 use std::borrow::Cow;
-use std::sync::atomic::Ordering::Relaxed;
 
 use opentelemetry::trace::{
     Link, SpanBuilder, SpanContext, Status, TraceContextExt as _, TraceFlags,
@@ -38,7 +37,7 @@ impl Roots {
         generation: u32,
         parent: &Context,
     ) -> Option<Allocated> {
-        if self.is_off() {
+        if self.missing().is_some() {
             return None;
         }
         let name = cut(&name, MAX_NAME).to_owned();
@@ -99,7 +98,7 @@ impl Roots {
                 ".with_id_generator(storage.id_generator()) and .with_sampler(storage.sampler(..))"
             }
         };
-        self.is_off.store(true, Relaxed);
+        self.missing.get_or_init(|| missing);
         self.warnings.durable_root_off(missing);
         None
     }

@@ -386,6 +386,7 @@ impl Roots {
             let (status, at) = (EndStatus::Abandoned, now);
             progress.ending.get_or_insert(Ending { status, at });
         }
+        self.warn_without_end(1);
         close(part);
         None
     }

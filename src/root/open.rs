@@ -1,6 +1,7 @@
 //! A root whose end has not been told: what this process knows of its spans.
 
 use std::fmt;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
@@ -8,6 +9,7 @@ use opentelemetry::trace::SpanContext;
 
 use super::close;
 use super::state::{Allocated, Due, Ending, Part, Place, Progress, Roots, Stage};
+use super::summary::RootSummary;
 use crate::backend::{Record, RootSpan};
 use crate::context::WorkflowContext;
 use crate::decision::relation::Relation;
@@ -66,8 +68,7 @@ impl OpenRoot {
         self.0.context.trace_id() == context.trace_id()
     }
 
-    /// Notes that memory has it now.
-    pub(crate) fn set_recorded(&self) {
+    fn set_recorded(&self) {
         let progress = &mut *lock(&self.0.progress);
         if progress.stage == Stage::New {
             progress.stage = Stage::Open;
@@ -94,8 +95,28 @@ impl OpenRoot {
         }
     }
 
-    /// Takes the end of the instance. It is exported as soon as no span of it is open in this process. The first end counts.
+    /// Returns what `explain` tells of it.
+    pub(crate) fn summary(&self) -> RootSummary {
+        let Part { span, progress, .. } = &*self.0;
+        let progress = lock(progress);
+        RootSummary {
+            name: span.name.clone(),
+            span_id: span.span_id,
+            spans: progress.spans,
+            open: progress.open,
+            status: progress.ending.map(|ending| ending.status),
+            is_closed: progress.stage == Stage::Closed,
+        }
+    }
+
+    /// Takes the end of the instance as somebody has told it.
     pub(crate) fn end(&self, status: EndStatus) {
+        self.0.roots.knows_an_end.store(true, Relaxed);
+        self.end_as(status);
+    }
+
+    /// Takes the end of the instance. It is exported as soon as no span of it is open in this process. The first end counts.
+    fn end_as(&self, status: EndStatus) {
         let at = self.0.roots.clock.now();
         let next = {
             let progress = &mut *lock(&self.0.progress);
@@ -110,7 +131,7 @@ impl OpenRoot {
         lock(&self.0.progress)
             .links
             .push((next, relation.to_owned()));
-        self.end(EndStatus::Continued);
+        self.end_as(EndStatus::Continued);
     }
 
     /// Takes the root of another process, which was recorded first: what has started here is exported beneath this one. Does
@@ -199,8 +220,17 @@ impl Roots {
         generation: u32,
         allocated: &Allocated,
     ) -> Arc<OpenRoot> {
+        self.count_opened();
         let Allocated { context, span } = allocated.clone();
         OpenRoot::new(self, id, run_id, generation, context, span)
+    }
+}
+
+/// Notes that memory has the root now. One that it refused is of no use to anybody.
+#[inline]
+pub(crate) fn set_recorded(root: Option<Arc<OpenRoot>>) {
+    if let Some(root) = root {
+        root.set_recorded();
     }
 }
 

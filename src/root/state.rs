@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::hash::{BuildHasher as _, RandomState};
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::{Duration, SystemTime};
 
@@ -22,6 +22,9 @@ use crate::warnings::Warnings;
 /// The most forgotten roots that wait to be looked at.
 const MAX_DUE: usize = 64 * 1024;
 
+/// The number of roots at which it is worth a warning that none has ended.
+const MANY_OPEN: u64 = 256;
+
 /// The settings of durable roots.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct RootSettings {
@@ -36,8 +39,12 @@ pub(crate) struct RootSettings {
 pub(crate) struct Roots {
     pub(super) own: Weak<Self>,
     pub(super) settings: RootSettings,
-    /// Set once a piece in the provider was found missing.
-    pub(super) is_off: AtomicBool,
+    /// Set once a line in the set-up of the provider was found missing: that line.
+    pub(super) missing: OnceLock<&'static str>,
+    /// The number of roots that were opened here.
+    pub(super) opened: AtomicU64,
+    /// Somebody has told the end of an instance.
+    pub(super) knows_an_end: AtomicBool,
     /// Tells this storage's claims from those of other processes.
     pub(super) token: SpanId,
     pub(super) clock: Arc<dyn Clock>,
@@ -76,7 +83,9 @@ impl Roots {
         let roots = Arc::new_cyclic(|own| Self {
             own: own.clone(),
             settings,
-            is_off: AtomicBool::new(false),
+            missing: OnceLock::new(),
+            opened: AtomicU64::new(0),
+            knows_an_end: AtomicBool::new(false),
             token: SpanId::from(token),
             clock,
             tracers,
@@ -106,9 +115,24 @@ impl Roots {
         self.clock.now()
     }
 
-    /// Returns `true` once a piece in the provider was found missing.
-    pub(crate) fn is_off(&self) -> bool {
-        self.is_off.load(Relaxed)
+    /// Returns the line that was found missing in the set-up of the provider: there are no roots then.
+    pub(crate) fn missing(&self) -> Option<&'static str> {
+        self.missing.get().copied()
+    }
+
+    /// Counts a root that was opened here. That many without one end are a sign that nobody tells it.
+    pub(super) fn count_opened(&self) {
+        let opened = self.opened.fetch_add(1, Relaxed) + 1;
+        if opened == MANY_OPEN {
+            self.warn_without_end(opened);
+        }
+    }
+
+    /// Warns that instances were begun or abandoned, unless somebody has told the end of one.
+    pub(super) fn warn_without_end(&self, count: u64) {
+        if !self.knows_an_end.load(Relaxed) {
+            self.warnings.nobody_tells_the_end(count);
+        }
     }
 
     pub(crate) fn has_start_marker(&self) -> bool {

@@ -11,12 +11,13 @@ use super::shared::Shared;
 use super::tier::Tier;
 use crate::backend::StorageBackend;
 use crate::backend::client::Budgets;
+use crate::backend::namespaced::Namespaced;
 use crate::cache::Cache;
 use crate::cache::entry::Limits;
 use crate::clock::{Clock, SystemClock, ticks};
 use crate::decision::Policy;
 use crate::decision::relation::{Continuation, Relation};
-use crate::error::BuildError;
+use crate::error::{BuildError, MAX_NAMESPACE_BYTES};
 use crate::explain::author::Authors;
 use crate::fields::Fields;
 use crate::fields::engine::Engine;
@@ -69,6 +70,7 @@ pub struct WorkflowContextStorageBuilder {
     recent_decisions: usize,
     clock: Option<Arc<dyn Clock>>,
     backend: Option<Arc<dyn StorageBackend>>,
+    namespace: String,
     lifetimes: Lifetimes,
     budgets: Budgets,
     write_through: bool,
@@ -93,6 +95,7 @@ impl Default for WorkflowContextStorageBuilder {
             recent_decisions: 1024,
             clock: None,
             backend: None,
+            namespace: String::new(),
             lifetimes: Lifetimes {
                 idle: IDLE_TTL,
                 completed: COMPLETED_GRACE,
@@ -390,14 +393,12 @@ impl WorkflowContextStorageBuilder {
         self
     }
 
-    /// Sets the namespace of [derived trace ids](Self::derived_trace_ids): two services whose instance ids may be equal need
-    /// two.
+    /// Sets the namespace, which is part of every key in the backend and of derived trace ids: services or tenants whose instance
+    /// ids may be equal do not meet, on the same backend or without one. At most 256 bytes.
     ///
     /// By default, it is empty.
-    #[cfg(feature = "durable-root")]
-    #[cfg_attr(docsrs, doc(cfg(feature = "durable-root")))]
     pub fn namespace(mut self, namespace: impl Into<String>) -> Self {
-        self.roots.namespace = namespace.into();
+        self.namespace = namespace.into();
         self
     }
 
@@ -454,6 +455,11 @@ impl WorkflowContextStorageBuilder {
                 setting: "idle_ttl",
             });
         }
+        if self.namespace.len() > MAX_NAMESPACE_BYTES {
+            return Err(BuildError::NamespaceTooLong {
+                length: self.namespace.len(),
+            });
+        }
         self.check_relations()?;
         self.finish().map_err(|error| BuildError::NoThread {
             error: error.to_string(),
@@ -479,15 +485,16 @@ impl WorkflowContextStorageBuilder {
         let time = self.clock.clone();
         let clock = self.clock.unwrap_or_else(|| Arc::new(SystemClock));
         let (tracers, counters) = (Arc::new(Tracers::default()), Arc::new(Counters::default()));
+        #[cfg(feature = "durable-root")]
+        let roots = RootSettings {
+            namespace: self.namespace.clone(),
+            ..self.roots
+        };
+        #[cfg(not(feature = "durable-root"))]
+        let roots = self.roots;
         let roots = self.has_roots.then(|| {
             let (tracers, counters) = (tracers.clone(), counters.clone());
-            Roots::new(
-                self.roots,
-                clock.clone(),
-                tracers,
-                counters,
-                warnings.clone(),
-            )
+            Roots::new(roots, clock.clone(), tracers, counters, warnings.clone())
         });
         let cache = Cache::new(self.limits, time, self.recent_decisions, roots.clone());
         let settings = Settings {
@@ -496,10 +503,12 @@ impl WorkflowContextStorageBuilder {
             write_through: self.write_through,
         };
         let remote = self.backend.map(|backend| {
+            let backend = Namespaced::wrap(backend, &self.namespace);
             let (cache, clock) = (cache.clone(), clock.clone());
             let (roots, warnings) = (roots.as_ref(), warnings.clone());
             Remote::new(backend, cache, clock, settings, roots, warnings)
         });
+        let keeps_identities = remote.is_some() || roots.is_some() || fields.has_completing();
         Ok(WorkflowContextStorage {
             shared: Arc::new(Shared {
                 fields,
@@ -518,6 +527,7 @@ impl WorkflowContextStorageBuilder {
                 warnings,
                 authors: Authors::default(),
                 tracers,
+                keeps_identities,
                 roots,
                 #[cfg(feature = "metrics")]
                 registrations: Default::default(),

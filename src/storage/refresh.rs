@@ -23,6 +23,11 @@ impl Lifetimes {
         after(moment, self.idle)
     }
 
+    /// Returns `true` if the refresher would have extended a record in use with so much left.
+    pub(super) fn is_to_extend(&self, left: Duration) -> bool {
+        left < self.idle - self.idle / Refresher::PASSES
+    }
+
     pub(super) fn completed_after(&self, moment: SystemTime) -> SystemTime {
         after(moment, self.completed)
     }

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use opentelemetry::TraceId;
 
@@ -138,12 +138,25 @@ impl Remote {
                 .then(|| self.client.get(&instance_key(id), on_late))
                 .flatten()
         });
-        let record = record.filter(|record| record.expires_at > self.clock.now());
-        let found = record.is_some();
-        if let Some(record) = record {
-            self.cache.insert_fetched(id, record);
+        let now = self.clock.now();
+        let Some(record) = record.filter(|record| record.expires_at > now) else {
+            return false;
+        };
+        self.extend(id, &record, now);
+        self.cache.insert_fetched(id, record);
+        true
+    }
+
+    /// Extends the expiry of a record that is used again: this process may live too short for the refresher.
+    fn extend(&self, id: &str, record: &Record, now: SystemTime) {
+        let left = record.expires_at.duration_since(now).unwrap_or_default();
+        // One that has ended has no more than the grace left.
+        if left > self.lifetimes.completed && self.lifetimes.is_to_extend(left) {
+            let expiry = self.lifetimes.idle_after(now);
+            let keys = [of_run(id, record.run_id.as_deref()), Some(instance_key(id))];
+            let extend = |key| self.client.write(Write::Expire(key, expiry));
+            keys.into_iter().flatten().for_each(extend);
         }
-        found
     }
 
     /// Returns `true` if every instance in the backend is in memory.
@@ -277,11 +290,14 @@ impl Remote {
         self.late.ignore(id);
     }
 
-    pub(super) fn put(&self, id: &str, context: WorkflowContext) {
+    pub(super) fn put(&self, id: &str, context: WorkflowContext, root: Option<Box<RootSpan>>) {
         if !self.knows_all() {
             self.misses.forget(self.cache.hash(id));
         }
-        let record = Record::new(context, self.lifetimes.idle_after(self.clock.now()));
+        let record = Record {
+            root,
+            ..Record::new(context, self.lifetimes.idle_after(self.clock.now()))
+        };
         self.client.write(Write::Put(instance_key(id), record));
     }
 

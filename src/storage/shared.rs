@@ -56,6 +56,8 @@ pub(crate) struct Shared {
     pub(crate) tracers: Arc<Tracers>,
     /// Set with durable roots.
     pub(crate) roots: Option<Arc<Roots>>,
+    /// Each span remembers its instance's id, not only the hash: for a backend, a root, or the end that its close may be.
+    pub(crate) keeps_identities: bool,
     #[cfg(feature = "metrics")]
     pub(crate) registrations: Registrations,
 }
@@ -127,6 +129,11 @@ impl Shared {
         self.tier.cache().note(instance, Event::Started(note));
     }
 
+    /// Returns the name of a span of the instance with that hash, if the trail still tells it.
+    pub(crate) fn span_name(&self, instance: u64, span: &SpanContext) -> Option<Cow<'static, str>> {
+        self.tier.cache().trail.span_name(instance, span)
+    }
+
     /// Counts a panic of a sampler, id generator or processor.
     #[cold]
     pub(crate) fn count_panic_at_start(&self) {
@@ -174,17 +181,26 @@ impl Shared {
     #[inline]
     pub(super) fn read_id<'a>(&self, id: &'a str) -> Result<Cow<'a, str>, InvalidInstanceId> {
         let id = plain(id);
-        let checked = InvalidInstanceId::check(&id);
-        if let Err(InvalidInstanceId::TooLong { .. }) = checked {
+        match InvalidInstanceId::check(&id) {
+            Ok(()) => Ok(id),
+            Err(error) => Err(self.count_invalid(error)),
+        }
+    }
+
+    #[cold]
+    fn count_invalid(&self, error: InvalidInstanceId) -> InvalidInstanceId {
+        if let InvalidInstanceId::TooLong { .. } = error {
             self.counters.oversized.add();
         }
-        checked.map(|()| id)
+        error
     }
 
     pub(super) fn explain(&self, id: &str) -> Explanation {
         let explanation = (self.tier.cache()).explain(&plain(id), self.clock.now(), &self.authors);
         let is_shared = |trace| self.shared_traces.contains(trace);
         let explanation = explanation.with_shared_trace(is_shared);
+        let missing = self.roots.as_ref().and_then(|roots| roots.missing());
+        let explanation = explanation.with_missing_for_roots(missing);
         let client = self.tier.remote().map(|remote| remote.client());
         explanation.with_backend_down(client.is_some_and(|client| client.is_down()))
     }

@@ -34,11 +34,6 @@ impl Tier {
         self.remote.as_ref()
     }
 
-    #[inline]
-    pub(crate) fn has_backend(&self) -> bool {
-        self.remote.is_some()
-    }
-
     /// Looks an instance up for a span or a call; counted as one hit or one miss. A hit takes one lock. `look` runs under
     /// the lock of a shard: it must neither block nor call out.
     #[inline]
@@ -131,26 +126,39 @@ impl Tier {
 
     #[inline]
     pub(super) fn store(&self, id: &str, context: WorkflowContext) {
-        if self.cache.has_roots() {
-            self.end_root(id, &context);
+        if self.remote.is_none() && !self.cache.has_roots() {
+            drop(self.cache.replace(id, context, None));
+        } else {
+            self.store_in_both(id, context);
         }
-        let Some(remote) = &self.remote else {
-            self.cache.replace(id, context);
-            return;
-        };
-        remote.ignore_late(id);
-        let replaced_runs = self.cache.replace(id, context.clone());
-        remote.forget_runs(id, replaced_runs);
-        remote.put(id, context);
     }
 
-    /// Ends the own span of a workflow in whose place another context is stored.
-    #[cold]
-    fn end_root(&self, id: &str, context: &WorkflowContext) {
-        let root = self.cache.root_of(self.cache.key(id, None));
-        if let Some(root) = root.filter(|root| !root.is_of(context)) {
-            root.continue_in(context.to_span_context(), Relation::NewRun.as_str());
+    #[inline(never)]
+    fn store_in_both(&self, id: &str, context: WorkflowContext) {
+        let root = self.root_to_keep(id, &context);
+        let remote = self.remote.as_ref();
+        if let Some(remote) = remote {
+            remote.ignore_late(id);
         }
+        let root_span = root.as_ref().map(|root| Box::new(root.record().clone()));
+        let replaced = self.cache.replace(id, context.clone(), root);
+        if let Some(remote) = remote {
+            remote.forget_runs(id, replaced.run_ids());
+            remote.put(id, context, root_span);
+        }
+    }
+
+    /// Returns the own span of a workflow of which another context is stored, or ends it if that is of another trace.
+    fn root_to_keep(&self, id: &str, context: &WorkflowContext) -> Option<Arc<OpenRoot>> {
+        if !self.cache.has_roots() {
+            return None;
+        }
+        let root = self.cache.root_of(self.cache.key(id, None))?;
+        if root.is_of(context) {
+            return Some(root);
+        }
+        root.continue_in(context.to_span_context(), Relation::NewRun.as_str());
+        None
     }
 
     /// Fetches the record of an instance for a call, unless memory has it.

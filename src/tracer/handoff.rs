@@ -232,6 +232,12 @@ pub(crate) fn held_spans() -> Vec<(usize, span::Id)> {
     held.unwrap_or_default()
 }
 
+/// Returns `true` if the span is the innermost that is held on this thread.
+pub(crate) fn is_innermost_held(id: Option<span::Id>) -> bool {
+    let innermost = edit_held(|held| held.last().map(|span| span.id.clone()));
+    id.is_some() && innermost.flatten() == id
+}
+
 /// Returns `true` if the span is held, and no other one of the layer around it.
 pub(crate) fn is_held_alone(layer: usize, id: &span::Id) -> bool {
     let is_alone = edit_held(|held| {

@@ -54,7 +54,9 @@ impl Beneath {
             let apart = None;
             return Some(Self { replay, apart });
         }
-        let Standing { replay, context } = shared.replays.get(mark.beneath)?;
+        let Standing {
+            replay, context, ..
+        } = shared.replays.get(mark.beneath)?;
         if !replay.is_over() && is_new_work(shared, parent) {
             return None;
         }
@@ -109,6 +111,10 @@ impl Numbered {
             number,
         }
     }
+
+    pub(crate) fn is_of(&self, shared: &Arc<Shared>) -> bool {
+        Arc::ptr_eq(&self.shared, shared)
+    }
 }
 
 impl Drop for Numbered {
@@ -133,6 +139,7 @@ impl ReplaysBeneath {
             standing: Standing {
                 replay: Replay::beneath_real(&shared.counters),
                 context: span.clone(),
+                is_real: true,
             },
             is_active: false,
         }
@@ -209,6 +216,7 @@ impl StandIn {
         shared.replays.add(number, || Standing {
             replay: replay.clone(),
             context: context.clone(),
+            is_real: false,
         });
         Self {
             shared: shared.clone(),

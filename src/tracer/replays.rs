@@ -108,6 +108,8 @@ pub(crate) struct Standing {
     pub(super) replay: Replay,
     /// The span context that new work beneath it continues.
     pub(super) context: SpanContext,
+    /// Only what is beneath it is re-executed.
+    pub(super) is_real: bool,
 }
 
 impl Replays {
@@ -139,6 +141,12 @@ impl Replays {
 
     pub(super) fn close(&self) {
         self.open.fetch_sub(1, Relaxed);
+    }
+
+    /// Returns `true` if the span with that number is not exported, since its code has run before.
+    pub(crate) fn is_replayed(&self, number: u64) -> bool {
+        let standing = self.by_number.get(&number);
+        standing.is_some_and(|standing| !standing.is_real && !standing.replay.is_over())
     }
 
     pub(super) fn get(&self, number: u64) -> Option<Standing> {

@@ -9,6 +9,7 @@ use super::recording::Recording;
 use crate::cache::Key;
 use crate::context::WorkflowContext;
 use crate::decision::relation::Relation;
+use crate::explain::author::Author;
 use crate::explain::trail::Outcome;
 use crate::fields::{self, identity::Identity};
 use crate::own_spans::OpenAndEnd;
@@ -30,14 +31,14 @@ pub(super) struct Rooted {
 }
 
 /// Allocates and records the root of the span's instance, if it is the first of that; otherwise enters the one that is
-/// there. `links` are the span's own; what it has beyond them is the root's. Takes the recording unless the instance goes
+/// there. The last `added_links` of the span's become the root's. Takes the recording unless the instance goes
 /// without a root.
 #[inline(never)]
 pub(super) fn enter_root(
     tracer: &impl Tracer,
     shared: &Shared,
     builder: &mut SpanBuilder,
-    links: usize,
+    added_links: usize,
     identity: Option<&Identity>,
     recording: &mut Option<Box<Recording<'_>>>,
     parent: &Context,
@@ -70,7 +71,7 @@ pub(super) fn enter_root(
         allocated.span.last_end = start;
     }
     if let Some(all) = &mut builder.links {
-        let of_root = all.split_off(links.min(all.len()));
+        let of_root = all.split_off(all.len().saturating_sub(added_links));
         allocated.span.links = kept_links(of_root);
     }
     let before = shared.tier.cache().root_of(Key {
@@ -131,4 +132,22 @@ pub(super) fn allocate_late(
     let allocated = shared.tracers.with(allocate)?;
     let root = roots.open(key.id, key.run_id, 1, &allocated);
     Some((allocated.context, root))
+}
+
+/// Records the root of an instance of which nothing is stored, for a call that opens a span of it. Returns what is recorded
+/// then.
+pub(crate) fn record_root(shared: &Shared, id: &str, name: &str) -> Option<WorkflowContext> {
+    let roots = shared.roots.as_ref()?;
+    let key = shared.key(id, None);
+    let allocate = |tracer: &dyn OpenAndEnd| {
+        let name = name.to_owned().into();
+        roots.allocate(tracer, name, id, None, 1, &Context::new())
+    };
+    let allocated = shared.tracers.with(allocate)?;
+    let root = roots.open(id, None, 1, &allocated);
+    let context = allocated.context;
+    match shared.record(key, None, context.clone(), Author::default(), Some(root)) {
+        Ok(_) => Some(context),
+        Err(winner) => Some(winner),
+    }
 }

@@ -2,16 +2,18 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::sync::Arc;
 use std::time::SystemTime;
 
-use opentelemetry::KeyValue;
-use opentelemetry::trace::{Event, Span, SpanContext, Status};
+use opentelemetry::trace::{Event, Span, SpanBuilder, SpanContext, Status, Tracer};
+use opentelemetry::{Context, KeyValue};
 
 use super::handoff;
 use super::lost::Lost;
 use super::replay::{self, StandIn};
 use super::watch::Watch;
 use crate::caught::caught;
+use crate::storage::shared::Shared;
 
 /// A span of a [`WorkflowTracer`](crate::WorkflowTracer): the inner tracer's span, or a stand-in that exports nothing
 /// because its code has run before.
@@ -67,21 +69,34 @@ impl Unexported {
 }
 
 impl<S: Span> WorkflowSpan<S> {
-    /// Starts a span, or a lost one if `build` panics. That panic must not unwind further: tracing-opentelemetry holds a lock,
-    /// and panics wherever it is poisoned, in a destructor too.
+    /// Starts a span, or a lost one if the tracer panics. That panic must not unwind further: tracing-opentelemetry holds a
+    /// lock, and panics wherever it is poisoned, in a destructor too.
     #[inline]
-    pub(super) fn start(
-        watch: Option<Watch>,
-        build: impl FnOnce() -> S,
-        lose: impl FnOnce() -> Lost,
+    pub(super) fn start<T: Tracer<Span = S>>(
+        tracer: &T,
+        builder: SpanBuilder,
+        parent: &Context,
+        shared: &Arc<Shared>,
     ) -> Self {
         let start = || {
             Self::new(State::Live {
-                span: build(),
-                watch,
+                span: tracer.build_with_context(builder, parent),
+                watch: None,
             })
         };
-        caught(start).unwrap_or_else(|| Self::unexported(Unexported::Lost(lose())))
+        caught(start).unwrap_or_else(|| {
+            let lost = Lost::new(shared, parent);
+            Self::unexported(Unexported::Lost(lost))
+        })
+    }
+
+    /// Watches the span that has just started; `None` if it is lost.
+    #[inline]
+    pub(super) fn watch(&mut self, new: impl FnOnce() -> Watch) -> Option<(&mut S, &mut Watch)> {
+        match &mut self.state {
+            State::Live { span, watch } => Some((span, watch.insert(new()))),
+            State::Unexported(_) => None,
+        }
     }
 
     pub(super) fn unexported(span: Unexported) -> Self {
@@ -113,7 +128,51 @@ impl<S: Span> WorkflowSpan<S> {
     }
 
     #[inline(never)]
-    fn set_watched(&mut self, mut attribute: KeyValue) {
+    fn is_watched_recording(&self) -> bool {
+        match &self.state {
+            State::Live { span, watch } => {
+                let awaits = watch.as_ref().is_some_and(Watch::answer);
+                span.is_recording() || (awaits && span.span_context().is_valid())
+            }
+            State::Unexported(span) => span.is_recording(),
+        }
+    }
+
+    #[inline(never)]
+    fn end_watched(&mut self, timestamp: SystemTime) {
+        match &mut self.state {
+            State::Live { span, watch } => {
+                let last_exit = watch.as_mut().and_then(|watch| watch.end(span));
+                let timestamp = last_exit.unwrap_or(timestamp);
+                // An exporter may open spans beneath this one while OpenTelemetry has it locked.
+                let end = || handoff::without_asking(|| span.end_with_timestamp(timestamp));
+                match (caught(end), &watch) {
+                    (Some(()), _) => {}
+                    (None, Some(watch)) => watch.shared.count_panic_at_end(),
+                    (None, None) => handoff::leave_panic(),
+                }
+                if let Some(within) = watch.as_mut().and_then(Watch::take_within) {
+                    handoff::without_asking(|| within.end(timestamp));
+                }
+            }
+            State::Unexported(span) => span.end(),
+        }
+    }
+
+    #[inline(never)]
+    fn set_watched(&mut self, attribute: KeyValue) {
+        // An attribute that is only handed on is not borrowed mutably here: it would be copied.
+        match &mut self.state {
+            State::Live {
+                span,
+                watch: Some(watch),
+            } if !watch.wants(&attribute) => span.set_attribute(attribute),
+            _ => self.set_observed(attribute),
+        }
+    }
+
+    #[inline(never)]
+    fn set_observed(&mut self, mut attribute: KeyValue) {
         match &mut self.state {
             State::Live { span, watch } => {
                 if let Some(watch) = watch {
@@ -123,6 +182,12 @@ impl<S: Span> WorkflowSpan<S> {
             }
             State::Unexported(span) => span.observe(&attribute),
         }
+    }
+
+    /// Ends a span that its owner has not ended.
+    #[cold]
+    fn end_dropped(&mut self) {
+        self.end();
     }
 }
 
@@ -164,23 +229,15 @@ impl<S: Span> Span for WorkflowSpan<S> {
     #[inline]
     fn is_recording(&self) -> bool {
         match &self.state {
-            State::Live { span, watch } => {
-                let awaits = watch.as_ref().is_some_and(Watch::answer);
-                span.is_recording() || (awaits && span.span_context().is_valid())
-            }
-            State::Unexported(span) => span.is_recording(),
+            State::Live { span, watch: None } => span.is_recording(),
+            _ => self.is_watched_recording(),
         }
     }
 
     #[inline]
     fn set_attribute(&mut self, attribute: KeyValue) {
-        // An attribute that is only handed on is not borrowed mutably here: it would be copied.
         match &mut self.state {
             State::Live { span, watch: None } => span.set_attribute(attribute),
-            State::Live {
-                span,
-                watch: Some(watch),
-            } if !watch.wants(&attribute) => span.set_attribute(attribute),
             _ => self.set_watched(attribute),
         }
     }
@@ -231,21 +288,7 @@ impl<S: Span> Span for WorkflowSpan<S> {
                     handoff::leave_panic();
                 }
             }
-            State::Live { span, watch } => {
-                let last_exit = watch.as_mut().and_then(|watch| watch.end(span));
-                let timestamp = last_exit.unwrap_or(timestamp);
-                // An exporter may open spans beneath this one while OpenTelemetry has it locked.
-                let end = || handoff::without_asking(|| span.end_with_timestamp(timestamp));
-                match (caught(end), &watch) {
-                    (Some(()), _) => {}
-                    (None, Some(watch)) => watch.shared.count_panic_at_end(),
-                    (None, None) => handoff::leave_panic(),
-                }
-                if let Some(within) = watch.as_mut().and_then(Watch::take_within) {
-                    handoff::without_asking(|| within.end(timestamp));
-                }
-            }
-            State::Unexported(span) => span.end(),
+            _ => self.end_watched(timestamp),
         }
     }
 }
@@ -255,7 +298,7 @@ impl<S: Span> Drop for WorkflowSpan<S> {
     fn drop(&mut self) {
         // The span of the SDK would end itself, and its processor might panic while the thread unwinds.
         if !self.has_ended {
-            self.end();
+            self.end_dropped();
         }
     }
 }

@@ -7,7 +7,6 @@ use opentelemetry::Context;
 use opentelemetry::trace::{Span as _, SpanBuilder, SpanContext, TraceContextExt as _, Tracer};
 
 use super::handoff::{self, Adoption, Mark, StorageId};
-use super::lost::Lost;
 use super::replay::{self, Beneath, StandIn};
 use super::replays::Replay;
 use super::span::{Unexported, WorkflowSpan};
@@ -208,11 +207,9 @@ where
                 let is_poller = shared.fields.is_poller(&builder);
                 let mut memo = Memo::new(None, unnamed);
                 memo.completes(shared.fields.is_completing(&builder));
-                let watch = Watch::new(shared, None, Some(memo), mark.awaits, scope);
-                let build = || self.inner.build_with_context(builder, parent);
-                let lose = || Lost::new(shared, parent);
-                let mut started = WorkflowSpan::start(Some(watch), build, lose);
-                if let Some((span, watch)) = started.watched().filter(|_| is_poller) {
+                let mut started = WorkflowSpan::start(&*self.inner, builder, parent, shared);
+                let watch = || Watch::new(shared, None, Some(memo), mark.awaits, scope);
+                if let Some((span, watch)) = started.watch(watch).filter(|_| is_poller) {
                     watch.set_poller(span.span_context().trace_id());
                 }
                 started

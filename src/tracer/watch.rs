@@ -191,8 +191,9 @@ impl Watch {
     /// Returns `false` if the attribute certainly need not be observed.
     #[inline]
     pub(super) fn wants(&self, attribute: &KeyValue) -> bool {
-        let name = attribute.key.as_str();
-        self.shared.fields.may_mean(name) || self.memo.is_some() || handoff::may_be_time(name)
+        // One that was held declares a field, or was adopted.
+        let was_held = self.observes || self.memo.is_some();
+        was_held || self.shared.fields.may_mean(attribute.key.as_str())
     }
 
     pub(super) fn observe<S: Span>(&mut self, span: &mut S, attribute: &mut KeyValue) {
@@ -363,6 +364,15 @@ impl Watch {
         self.memo.as_mut()?.within.take()
     }
 
+    /// Returns the name of this span as the trail of its instance tells it, if that goes back so far.
+    fn author_in_trail(&self, own: &SpanContext) -> Author {
+        let name = (self.instance).and_then(|instance| self.shared.span_name(instance, own));
+        Author {
+            span_name: name.unwrap_or_default(),
+            ..Author::default()
+        }
+    }
+
     /// The id was recorded after the start: the parent can no longer change.
     fn join_late<S: Span>(&mut self, span: &mut S, names: Names<'_>, author: Author) {
         let shared = &self.shared;
@@ -379,6 +389,10 @@ impl Watch {
         };
         let decide = |entry: Option<&_>| decide(&arrival, entry, &shared.policy, None);
         let mut decision = shared.tier.look_up(key, decide);
+        let author = match author.is_known() {
+            true => author,
+            false => self.author_in_trail(own),
+        };
         let (name, mut late_winner) = (author.span_name.clone(), None);
         let context = WorkflowContext::from_span(own, shared.clock.now());
         if let (Record::First, Some(context)) = (decision.record, context) {
@@ -409,7 +423,9 @@ impl Watch {
     /// Leaves the last links. Returns the time of the end, if that is not the one the inner layer knows.
     #[inline]
     pub(super) fn end<S: Span>(&mut self, span: &mut S) -> Option<SystemTime> {
-        self.observes = false;
+        if !std::mem::take(&mut self.observes) && self.memo.is_none() {
+            return None;
+        }
         if let Some(status) = (self.memo.as_mut()).and_then(|memo| memo.at_close.take()) {
             self.complete(status);
         }

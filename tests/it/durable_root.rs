@@ -1,5 +1,8 @@
 //! Feature `durable-root`: a workflow has a span of its own, from its first sight to its end, exported once.
 
+mod derived;
+mod suspended;
+
 use std::time::Duration;
 
 use opentelemetry::Context;
@@ -10,8 +13,9 @@ use opentelemetry_sdk::trace::{
 };
 use tracing::{Dispatch, info_span, span::EnteredSpan};
 use tracing_subscriber::prelude::*;
+use tracing_workflow_context::testing::TraceForest;
 use tracing_workflow_context::{
-    MemoryBackend, WorkflowContextStorage, WorkflowContextStorageBuilder,
+    MemoryBackend, WorkflowContext, WorkflowContextStorage, WorkflowContextStorageBuilder,
 };
 
 use crate::support::*;
@@ -252,6 +256,62 @@ fn a_missing_piece_switches_durable_roots_off_and_exports_no_probe() {
         assert_root(&worker.span("first"));
         assert_continues(&worker.span("second"), &worker.span("first").span_context);
     }
+}
+
+#[test]
+fn explain_tells_of_the_root_and_of_the_missing_line() {
+    let worker = worker(builder().build().unwrap());
+    let explained = |worker: &Worker| worker.storage.explain(ID).to_string();
+    worker.run(|| {
+        let _order = order();
+        info_span!("step", workflow.instance_id = ID).in_scope(|| ());
+        let text = explained(&worker);
+        let open = "open until its end is told by workflow.status, a span in completing_spans, complete or cleanup; \
+                    1 spans have ended here, 1 are open";
+        assert!(text.contains("workflow span \"order\""), "{text}");
+        assert!(text.contains(open), "{text}");
+        worker.storage.complete(ID, "failed").unwrap();
+        assert!(explained(&worker).contains("ends as failed"));
+    });
+    let text = explained(&worker);
+    assert!(text.contains("ended as failed; 2 spans"), "{text}");
+
+    let storage = builder().build().unwrap();
+    let provider = SdkTracerProvider::builder().with_sampler(storage.sampler(Sampler::AlwaysOn));
+    let worker = assembled(provider, storage);
+    step(&worker, "first");
+    let text = explained(&worker);
+    let missing = "durable roots are off: the tracer provider lacks .with_id_generator(storage.id_generator())";
+    assert!(text.contains(missing), "{text}");
+}
+
+#[test]
+fn a_context_of_the_trace_that_is_stored_by_a_call_leaves_the_root_open() {
+    let backend = MemoryBackend::new();
+    let make = || worker(patient(backend.clone()).durable_root(true).build().unwrap());
+    let (one, other) = (make(), make());
+    step(&one, "first");
+    let first = one.span("first").span_context.clone();
+    let context = WorkflowContext::try_from(&first).unwrap();
+    one.storage.store(ID, context).unwrap();
+    one.storage.create_resumed(ID, None).unwrap();
+    step(&one, "second");
+    one.storage.flush().unwrap();
+    step(&other, "third");
+    end(&other, "completed");
+    other.storage.flush().unwrap();
+    let spans = [one.spans(), other.spans()].concat();
+    let root = root(&spans);
+    let status = attribute(&root, "workflow.status").unwrap();
+    assert_eq!(status.as_str(), "completed");
+    assert_eq!(
+        number(&root, "workflow.spans"),
+        4,
+        "the agent's is no span of a tracer"
+    );
+    TraceForest::from_spans(&spans)
+        .assert_one_trace()
+        .assert_rooted();
 }
 
 #[test]

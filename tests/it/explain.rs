@@ -613,7 +613,7 @@ fn a_span_whose_name_is_not_kept_is_not_reported_as_a_call() {
     );
     let too_many = by("order-1099");
     assert!(
-        too_many.starts_with("by a span whose name is not kept, after 1024 others, process "),
+        too_many.starts_with("by a span whose name is not kept, process "),
         "{too_many}"
     );
     worker.storage.create_resumed("order-0", None).unwrap();
@@ -855,4 +855,28 @@ fn the_decisions_of_an_instance_are_reported_in_order() {
             "0.0s ago  cleaned up by a call"
         ]
     );
+}
+
+#[test]
+fn a_span_whose_run_id_came_late_is_named_as_its_author() {
+    let runs = |worker: &Worker| {
+        worker.run(|| {
+            info_span!("start", workflow.instance_id = ID, workflow.run_id = "1").in_scope(|| {});
+            let step = info_span!(
+                "step",
+                workflow.instance_id = ID,
+                workflow.run_id = tracing::field::Empty
+            )
+            .entered();
+            step.record("workflow.run_id", "2");
+        });
+        worker.storage.explain(ID).to_string()
+    };
+    let text = runs(&worker().0);
+    assert!(text.contains("by span \"step\", process"), "{text}");
+    assert!(!text.contains("span \"\""), "{text}");
+
+    // Without a trail nothing tells the name any more.
+    let text = runs(&worker_with(|builder| builder.recent_decisions(0)).0);
+    assert!(text.contains("by a span whose name is not kept"), "{text}");
 }

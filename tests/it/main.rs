@@ -22,6 +22,7 @@
 //! | workers that share a backend agree; a slow or failing backend costs continuity only | `shared` |
 //! | a backend that answers too late or not at all: all workers of a run agree in the end | `misses` |
 //! | every `StorageBackend` fulfils the written contract | `store_contract` |
+//! | `peek` starts nothing, and replays are hidden from logs by `log_filter` | `logs` |
 //! | feature `durable-root`: a workflow is one root, whole, exported once | `durable_root` |
 //! | feature `redb`: contexts survive the process | `restart` |
 //! | feature `redis`, `redis-tls`: contexts on a server or Cluster that many machines share | `redis` |
@@ -49,6 +50,7 @@ mod explicit_api;
 mod first_spans;
 mod hostile;
 mod lifecycle;
+mod logs;
 #[cfg(feature = "metrics")]
 mod metrics;
 mod misses;

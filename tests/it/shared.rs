@@ -1412,3 +1412,79 @@ fn records_expired_by_the_storages_clock_are_not_found() {
     let storage = patient(backend).clock(clock).build().unwrap();
     assert_eq!(storage.get(ID).unwrap(), None);
 }
+
+#[test]
+fn a_process_that_lives_for_one_span_keeps_its_instance_for_the_next() {
+    let (backend, clock) = (MemoryBackend::new(), ManualClock::new());
+    let process = || {
+        let storage = patient(backend.clone()).idle_ttl(24 * HOUR);
+        let storage = storage.completed_grace(HOUR).clock(clock.clone());
+        Worker::with_storage(storage.build().unwrap())
+    };
+    let step = |worker: &Worker, status: &str| {
+        worker.run(|| {
+            info_span!("step", workflow.instance_id = ID, workflow.status = status).in_scope(|| ());
+        });
+        worker.storage.flush().unwrap();
+        worker.trace_of("step")
+    };
+    let first = step(&process(), "running");
+    for _ in 0..4 {
+        clock.advance(20 * HOUR);
+        assert_eq!(step(&process(), "running"), first);
+    }
+    // The end is not put off.
+    assert_eq!(step(&process(), "completed"), first);
+    clock.advance(HOUR - Duration::from_secs(1));
+    assert_eq!(step(&process(), "running"), first);
+    clock.advance(Duration::from_secs(2));
+    assert_ne!(step(&process(), "running"), first);
+}
+
+#[test]
+fn namespaces_on_one_backend_do_not_meet() {
+    let backend = MemoryBackend::new();
+    let worker = |namespace: &str| {
+        let storage = patient(backend.clone()).namespace(namespace);
+        Worker::with_storage(storage.build().unwrap())
+    };
+    let namespaces = ["", "orders", "orders\u{1d}", "o", "\u{1d}", "orders\u{1f}"];
+    // Ids that could be taken for keys of a namespace.
+    let ids = [
+        ID,
+        "orders\u{1d}order-42",
+        "\u{1d}order-42",
+        "order-42\u{1f}1",
+    ];
+    let step = |namespace, id| {
+        let worker = worker(namespace);
+        worker.run(|| info_span!("step", workflow.instance_id = id).in_scope(|| ()));
+        worker.storage.flush().unwrap();
+        worker.trace_of("step")
+    };
+    let mut traces = std::collections::HashSet::new();
+    for (namespace, id) in namespaces.iter().flat_map(|n| ids.map(|id| (*n, id))) {
+        let trace = step(namespace, id);
+        assert!(
+            traces.insert(trace),
+            "{namespace:?} met another with {id:?}"
+        );
+        assert_eq!(step(namespace, id), trace, "{namespace:?}, {id:?}");
+    }
+    assert!(worker("orders").storage.cleanup(ID).unwrap());
+    assert!(worker("").storage.get(ID).unwrap().is_some());
+}
+
+#[test]
+fn a_namespace_has_a_bound() {
+    let build = |length| {
+        WorkflowContextStorage::builder()
+            .namespace("n".repeat(length))
+            .build()
+    };
+    assert!(build(256).is_ok());
+    assert_eq!(
+        build(257).unwrap_err().to_string(),
+        "namespace: 257 bytes are too many, the most is 256"
+    );
+}
