@@ -1,9 +1,10 @@
-//! Two worker processes take turns with one workflow, know nothing of each other but a Redis server, and leave one
-//! trace.
+//! Worker processes take turns with one workflow, know nothing of each other but a Redis server, a PostgreSQL database or
+//! a file, and leave one trace.
 //!
-//! `cargo run --features redis,testing --example two_workers [redis://127.0.0.1:6379/]`
+//! `cargo run --features postgres,redb,redis,testing --example two_workers [<store>]`, with a store such as
+//! `redis://127.0.0.1:6379/`, `postgres://user@127.0.0.1/database` or `contexts.redb`.
 //!
-//! Without a URL it starts a `redis-server` of its own on a free port, and ends it again.
+//! Without one it starts a `redis-server` of its own on a free port, and ends it again.
 
 #![allow(
     clippy::print_stdout,
@@ -19,37 +20,48 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use opentelemetry_sdk::trace::SpanData;
-use tracing_workflow_context::{RedisBackend, WorkflowContextStorage};
+use tracing_workflow_context::{
+    PostgresBackend, RedbBackend, RedisBackend, WorkflowContextStorage,
+};
 
 use support::{Result, draw, from_line, print_spans, run_step, trace_with};
 
 fn main() -> Result<()> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     match &args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        ["worker", url] => work(url),
-        [url] => hand_out_steps(url, &format!("order-{}", std::process::id())),
+        ["worker", store] => work(store),
+        [store] => hand_out_steps(store, &format!("order-{}", std::process::id())),
         [] => {
             let server = Server::start()?;
             hand_out_steps(&server.url, "order-42")
         }
-        _ => Err("usage: two_workers [redis://127.0.0.1:6379/]".into()),
+        _ => Err("usage: two_workers [<URL or file>]".into()),
     }
 }
 
 /// What an engine does: it gives each step to some worker, with nothing but the id of the workflow.
-fn hand_out_steps(url: &str, order: &str) -> Result<()> {
-    let mut workers = [Worker::start(url)?, Worker::start(url)?];
-    for (worker, step) in [
+fn hand_out_steps(store: &str, order: &str) -> Result<()> {
+    let mut workers = [None, None];
+    let mut spans = Vec::new();
+    for (at, step) in [
         (0, "reserve_stock"),
         (1, "charge_card"),
         (0, "ship"),
         (1, "send_bill"),
     ] {
-        println!("process {}: {step}", workers[worker].process.id());
-        workers[worker].run(step, order)?;
+        let mut worker = match workers[at].take() {
+            Some(worker) => worker,
+            None => Worker::start(store)?,
+        };
+        println!("process {}: {step}", worker.process.id());
+        worker.run(step, order)?;
+        // One process at a time has a file.
+        match is_file(store) {
+            true => spans.extend(worker.finish()?),
+            false => workers[at] = Some(worker),
+        }
     }
-    let mut spans = Vec::new();
-    for worker in workers {
+    for worker in workers.into_iter().flatten() {
         spans.extend(worker.finish()?);
     }
     draw(&spans);
@@ -57,10 +69,14 @@ fn hand_out_steps(url: &str, order: &str) -> Result<()> {
 }
 
 /// A worker process: runs the steps that it reads, and writes its spans in the end.
-fn work(url: &str) -> Result<()> {
-    let storage = WorkflowContextStorage::builder()
-        .backend(RedisBackend::connect(url)?)
-        .build()?;
+fn work(store: &str) -> Result<()> {
+    let builder = WorkflowContextStorage::builder();
+    let builder = match store.split_once("://") {
+        None => builder.backend(RedbBackend::open(store)?),
+        Some(("postgres" | "postgresql", _)) => builder.backend(PostgresBackend::connect(store)?),
+        Some(_) => builder.backend(RedisBackend::connect(store)?),
+    };
+    let storage = builder.build()?;
     let exporter = trace_with(&storage);
 
     for task in std::io::stdin().lines() {
@@ -74,15 +90,19 @@ fn work(url: &str) -> Result<()> {
     print_spans(&exporter)
 }
 
+fn is_file(store: &str) -> bool {
+    !store.contains("://")
+}
+
 struct Worker {
     process: Child,
     lines: Lines<BufReader<ChildStdout>>,
 }
 
 impl Worker {
-    fn start(url: &str) -> Result<Self> {
+    fn start(store: &str) -> Result<Self> {
         let mut process = Command::new(std::env::current_exe()?)
-            .args(["worker", url])
+            .args(["worker", store])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()?;

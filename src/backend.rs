@@ -1,16 +1,25 @@
 //! The contract of a storage backend: what its author implements, and what the storage relies on.
 //!
 //! Only the author of a backend needs this module. The backends of this crate are
-//! [`MemoryBackend`](crate::MemoryBackend), `RedbBackend` (feature `redb`) and `RedisBackend` (feature `redis`).
+//! [`MemoryBackend`](crate::MemoryBackend), `RedbBackend` (feature `redb`), `RedisBackend` (feature `redis`) and
+//! `PostgresBackend` (feature `postgres`).
 
 pub(crate) mod breaker;
 pub(crate) mod client;
-#[cfg(any(test, feature = "redb", feature = "redis"))]
+#[cfg(any(test, feature = "postgres", feature = "redb", feature = "redis"))]
 pub(crate) mod codec;
+#[cfg(any(feature = "postgres", feature = "redis"))]
+pub(crate) mod form;
 mod guard;
+#[cfg(any(feature = "postgres", feature = "redis"))]
+mod json;
 pub(crate) mod keys;
 pub(crate) mod memory;
 pub(crate) mod namespaced;
+#[cfg(any(feature = "postgres", feature = "redis"))]
+mod outcomes;
+#[cfg(feature = "postgres")]
+pub(crate) mod postgres;
 pub(crate) mod reader;
 #[cfg(feature = "redb")]
 pub(crate) mod redb;

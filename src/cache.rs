@@ -2,6 +2,7 @@
 
 pub(crate) mod entry;
 mod evict;
+mod explained;
 mod inline_str;
 mod shards;
 mod slots;
@@ -10,21 +11,19 @@ mod walk;
 use std::fmt;
 use std::num::NonZeroU16;
 use std::sync::{Arc, Mutex};
-use std::time::SystemTime;
 
 use opentelemetry::TraceId;
 
 use crate::backend::Record;
 use crate::clock::{self, Clock, OnTick, SystemClock, Ticks};
 use crate::context::WorkflowContext;
-use crate::explain::author::Authors;
 use crate::explain::trail::{Event, Step, Trail};
-use crate::explain::{Explanation, Summary};
 use crate::lock::lock;
 use crate::root::open::{OpenRoot, reopen, set_recorded};
 use crate::root::state::Roots;
 use crate::stats::Counter;
-use entry::{Entry, Limits, Rank, Replaced, Run};
+use entry::{Conflict, Entry, Limits, Rank, Replaced, Run};
+use inline_str::InlineStr;
 use shards::{Contents, Counts, Shards};
 use walk::{Ids, Sweep};
 
@@ -55,12 +54,6 @@ pub(crate) struct Key<'a> {
     pub(crate) id: &'a str,
     /// The run that the span or call names, if any.
     pub(crate) run_id: Option<&'a str>,
-}
-
-/// The context was not recorded, because another one was recorded first.
-#[derive(Debug)]
-pub(crate) struct Conflict {
-    pub(crate) winner: WorkflowContext,
 }
 
 impl Cache {
@@ -102,7 +95,7 @@ impl Cache {
 
     /// Returns `true` if one more instance fits without an eviction.
     pub(crate) fn has_room(&self) -> bool {
-        self.shards.len() < self.shards.limits.max_instances
+        self.shards.has_room()
     }
 
     /// Returns the number of lookups that found an instance, and of those that did not.
@@ -114,6 +107,12 @@ impl Cache {
     pub(crate) fn ids(&self) -> Ids<'_> {
         self.sweep_unless_ticking();
         Ids::new(&self.shards)
+    }
+
+    /// Returns a context as it is kept: its tracestate has a bound.
+    #[inline]
+    pub(crate) fn bounded(&self, context: WorkflowContext) -> WorkflowContext {
+        context.with_trace_state_up_to(self.shards.limits.max_trace_state)
     }
 
     /// Returns the hash of an id, to be computed once for each operation.
@@ -222,17 +221,12 @@ impl Cache {
         })
     }
 
-    /// Stores the context of an instance in place of all its runs, beneath the root that goes on.
-    pub(crate) fn replace(
-        &self,
-        id: &str,
-        context: WorkflowContext,
-        root: Option<Arc<OpenRoot>>,
-    ) -> Replaced {
+    /// Stores the context of an instance in place of all its runs.
+    pub(crate) fn replace(&self, id: &str, context: WorkflowContext) -> Replaced {
         let (hash, now) = (self.hash(id), self.time.now());
         // Only a pointer is taken out under the lock, and nearly always there is none.
         let mut replaced = Replaced::default();
-        let run = Run::new(context, None, 1).with_root(root);
+        let run = Run::new(context, None, 1);
         let stored = self.upsert(hash, id, now, run, |entry, run| {
             replaced = entry.replace(run);
             Ok(())
@@ -242,11 +236,31 @@ impl Cache {
         replaced
     }
 
+    /// Stores a context as [`replace`](Self::replace) does, beneath the root that goes on. Apart from it, since to pass the
+    /// run on would take 30 instructions of each `store`.
+    pub(crate) fn replace_beneath(
+        &self,
+        id: &str,
+        context: WorkflowContext,
+        root: Arc<OpenRoot>,
+    ) -> Replaced {
+        let (hash, now) = (self.hash(id), self.time.now());
+        let mut replaced = Replaced::default();
+        let run = Run::new(context, None, 1).with_root(Some(root));
+        let _ = self.upsert(hash, id, now, run, |entry, run| {
+            replaced = entry.replace(run);
+            Ok(())
+        });
+        self.note_at(now, hash, Event::Stored);
+        replaced
+    }
+
     /// Inserts a record of the backend, unless the run is known already.
     pub(crate) fn insert_fetched(&self, id: &str, record: Record) {
         let root = self.reopen(id, &record);
         let run_id = record.run_id.as_deref();
-        let run = Run::new(record.context, run_id, record.generation).with_root(root);
+        let context = self.bounded(record.context);
+        let run = Run::new(context, run_id, record.generation).with_root(root);
         // On a conflict the run was recorded here while it was fetched, and that counts.
         let _ = self.upsert(
             self.hash(id),
@@ -268,7 +282,8 @@ impl Cache {
     /// Inserts a record of the backend, unless the instance is known already.
     pub(crate) fn insert_late(&self, id: &str, record: Record) {
         let root = self.reopen(id, &record);
-        let run = Run::new(record.context, record.run_id.as_deref(), record.generation);
+        let context = self.bounded(record.context);
+        let run = Run::new(context, record.run_id.as_deref(), record.generation);
         let run = run.with_root(root);
         let known = |entry: &mut Entry, _| {
             Err(Conflict {
@@ -314,7 +329,7 @@ impl Cache {
                 is_of_another_run = true;
                 return;
             }
-            let context = winner.context.clone();
+            let context = self.bounded(winner.context.clone());
             let run_id = known.as_deref().or(winners);
             let new = Run::new(context, run_id, winner.generation);
             // Derived, it may be the same root.
@@ -471,36 +486,6 @@ impl Cache {
         })
     }
 
-    /// Explains an instance, which does not count as a use of it.
-    pub(crate) fn explain(&self, id: &str, wall: SystemTime, authors: &Authors) -> Explanation {
-        let now = self.time.now();
-        let hash = self.hash(id);
-        // If no lookup has met the entry since it expired, the trail does not tell that yet.
-        let is_expired = |entry: &Entry| entry.rank(now, &self.shards.limits) == Rank::Expired;
-        let expired = self.shards.remove(hash, id, |entry| {
-            is_expired(entry).then(|| entry.expiry_event())
-        });
-        if let Some(event) = expired {
-            self.note_loss(hash, now, event);
-        }
-        let found = {
-            let table = &self.shards.lock_for(hash).table;
-            let found = table.find(hash, |entry| entry.id == *id);
-            let found = found.and_then(|index| table.get(index));
-            found.map(|entry| {
-                let Run { author, .. } = *entry.latest();
-                (entry.summary(wall), author, entry.latest().root().cloned())
-            })
-        };
-        let recorded = found.map(|(recorded, author, root)| Summary {
-            writer: authors.writer(author),
-            root: root.map(|root| root.summary()),
-            ..recorded
-        });
-        let steps = self.trail.steps_of(hash);
-        Explanation::new(id, recorded, steps, now, self.trail.is_off())
-    }
-
     /// Returns the next page of the instances used since that tick, each with its runs, for the backend to keep them
     /// longer; `None` when all were read.
     pub(crate) fn used_since(
@@ -522,7 +507,7 @@ impl Cache {
         hash: u64,
         id: &str,
         now: u32,
-        run: Run,
+        mut run: Run,
         update: impl FnOnce(&mut Entry, Run) -> Result<(), Conflict>,
     ) -> Result<(), Conflict> {
         let root = self.roots.as_ref().and_then(|_| run.root().cloned());
@@ -530,40 +515,43 @@ impl Cache {
         let table = &mut shard.table;
         let known = table.find(hash, |entry| entry.id == *id);
         if let Some(entry) = known.and_then(|index| table.get_mut(index)) {
-            if entry.touch(now, &self.shards.limits) {
-                update(entry, run)?;
-                set_recorded(root);
-                return Ok(());
-            }
-            let event = entry.expiry_event();
-            entry.restart(run, now);
+            let bytes = entry.counted_bytes();
+            let expiry = match entry.touch(now, &self.shards.limits) {
+                true => {
+                    update(entry, run)?;
+                    None
+                }
+                false => {
+                    let event = entry.expiry_event();
+                    entry.restart(run, now);
+                    Some(event)
+                }
+            };
+            let has_grown = self.shards.recount(bytes, entry.count_bytes());
             drop(shard);
             set_recorded(root);
-            self.note_loss(hash, now, event);
+            if let Some(event) = expiry {
+                self.note_loss(hash, now, event);
+            }
+            if has_grown && self.shards.are_too_many() {
+                evict::make_room(&self.shards, now, hash, id, |hash, event| {
+                    self.note_loss(hash, now, event);
+                });
+            }
             return Ok(());
         }
+        let bytes = run.count_bytes() + InlineStr::heap_bytes_for(id);
         table.insert(hash, Entry::new(id, run, now), |entry| {
             self.shards.hash_of(entry)
         });
         drop(shard);
         set_recorded(root);
-        let before = self.shards.count_inserted();
-        if before >= self.shards.limits.max_instances {
-            self.make_room(now, hash, id);
+        if self.shards.count_inserted(bytes) {
+            evict::make_room(&self.shards, now, hash, id, |hash, event| {
+                self.note_loss(hash, now, event);
+            });
         }
         Ok(())
-    }
-
-    #[cold]
-    fn make_room(&self, now: u32, hash: u64, inserted: &str) {
-        // The second eviction makes up for another thread's insertion that found no victim.
-        for _ in 0..2 {
-            if self.shards.len() > self.shards.limits.max_instances {
-                if let Some((hash, event)) = evict::evict(&self.shards, now, hash, inserted) {
-                    self.note_loss(hash, now, event);
-                }
-            }
-        }
     }
 
     /// Sweeps all entries if no thread ticks, which is so with a clock of the caller's own.
@@ -628,6 +616,8 @@ mod tests {
     fn cache(max_instances: usize) -> Arc<Cache> {
         let limits = Limits {
             max_instances,
+            max_bytes: usize::MAX,
+            max_trace_state: 512,
             idle_ttl: u32::MAX >> 1,
             completed_grace: u32::MAX >> 1,
         };
@@ -649,7 +639,7 @@ mod tests {
         ] {
             let hash = cache.hash(id);
             assert!(!cache.complete_hashed(hash), "nothing is stored yet");
-            cache.replace(id, context(1), None);
+            cache.replace(id, context(1));
             let is_there = |entry: Option<&Entry>| entry.is_some();
             assert!(cache.look_up(cache.key(id, None), is_there));
             assert!(!cache.look_up(
@@ -688,7 +678,7 @@ mod tests {
                         *if span.is_some() { &mut hits } else { &mut misses } += 1;
                     }
                     _ => {
-                        cache.replace(&id, context(step), None);
+                        cache.replace(&id, context(step));
                         model.insert(id, step);
                     }
                 }
@@ -708,7 +698,7 @@ mod tests {
             let cache = cache(max);
             for n in ids {
                 let id = n.to_string();
-                cache.replace(&id, context(n + 1), None);
+                cache.replace(&id, context(n + 1));
                 prop_assert!(cache.len() <= max);
                 prop_assert_eq!(cache.latest(&id).map(|cx| cx.span_id()), Some((n + 1).into()));
             }

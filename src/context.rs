@@ -245,6 +245,20 @@ impl WorkflowContext {
         Context::new().with_remote_span_context(self.to_span_context())
     }
 
+    #[inline]
+    pub(crate) fn has_trace_state(&self) -> bool {
+        self.trace_state.is_some()
+    }
+
+    /// Shortens the tracestate to that many bytes.
+    #[inline]
+    pub(crate) fn with_trace_state_up_to(mut self, most: usize) -> Self {
+        if let Some(state) = &self.trace_state {
+            self.trace_state = shortened(state, most);
+        }
+        self
+    }
+
     /// Returns this as a span context, marked remote.
     pub(crate) fn to_span_context(&self) -> SpanContext {
         let trace_state = self.trace_state.as_deref().cloned();
@@ -265,7 +279,13 @@ impl WorkflowContext {
     /// Creates a context from its stored parts; `None` if an id is zero.
     ///
     /// Unknown flags are cleared, and an invalid tracestate is dropped.
-    #[cfg(any(test, feature = "redb", feature = "redis", feature = "testing"))]
+    #[cfg(any(
+        test,
+        feature = "postgres",
+        feature = "redb",
+        feature = "redis",
+        feature = "testing"
+    ))]
     pub(crate) fn from_parts(
         trace_id: TraceId,
         span_id: SpanId,
@@ -285,7 +305,7 @@ impl WorkflowContext {
     }
 
     /// Returns this, recorded at another time.
-    #[cfg(any(test, feature = "redis"))]
+    #[cfg(any(test, feature = "postgres", feature = "redis"))]
     pub(crate) fn with_recorded_at(self, recorded_at: SystemTime) -> Self {
         Self {
             recorded_at: since_epoch(recorded_at),
@@ -454,6 +474,15 @@ pub(crate) fn since_epoch(time: SystemTime) -> u64 {
 fn from_epoch(nanos: u64) -> SystemTime {
     // Does not overflow: every platform's clock reaches 584 years beyond 1970.
     SystemTime::UNIX_EPOCH + Duration::from_nanos(nanos)
+}
+
+#[inline(never)]
+fn shortened(state: &Arc<TraceState>, most: usize) -> Option<Arc<TraceState>> {
+    let length = |(key, value): (&str, &str)| key.len() + value.len() + 2;
+    match state.into_iter().map(length).sum::<usize>() <= most.saturating_add(1) {
+        true => Some(state.clone()),
+        false => traceparent::shorten_tracestate(state, most).map(Arc::new),
+    }
 }
 
 #[cfg(test)]

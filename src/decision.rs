@@ -505,6 +505,8 @@ mod tests {
         fn decide(self) -> String {
             let limits = Limits {
                 max_instances: 10,
+                max_bytes: usize::MAX,
+                max_trace_state: 512,
                 idle_ttl: 1_000,
                 completed_grace: 1_000,
             };

@@ -151,6 +151,10 @@
 //!   contexts on a Redis or Valkey server that many machines share: a single one, with sentinels, or a Cluster. Adds
 //!   `redis` and `serde_json`.
 //! - `redis-tls`: the same by TLS. Adds `rustls` and `ring`, which needs a C compiler.
+//! - `postgres`: [`PostgresBackend`](https://docs.rs/tracing-workflow-context/latest/tracing_workflow_context/struct.PostgresBackend.html),
+//!   contexts in a table of a PostgreSQL database that many machines share, also behind PgBouncer. Adds `tokio-postgres`,
+//!   `tokio`, `futures-util` and `serde_json`; the runtime is the backend's own.
+//! - `postgres-tls`: the same by TLS. Adds `tokio-postgres-rustls`, `rustls`, `rustls-native-certs` and `ring`.
 //!
 //! # The workflow's own span
 //!
@@ -244,11 +248,15 @@ mod traceparent;
 mod tracer;
 mod warnings;
 
+#[cfg(any(feature = "postgres", feature = "redis"))]
+pub use backend::form::Form;
 pub use backend::memory::MemoryBackend;
+#[cfg(feature = "postgres")]
+pub use backend::postgres::PostgresBackend;
 #[cfg(feature = "redb")]
 pub use backend::redb::{OpenError, RedbBackend, RedbSync};
 #[cfg(feature = "redis")]
-pub use backend::redis::{ConnectError, Form, RedisBackend};
+pub use backend::redis::{ConnectError, RedisBackend};
 pub use clock::Clock;
 pub use context::WorkflowContext;
 pub use decision::relation::{Continuation, Relation};

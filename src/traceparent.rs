@@ -162,6 +162,33 @@ fn parse_members(values: &[&str]) -> Option<TraceState> {
     TraceState::from_key_value(members).ok()
 }
 
+/// The length from which on a member is dropped before others (3.3.1.5, "tracestate Limits").
+const LONG_MEMBER: usize = 128;
+
+/// Returns the beginning of a tracestate that has no more than that many bytes as a header: without its long members, if it
+/// is too long with them. `None` if nothing is left.
+pub(crate) fn shorten_tracestate(state: &TraceState, most: usize) -> Option<TraceState> {
+    let length = |(key, value): &(&str, &str)| key.len() + 1 + value.len();
+    let mut members: Vec<_> = state.into_iter().collect();
+    // With the commas between them.
+    let total = |members: &[_]| {
+        members
+            .iter()
+            .map(|member| length(member) + 1)
+            .sum::<usize>()
+    };
+    if total(&members) > most + 1 {
+        members.retain(|member| length(member) <= LONG_MEMBER);
+    }
+    while total(&members) > most + 1 {
+        members.pop();
+    }
+    if members.is_empty() {
+        return None;
+    }
+    TraceState::from_key_value(members).ok()
+}
+
 /// Returns `true` if [`parse_tracestate`] would accept this list.
 pub(crate) fn is_valid_tracestate(state: &TraceState) -> bool {
     let mut members = Vec::new();

@@ -50,7 +50,7 @@ pub(crate) fn namespace_prefix(namespace: &str) -> String {
 }
 
 /// Returns the part of any key that stands for the instance id, with its namespace.
-#[cfg(feature = "redis")]
+#[cfg(any(feature = "postgres", feature = "redis"))]
 pub(crate) fn instance_part(key: &str) -> &str {
     key.split(SEPARATOR).next().unwrap_or(key)
 }

@@ -4,11 +4,10 @@ mod cluster;
 mod command;
 mod connect;
 mod hash_tag;
-mod json;
 mod node;
 mod topology;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -19,7 +18,8 @@ use self::cluster::{Cluster, Reply};
 use self::command::Found;
 use self::connect::client;
 use self::node::{Node, Session, Timeouts};
-use super::{codec, keys};
+use super::form::Form;
+use super::outcomes::fail_later_writes;
 use crate::backend::{BackendError, Record, StorageBackend, Write, WriteOutcome};
 use crate::stats::Counter;
 
@@ -125,22 +125,6 @@ pub struct RedisBackend {
 enum Servers {
     One(Arc<Node>),
     Cluster(Arc<Cluster>),
-}
-
-/// The form of the values that a [`RedisBackend`] writes. It reads both forms.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Form {
-    /// A compact form of this crate, in most cases shorter than 64 bytes.
-    #[default]
-    Binary,
-    /// The JSON object of dapr-agents, about 280 bytes, for workers in other languages.
-    ///
-    /// `traceparent` and `tracestate` (or null) are those of the headers. dapr-agents also writes `instance_id`,
-    /// `resumed` and `debug_info`; this crate adds `run_id`, `generation`, `recorded_at` and `expires_at` (in seconds
-    /// since 1970). Only `traceparent` is required when reading. The expiry of the key on the server overrides
-    /// `expires_at`; with neither, a context expires 24 hours after it is read.
-    Json,
 }
 
 impl RedisBackend {
@@ -272,21 +256,14 @@ impl RedisBackend {
         self.ask(commands).into_iter().collect()
     }
 
-    fn encode(&self, key: &str, record: &Record) -> Vec<u8> {
-        match self.form {
-            Form::Binary => codec::encode(record),
-            Form::Json => json::encode(keys::instance_part(key), record),
-        }
-    }
-
     fn command(&self, write: &Write) -> Cmd {
         let on_server = self.key(write.key());
         match write {
             Write::Put(key, record) => {
-                command::set(&on_server, self.encode(key, record), record.expires_at)
+                command::set(&on_server, self.form.encode(key, record), record.expires_at)
             }
             Write::PutIfAbsent(key, record) => {
-                command::set_if_absent(&on_server, self.encode(key, record), record.expires_at)
+                command::set_if_absent(&on_server, self.form.encode(key, record), record.expires_at)
             }
             Write::Expire(_, at) => command::expire(&on_server, *at),
             Write::Remove(_) => command::on_key("DEL", &on_server, &[]),
@@ -459,7 +436,7 @@ impl RedisBackend {
     /// Puts a record in place of a malformed value, unless another worker has replaced it before.
     fn replace(&self, key: &str, record: &Record) -> WriteOutcome {
         let on_server = self.key(key);
-        let set = command::set(&on_server, self.encode(key, record), record.expires_at);
+        let set = command::set(&on_server, self.form.encode(key, record), record.expires_at);
         let replaced = match &self.servers {
             Servers::One(node) => self.replace_on(node, &on_server, &set),
             Servers::Cluster(cluster) => cluster
@@ -599,20 +576,5 @@ fn failure(outcome: &WriteOutcome) -> Option<&BackendError> {
     match outcome {
         WriteOutcome::Failed(error) => Some(error),
         WriteOutcome::Done | WriteOutcome::Existing(_) => None,
-    }
-}
-
-/// Fails the writes that follow a failed one on its key, as the contract of [`WriteOutcome::Failed`] demands, and marks
-/// all failures as partial.
-fn fail_later_writes(writes: &[Write], outcomes: &mut [WriteOutcome]) {
-    let mut failed: HashMap<&str, BackendError> = HashMap::new();
-    for (write, outcome) in writes.iter().zip(outcomes) {
-        if let WriteOutcome::Failed(error) = outcome {
-            let error = error.clone().partial();
-            failed.entry(write.key()).or_insert(error);
-        }
-        if let Some(error) = failed.get(write.key()) {
-            *outcome = WriteOutcome::Failed(error.clone());
-        }
     }
 }

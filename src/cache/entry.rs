@@ -68,15 +68,38 @@ pub(super) struct Rare {
     older_traces: Vec<TraceId>,
     /// The workflow's own span, with durable roots.
     root: Option<Arc<OpenRoot>>,
+    /// The size that was last counted among the bytes of all entries.
+    counted: usize,
 }
 
+/// A bound of the size of a root, with its name and progress.
+const ROOT_BYTES: usize = 768;
+
 impl Rare {
+    /// Returns about how many bytes it takes, with what it points to.
+    fn size(&self) -> usize {
+        let state = |state: &Arc<TraceState>| state.into_iter().fold(64, add_member);
+        let older = self.older.iter().map(|run| size_of::<Run>() + run.size());
+        size_of::<Self>()
+            + self.trace_state.as_ref().map_or(0, state)
+            + self.run_id.as_ref().map_or(0, InlineStr::heap_bytes)
+            + older.sum::<usize>()
+            + size_of::<TraceId>() * self.older_traces.capacity()
+            + self.root.as_ref().map_or(0, |_| ROOT_BYTES)
+    }
+
     /// Returns the ids of the run and of the older ones.
     pub(super) fn run_ids(&self) -> Vec<Box<str>> {
         let older = self.older.iter().filter_map(Run::run_id);
         let ids = self.run_id.iter().chain(older);
         ids.map(|id| id.as_str().into()).collect()
     }
+}
+
+/// The context was not recorded, because another one was recorded first.
+#[derive(Debug)]
+pub(crate) struct Conflict {
+    pub(crate) winner: WorkflowContext,
 }
 
 /// The runs in whose place another context was stored.
@@ -101,8 +124,16 @@ pub(crate) struct Named {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
     pub(crate) max_instances: usize,
+    pub(crate) max_bytes: usize,
+    /// The most bytes of a tracestate.
+    pub(crate) max_trace_state: usize,
     pub(crate) idle_ttl: u32,
     pub(crate) completed_grace: u32,
+}
+
+/// Adds the bytes of a member of a tracestate: two strings and its place in the list.
+fn add_member(sum: usize, (key, value): (&str, &str)) -> usize {
+    sum + 48 + key.len() + value.len()
 }
 
 /// The order of eviction: completed instances first, then expired ones, then the least recently used.
@@ -131,6 +162,18 @@ impl Entry {
         self.latest = run;
         self.completed.set(0);
         replaced
+    }
+
+    /// Returns the bytes beyond the entry itself, as they were last counted.
+    #[inline]
+    pub(super) fn counted_bytes(&self) -> usize {
+        self.id.heap_bytes() + self.latest.rare.as_ref().map_or(0, |rare| rare.counted)
+    }
+
+    /// Counts the bytes beyond the entry itself.
+    #[inline]
+    pub(super) fn count_bytes(&mut self) -> usize {
+        self.id.heap_bytes() + self.latest.count_bytes()
     }
 
     /// Makes an expired entry one that was just created with that run.
@@ -323,6 +366,7 @@ impl Run {
                 older: Vec::new(),
                 older_traces: Vec::new(),
                 root: None,
+                counted: 0,
             })
         });
         Self {
@@ -334,6 +378,20 @@ impl Run {
             flags,
             marks: Cell::new(0),
         }
+    }
+
+    fn size(&self) -> usize {
+        self.rare.as_ref().map_or(0, |rare| rare.size())
+    }
+
+    /// Counts its bytes beyond itself.
+    #[inline]
+    pub(super) fn count_bytes(&mut self) -> usize {
+        let Some(rare) = &mut self.rare else {
+            return 0;
+        };
+        rare.counted = rare.size();
+        rare.counted
     }
 
     /// Gives the run its own span.

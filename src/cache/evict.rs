@@ -17,8 +17,31 @@ struct Candidate {
     index: usize,
 }
 
+/// The most evictions for one insertion: the largest entry takes about as much as so many of the smallest.
+const MAX_EVICTIONS: usize = 64;
+
+/// Removes instances other than the one that was just inserted, as long as there are too many, and reports each with its hash
+/// and the reason. More than one make up for other threads' insertions that found no victim, and for a large entry.
+#[cold]
+pub(super) fn make_room(
+    shards: &Shards,
+    now: u32,
+    hash: u64,
+    inserted: &str,
+    report: impl Fn(u64, Event),
+) {
+    for _ in 0..MAX_EVICTIONS {
+        if !shards.are_too_many() {
+            return;
+        }
+        if let Some((hash, event)) = evict(shards, now, hash, inserted) {
+            report(hash, event);
+        }
+    }
+}
+
 /// Removes one instance other than the one that was just inserted. Returns its hash and the reason.
-pub(super) fn evict(shards: &Shards, now: u32, hash: u64, inserted: &str) -> Option<(u64, Event)> {
+fn evict(shards: &Shards, now: u32, hash: u64, inserted: &str) -> Option<(u64, Event)> {
     // A candidate that was used or removed since it was chosen is kept, and another one is chosen.
     for attempt in 0..4 {
         let victim = choose(shards, now, hash, inserted, attempt)?;

@@ -22,6 +22,24 @@ impl InlineStr {
         }
     }
 
+    /// Returns the bytes of a string that would be stored elsewhere.
+    #[inline]
+    pub(super) fn heap_bytes_for(text: &str) -> usize {
+        match text.len() {
+            ..=INLINE => 0,
+            more => more,
+        }
+    }
+
+    /// Returns the bytes that are stored elsewhere.
+    #[inline]
+    pub(super) fn heap_bytes(&self) -> usize {
+        match self {
+            Self::Inline { .. } => 0,
+            Self::Boxed(text) => text.len(),
+        }
+    }
+
     /// Returns the string. This checks the encoding each time; a comparison of bytes does not.
     pub(super) fn as_str(&self) -> &str {
         std::str::from_utf8(self.as_bytes()).unwrap_or_default()

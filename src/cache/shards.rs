@@ -13,12 +13,20 @@ use crate::lock::lock;
 /// for its lock meanwhile.
 const PER_SHARD: usize = 4096;
 
+/// The bytes of an instance without a run id or a tracestate, and with an id of up to 38 bytes: 119 were measured for UUIDs at
+/// a million (docs/PERFORMANCE.md), and up to twice as much of the table is free after it has grown.
+const PER_ENTRY: usize = 176;
+
 /// All entries, spread over shards by the hash of their ids. Each method locks one shard at a time.
 pub(super) struct Shards {
     hasher: foldhash::fast::RandomState,
     /// Their number is a power of two.
     shards: Box<[Shard]>,
     len: AtomicUsize,
+    /// The bytes beyond the entries themselves, as they were last counted.
+    more_bytes: AtomicUsize,
+    /// The most instances that take no more bytes than that.
+    most_small: usize,
     pub(super) limits: Limits,
 }
 
@@ -55,6 +63,8 @@ impl Shards {
             hasher: foldhash::fast::RandomState::default(),
             shards: shards.collect(),
             len: AtomicUsize::new(0),
+            more_bytes: AtomicUsize::new(0),
+            most_small: limits.max_instances.min(limits.max_bytes / PER_ENTRY),
             limits,
         }
     }
@@ -64,15 +74,50 @@ impl Shards {
         self.len.load(Relaxed)
     }
 
+    /// Returns `true` if there are more instances or bytes than there may be.
+    #[inline]
+    pub(super) fn are_too_many(&self) -> bool {
+        self.is_too_many(self.len())
+    }
+
+    #[inline]
+    fn is_too_many(&self, len: usize) -> bool {
+        match self.more_bytes.load(Relaxed) {
+            0 => len > self.most_small,
+            // As much memory as there is does not overflow.
+            more => {
+                let bytes = len.wrapping_mul(PER_ENTRY).wrapping_add(more);
+                len > self.limits.max_instances || bytes > self.limits.max_bytes
+            }
+        }
+    }
+
+    /// Returns `true` if one more instance fits without an eviction.
+    pub(super) fn has_room(&self) -> bool {
+        self.len() < self.limits.max_instances && !self.are_too_many()
+    }
+
+    /// Notes that the counted bytes of an entry have changed. Returns `true` if there are more.
+    #[inline]
+    pub(super) fn recount(&self, before: usize, now: usize) -> bool {
+        if before != now {
+            // Wraps where there are less.
+            self.more_bytes.fetch_add(now.wrapping_sub(before), Relaxed);
+        }
+        now > before
+    }
+
     /// Returns the number of shards.
     pub(super) fn count(&self) -> usize {
         self.shards.len()
     }
 
-    /// Notes an insertion, and returns the number of instances before it.
+    /// Notes an insertion. Returns `true` if there are too many now.
     #[inline]
-    pub(super) fn count_inserted(&self) -> usize {
-        self.len.fetch_add(1, Relaxed)
+    pub(super) fn count_inserted(&self, bytes: usize) -> bool {
+        self.recount(0, bytes);
+        let len = self.len.fetch_add(1, Relaxed) + 1;
+        self.is_too_many(len)
     }
 
     /// Returns the hits and misses of all shards.
@@ -129,10 +174,13 @@ impl Shards {
     ) -> Option<R> {
         let mut shard = self.lock_for(hash);
         let index = shard.table.find(hash, |entry| entry.id == *id)?;
-        let taken = take(shard.table.get_mut(index)?)?;
+        let entry = shard.table.get_mut(index)?;
+        let bytes = entry.counted_bytes();
+        let taken = take(entry)?;
         shard.table.remove(hash, index, |entry| self.hash_of(entry));
         drop(shard);
         self.len.fetch_sub(1, Relaxed);
+        self.recount(bytes, 0);
         Some(taken)
     }
 
@@ -147,9 +195,11 @@ impl Shards {
         let mut shard = self.lock_nth(shard)?;
         let entry = shard.table.get(index).filter(|entry| condition(entry))?;
         let (hash, event) = (self.hash_of(entry), entry.expiry_event());
+        let bytes = entry.counted_bytes();
         shard.table.remove(hash, index, |entry| self.hash_of(entry));
         drop(shard);
         self.len.fetch_sub(1, Relaxed);
+        self.recount(bytes, 0);
         Some((hash, event))
     }
 }

@@ -45,6 +45,8 @@ const COMPLETED_GRACE: Duration = Duration::from_secs(5 * 60);
 /// | [`poller_spans`](Self::poller_spans) | none |
 /// | [`completing_spans`](Self::completing_spans) | none |
 /// | [`max_instances`](Self::max_instances) | 1,000,000 |
+/// | [`max_bytes`](Self::max_bytes) | 256 MiB |
+/// | [`max_trace_state`](Self::max_trace_state) | 512 bytes |
 /// | [`idle_ttl`](Self::idle_ttl) | 24 hours |
 /// | [`completed_grace`](Self::completed_grace) | 5 minutes |
 /// | [`max_age`](Self::max_age) | none |
@@ -89,6 +91,8 @@ impl Default for WorkflowContextStorageBuilder {
             policy: Policy::default(),
             limits: Limits {
                 max_instances: 1_000_000,
+                max_bytes: 256 << 20,
+                max_trace_state: 512,
                 idle_ttl: ticks(IDLE_TTL),
                 completed_grace: ticks(COMPLETED_GRACE),
             },
@@ -240,6 +244,26 @@ impl WorkflowContextStorageBuilder {
     /// By default, one million.
     pub fn max_instances(mut self, instances: usize) -> Self {
         self.limits.max_instances = instances;
+        self
+    }
+
+    /// Sets the most bytes that the instances in memory take, as far as they can be counted: an instance counts as 176 bytes, with
+    /// the length of an id of more than 38 bytes, and with what its runs, tracestates and own span take. More evict others, as more
+    /// than [`max_instances`](Self::max_instances) do.
+    ///
+    /// By default, 256 MiB.
+    pub fn max_bytes(mut self, bytes: u64) -> Self {
+        self.limits.max_bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+        self
+    }
+
+    /// Sets the most bytes of a tracestate that is kept with an instance, from a span, a call or the backend. Of a longer one,
+    /// members of more than 128 bytes are dropped first, then members from the end, as W3C Trace Context asks (3.3.1.5,
+    /// "Limits"). Zero keeps none.
+    ///
+    /// By default, 512: as many as W3C Trace Context asks to propagate at least.
+    pub fn max_trace_state(mut self, bytes: usize) -> Self {
+        self.limits.max_trace_state = bytes;
         self
     }
 
@@ -448,6 +472,11 @@ impl WorkflowContextStorageBuilder {
         if self.limits.max_instances == 0 {
             return Err(BuildError::Zero {
                 setting: "max_instances",
+            });
+        }
+        if self.limits.max_bytes == 0 {
+            return Err(BuildError::Zero {
+                setting: "max_bytes",
             });
         }
         if self.limits.idle_ttl == 0 {

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use super::remote::{LateWinner, Remote};
 use crate::backend::BackendError;
-use crate::cache::entry::Entry;
-use crate::cache::{Cache, Conflict, Key};
+use crate::cache::entry::{Conflict, Entry};
+use crate::cache::{Cache, Key};
 use crate::context::WorkflowContext;
 use crate::decision::relation::Relation;
 use crate::fields::value::EndStatus;
@@ -100,6 +100,7 @@ impl Tier {
         root: Option<Arc<OpenRoot>>,
         counters: &Arc<Counters>,
     ) -> Result<Option<LateWinner>, WorkflowContext> {
+        let context = self.cache.bounded(context);
         // The next trace of a run is that run's, also if a span opens it that does not name the run.
         let run_id = match (follows, key.run_id) {
             (Some(_), None) => self.cache.latest_run_id(key),
@@ -126,22 +127,27 @@ impl Tier {
 
     #[inline]
     pub(super) fn store(&self, id: &str, context: WorkflowContext) {
-        if self.remote.is_none() && !self.cache.has_roots() {
-            drop(self.cache.replace(id, context, None));
+        let is_plain = self.remote.is_none() && !self.cache.has_roots();
+        if is_plain && !context.has_trace_state() {
+            drop(self.cache.replace(id, context));
         } else {
-            self.store_in_both(id, context);
+            self.store_anyhow(id, context);
         }
     }
 
     #[inline(never)]
-    fn store_in_both(&self, id: &str, context: WorkflowContext) {
+    fn store_anyhow(&self, id: &str, context: WorkflowContext) {
+        let context = self.cache.bounded(context);
         let root = self.root_to_keep(id, &context);
         let remote = self.remote.as_ref();
         if let Some(remote) = remote {
             remote.ignore_late(id);
         }
         let root_span = root.as_ref().map(|root| Box::new(root.record().clone()));
-        let replaced = self.cache.replace(id, context.clone(), root);
+        let replaced = match root {
+            Some(root) => self.cache.replace_beneath(id, context.clone(), root),
+            None => self.cache.replace(id, context.clone()),
+        };
         if let Some(remote) = remote {
             remote.forget_runs(id, replaced.run_ids());
             remote.put(id, context, root_span);

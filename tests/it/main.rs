@@ -10,6 +10,7 @@
 //! | a new run is a new root, a child workflow continues its parent instance | `runs` |
 //! | a trace past `max_age` or `max_spans` is followed by a linked root | `bounds` |
 //! | completed, idle and surplus instances are forgotten | `lifecycle` |
+//! | memory is bounded in bytes too | `bytes` |
 //! | two threads open the first span at once: the first recorded wins | `concurrency` |
 //! | store, get, cleanup, `create_resumed`, ids and stats | `explicit_api` |
 //! | parsing and injecting strictly by W3C Trace Context level 2 | `propagation` |
@@ -26,6 +27,7 @@
 //! | feature `durable-root`: a workflow is one root, whole, exported once | `durable_root` |
 //! | feature `redb`: contexts survive the process | `restart` |
 //! | feature `redis`, `redis-tls`: contexts on a server or Cluster that many machines share | `redis` |
+//! | feature `postgres`, `postgres-tls`: contexts in a table that many machines share, behind a pooler too | `postgres` |
 //! | feature `metrics`: the counters as OpenTelemetry metrics | `metrics` |
 //! | `tracer_provider` decorates a whole provider | `tracer_provider` |
 //! | feature `testing`: `TraceForest` draws and asserts | `trace_forest` |
@@ -39,6 +41,7 @@
 mod support;
 
 mod bounds;
+mod bytes;
 mod concurrency;
 mod continuity;
 mod deferral;
@@ -57,6 +60,8 @@ mod misses;
 mod model;
 mod panics;
 mod policy;
+#[cfg(feature = "postgres")]
+mod postgres;
 mod propagation;
 #[cfg(feature = "redis")]
 mod redis;

@@ -5,11 +5,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::support::*;
 use redis::Commands as _;
-use tracing_workflow_context::backend::{
-    BackendError, Record, StorageBackend, Write, WriteOutcome,
-};
+use tracing_workflow_context::backend::{StorageBackend, Write};
 use tracing_workflow_context::testing::check_backend;
-use tracing_workflow_context::{ConnectError, Form, RedisBackend, WorkflowContext};
+use tracing_workflow_context::{ConnectError, Form, RedisBackend};
 
 mod cluster;
 mod faults;
@@ -17,8 +15,6 @@ mod interop;
 mod race;
 #[cfg(feature = "redis-tls")]
 mod tls;
-
-const PARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
 
 fn backend(server: &RedisServer) -> RedisBackend {
     let backend = RedisBackend::connect(&server.url()).expect("a URL");
@@ -30,31 +26,6 @@ fn backend(server: &RedisServer) -> RedisBackend {
 fn raw(server: &RedisServer) -> redis::Connection {
     let client = redis::Client::open(server.url()).expect("a URL");
     client.get_connection().expect("the server is up")
-}
-
-fn record(traceparent: &str) -> Record {
-    let context = WorkflowContext::parse(traceparent, "").expect("well formed");
-    record_of(context)
-}
-
-/// Writes as a backend without parts does: if any write failed, all of it did.
-trait WriteAll {
-    fn write_all(&self, writes: &[Write]) -> Result<Vec<WriteOutcome>, BackendError>;
-}
-
-impl<B: StorageBackend> WriteAll for B {
-    fn write_all(&self, writes: &[Write]) -> Result<Vec<WriteOutcome>, BackendError> {
-        let outcomes = self.write(writes)?;
-        let failure = outcomes.iter().find_map(|outcome| match outcome {
-            WriteOutcome::Failed(error) => Some(error.clone()),
-            _ => None,
-        });
-        failure.map_or(Ok(outcomes), Err)
-    }
-}
-
-fn claim(key: &str, record: &Record) -> Write {
-    Write::PutIfAbsent(key.to_owned(), record.clone())
 }
 
 /// Runs the contract suite, with a new key prefix for each backend.

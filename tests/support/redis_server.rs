@@ -1,13 +1,12 @@
-//! Redis servers for one test, and a proxy that delays or replaces their replies.
+//! Redis servers for one test.
 
 use std::io::{Read as _, Write as _};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::{Directory, PATIENCE};
+use super::{Directory, PATIENCE, Server, free_port};
 
 /// A new, empty server on this machine, which is stopped when this is dropped.
 #[derive(Debug)]
@@ -161,14 +160,6 @@ impl RedisServer {
         self.signal("-CONT");
     }
 
-    pub(crate) fn port(&self) -> u16 {
-        self.port
-    }
-
-    pub(crate) fn url(&self) -> String {
-        url(self.port)
-    }
-
     fn signal(&self, signal: &str) {
         let pid = self.process.id().to_string();
         let status = Command::new("kill").args([signal, &pid]).status();
@@ -219,13 +210,14 @@ impl Drop for RedisServer {
     }
 }
 
-fn url(port: u16) -> String {
-    format!("redis://127.0.0.1:{port}/")
-}
+impl Server for RedisServer {
+    fn port(&self) -> u16 {
+        self.port
+    }
 
-fn free_port() -> u16 {
-    let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a free port");
-    listener.local_addr().expect("bound").port()
+    fn url_at(&self, port: u16) -> String {
+        format!("redis://127.0.0.1:{port}/")
+    }
 }
 
 fn replies_to_ping(port: u16) -> bool {
@@ -238,77 +230,4 @@ fn replies_to_ping(port: u16) -> bool {
         Ok(reply == *b"+PONG")
     };
     ask().unwrap_or(false)
-}
-
-/// How a proxy treats replies of the server.
-#[derive(Clone, Debug)]
-pub(crate) enum Replies {
-    /// Forwards them.
-    Forward,
-    /// Forwards each after a delay.
-    Delay(Duration),
-    /// Forwards them byte by byte, a hundred a second.
-    Trickle,
-    /// Sends these bytes instead.
-    Replace(Vec<u8>),
-}
-
-/// A proxy between clients and a server; it runs until the process ends.
-#[derive(Debug)]
-pub(crate) struct Proxy {
-    port: u16,
-    replies: Arc<Mutex<Replies>>,
-}
-
-impl Proxy {
-    pub(crate) fn before(server: &RedisServer) -> Self {
-        let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a free port");
-        let port = listener.local_addr().expect("bound").port();
-        let (replies, to) = (Arc::new(Mutex::new(Replies::Forward)), server.port());
-        let replies_of_all = replies.clone();
-        thread::spawn(move || {
-            for client in listener.incoming().flatten() {
-                if let Ok(server) = TcpStream::connect(("127.0.0.1", to)) {
-                    let pair = (client.try_clone(), server.try_clone());
-                    if let (Ok(to_client), Ok(from_server)) = pair {
-                        thread::spawn(move || forward(client, server, None));
-                        let replies = replies_of_all.clone();
-                        thread::spawn(move || forward(from_server, to_client, Some(&replies)));
-                    }
-                }
-            }
-        });
-        Self { port, replies }
-    }
-
-    pub(crate) fn set_replies(&self, replies: Replies) {
-        *self.replies.lock().unwrap() = replies;
-    }
-
-    pub(crate) fn url(&self) -> String {
-        url(self.port)
-    }
-}
-
-fn forward(mut from: TcpStream, mut to: TcpStream, replies: Option<&Mutex<Replies>>) {
-    let mut buffer = [0; 64 * 1024];
-    while let Ok(read @ 1..) = from.read(&mut buffer) {
-        let replies = replies.map_or(Replies::Forward, |replies| replies.lock().unwrap().clone());
-        let written = match replies {
-            Replies::Forward => to.write_all(&buffer[..read]),
-            Replies::Delay(delay) => {
-                thread::sleep(delay);
-                to.write_all(&buffer[..read])
-            }
-            Replies::Trickle => buffer[..read].iter().try_for_each(|byte| {
-                thread::sleep(Duration::from_millis(10));
-                to.write_all(&[*byte])
-            }),
-            Replies::Replace(other) => to.write_all(&other),
-        };
-        if written.is_err() {
-            break;
-        }
-    }
-    let _ = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
 }

@@ -4,8 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use redis::{Cmd, ToRedisArgs, Value, cmd};
 
-use super::json;
-use crate::backend::{Record, codec};
+use crate::backend::{Record, form};
 
 /// The content of a value.
 pub(super) enum Found {
@@ -18,8 +17,7 @@ pub(super) enum Found {
 pub(super) fn found(value: &Value) -> Found {
     let record = match value {
         Value::Nil => return Found::Nothing,
-        Value::BulkString(bytes) if bytes.first() == Some(&b'{') => json::decode(bytes),
-        Value::BulkString(bytes) => codec::decode(bytes),
+        Value::BulkString(bytes) => form::decode(bytes),
         // The error of a key that holds no string.
         _ => None,
     };

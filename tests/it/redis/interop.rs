@@ -1,38 +1,11 @@
-//! Workers in Python read and write the same keys with their own client: `tests/interop.py`.
+//! Workers in Python read and write the same keys with their own client.
 
-use std::path::Path;
-use std::process::Command;
-
-use tracing_workflow_context::{Form, WorkflowContext, WorkflowContextStorage};
+use tracing_workflow_context::{Form, WorkflowContextStorage};
 
 use super::*;
 
-#[track_caller]
-fn python(arguments: &[&str]) -> String {
-    let directory = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let python = directory.join("target/python-venv/bin/python");
-    assert!(
-        python.exists(),
-        "{} is missing: scripts/test makes it, with the package redis",
-        python.display()
-    );
-    let output = Command::new(python)
-        .arg(directory.join("tests/interop.py"))
-        .args(arguments)
-        .output()
-        .expect("Python can be run");
-    let error = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{arguments:?}: {error}");
-    String::from_utf8(output.stdout)
-        .expect("text")
-        .trim_end()
-        .to_owned()
-}
-
 fn storage(server: &RedisServer) -> WorkflowContextStorage {
-    WorkflowContextStorage::builder()
-        .backend(backend(server).with_form(Form::Json))
-        .lookup_budget(PATIENCE)
+    patient(backend(server).with_form(Form::Json))
         .build()
         .expect("sound settings")
 }
@@ -40,61 +13,17 @@ fn storage(server: &RedisServer) -> WorkflowContextStorage {
 #[test]
 fn python_reads_a_context_recorded_by_a_span() {
     let server = RedisServer::start();
-    let worker = Worker::with_storage(storage(&server));
-    worker.run(|| tracing::info_span!("step", workflow.instance_id = "order-42").in_scope(|| {}));
-    worker.storage.flush().unwrap();
-    let recorded = worker
-        .storage
-        .get("order-42")
-        .unwrap()
-        .expect("it is recorded");
-    let read = python(&["read", &server.url(), "order-42"]);
-    assert_eq!(read, format!("{} None False", recorded.traceparent()));
-
-    let resumed = worker.storage.create_resumed("agent ü}", None).unwrap();
-    worker.storage.flush().unwrap();
-    let read = python(&["read", &server.url(), "agent ü}"]);
-    assert_eq!(read, format!("{} None True", resumed.traceparent()));
-
-    let with_state = WorkflowContext::parse(PARENT, "vendor=1,other=\"2\"").unwrap();
-    worker.storage.store("order-43", with_state).unwrap();
-    worker.storage.flush().unwrap();
-    let read = python(&["read", &server.url(), "order-43"]);
-    assert_eq!(read, format!("{PARENT} vendor=1,other=\"2\" False"));
+    assert_python_reads_a_context_recorded_by_a_span(&server.url(), storage(&server));
 }
 
 #[test]
 fn a_span_continues_a_context_recorded_by_python() {
     let server = RedisServer::start();
-    let worker = Worker::with_storage(storage(&server));
-    for (id, tracestate, expiry) in [("order-42", "", "3600"), ("agent ü}", "vendor=1", "")] {
-        python(&["write", &server.url(), id, PARENT, tracestate, expiry]);
-        worker.run(|| tracing::info_span!("step", workflow.instance_id = %id).in_scope(|| {}));
-        let span = worker.spans().pop().expect("a span");
-        let parent = WorkflowContext::parse(PARENT, tracestate).unwrap();
-        assert_eq!(span.span_context.trace_id(), parent.trace_id());
-        assert_eq!(span.parent_span_id, parent.span_id());
-        assert_eq!(span.span_context.trace_state().header(), tracestate);
-        assert!(worker.storage.get(id).unwrap().expect("found").is_resumed());
-    }
-    assert_eq!(worker.storage.stats().malformed, 0);
+    assert_a_span_continues_a_context_recorded_by_python(&server.url(), storage(&server));
 }
 
 #[test]
 fn the_first_writer_wins_in_either_language() {
     let server = RedisServer::start();
-    let worker = Worker::with_storage(storage(&server));
-    worker.run(|| tracing::info_span!("step", workflow.instance_id = "ours").in_scope(|| {}));
-    worker.storage.flush().unwrap();
-    let ours = worker
-        .storage
-        .get("ours")
-        .unwrap()
-        .expect("recorded")
-        .traceparent();
-    assert_eq!(python(&["claim", &server.url(), "ours", PARENT]), ours);
-
-    assert_eq!(python(&["claim", &server.url(), "theirs", PARENT]), PARENT);
-    let theirs = worker.storage.get("theirs").unwrap().expect("found");
-    assert_eq!(theirs.traceparent(), PARENT);
+    assert_the_first_writer_wins_in_either_language(&server.url(), storage(&server));
 }

@@ -1,0 +1,368 @@
+//! The backend on a PostgreSQL database.
+
+mod connect;
+mod failure;
+mod group;
+mod purge;
+mod server;
+mod table;
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_postgres::{Client, types::Type};
+
+use self::connect::Target;
+use self::failure::Failure;
+use self::group::Group;
+use self::purge::Purge;
+use self::server::{Server, Timeouts};
+use self::table::{Name, Table};
+use super::form::Form;
+use super::outcomes::fail_later_writes;
+use crate::backend::{BackendError, Record, StorageBackend, Write, WriteOutcome};
+use crate::error::StorageError;
+
+const SCHEMA: &str = "public";
+const TABLE: &str = "workflow_contexts";
+const TIMEOUT: Duration = Duration::from_secs(1);
+const MIN_TIMEOUT: Duration = Duration::from_millis(1);
+
+/// Number of writes in one statement, and of records in one page of a scan.
+const GROUP: usize = 1000;
+
+/// A backend in one table of a [PostgreSQL] database of version 14 or later, which any number of machines share.
+///
+/// ```no_run
+/// use tracing_workflow_context::{PostgresBackend, WorkflowContextStorage};
+///
+/// let backend = PostgresBackend::connect("postgres://app:secret@127.0.0.1:5432/orders")?;
+/// let storage = WorkflowContextStorage::builder().backend(backend).build()?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// | setting | default |
+/// |---|---|
+/// | [`schema`](Self::schema) | `public` |
+/// | [`table`](Self::table) | `workflow_contexts` |
+/// | [`unlogged`](Self::unlogged) | `false` |
+/// | [`with_form`](Self::with_form) | [`Form::Binary`] |
+/// | [`connect_timeout`](Self::connect_timeout) | 1 second |
+/// | [`response_timeout`](Self::response_timeout) | 1 second |
+///
+/// # When the server is down
+///
+/// Telemetry fails open: a server that cannot be reached is no error of [`connect`](Self::connect), which does not
+/// connect yet. A storage that is built with it connects in the background, and each call does after a connection was
+/// lost; an idle connection that the server has closed is replaced without an error. While calls fail, the storage pauses
+/// between attempts, from 100 milliseconds up to 5 seconds with jitter, keeps what is to be written, and counts in
+/// [`backend_errors`](crate::Stats::backend_errors).
+///
+/// A call waits no longer than the two timeouts together, for each 1,000 writes. The server gives up a statement after the
+/// response timeout too, so that it does not go on, or wait for a lock, for nobody.
+///
+/// A URL may name several servers, `postgres://a,b/orders?target_session_attrs=read-write`: then the first that can be
+/// written to is used, and after a failover the next one.
+///
+/// # The table
+///
+/// It is created by the first use if it is missing, or by the user from [`ddl`](Self::ddl) where workers may not create
+/// tables; they need `SELECT`, `INSERT`, `UPDATE` and `DELETE` on it. The schema has to exist.
+///
+/// There is one row for each instance, and one for each of its runs and of its second, third, ... traces. A table that
+/// this crate has not made, or that has another format, is refused and stays unchanged.
+///
+/// | column | content |
+/// |---|---|
+/// | `key bytea` | the key as UTF-8, for an instance its id; `bytea`, since `text` has no NUL |
+/// | `id bytea` | the primary key: `sha256(key)`, made by the server, since an index entry has a limit and a key may exceed it |
+/// | `record bytea` | [`Form::Binary`], or null |
+/// | `context jsonb` | [`Form::Json`], or null |
+/// | `expires_at timestamptz` | the row is gone from then on, by the server's clock; 24 hours from now by default |
+///
+/// ```sql
+/// SELECT context ->> 'traceparent' FROM workflow_contexts WHERE id = sha256('order-42');
+/// INSERT INTO workflow_contexts (key, context) VALUES ('order-42', '{"traceparent": "00-..-..-01"}') ON CONFLICT DO NOTHING;
+/// ```
+///
+/// Only durations are sent and received, so the clocks of workers need not agree with the server's. Rows that have expired
+/// are deleted beside later writes: about six rows are looked at for each write, in the order of the file, by one worker at
+/// a time, and rows that others have locked are left for later.
+///
+/// Rows that others write are not trusted: one that cannot be decoded is counted in
+/// [`malformed`](crate::Stats::malformed), treated as missing, and replaced by the next context of its instance. With
+/// [`Form::Json`], a context with a NUL in one of its texts is stored in the binary form, since `jsonb` has none.
+///
+/// # PgBouncer
+///
+/// Every call is one transaction, with statements that have no name and settings that end with it (`SET LOCAL`). So it works
+/// behind a pooler in transaction mode, which a fleet needs: a storage keeps two connections, and a server allows 100 by
+/// default.
+///
+/// # What can be lost
+///
+/// A write is done when the server has committed it. Whether it survives a crash of the server depends on the server's
+/// `synchronous_commit` and replication, and on [`unlogged`](Self::unlogged).
+///
+/// # TLS
+///
+/// With the feature `postgres-tls` and `sslmode=require` in the URL, connections use TLS. The certificate of the server is
+/// verified, name included, with the roots of the operating system, or those in the file that the variable `SSL_CERT_FILE`
+/// names. Any other `sslmode` connects without TLS. If the process has not installed a cryptography provider for rustls,
+/// that of `ring` is used.
+///
+/// # Threads and locking
+///
+/// The first call starts a thread, which clones share as they share connections, and which ends with the last of them. It
+/// runs a runtime of its own: callers may be within another one, or have none. A lock is held only while an idle connection
+/// is taken or given back, or that thread is started.
+///
+/// [PostgreSQL]: https://www.postgresql.org
+#[derive(Clone)]
+pub struct PostgresBackend {
+    server: Arc<Server>,
+    table: Arc<Table>,
+    purge: Arc<Purge>,
+    form: Form,
+    timeouts: Timeouts,
+}
+
+impl PostgresBackend {
+    /// Creates a backend on the database of a URL: `postgres://user:password@host:port/database`, of which only the host
+    /// is required. Special characters of user and password have to be percent-encoded.
+    ///
+    /// It connects when a storage is built with it, see [above](Self#when-the-server-is-down).
+    ///
+    /// # Errors
+    ///
+    /// If the text is no such URL, or asks for TLS without the feature `postgres-tls`. The message does not repeat it,
+    /// since it may contain a password. A server that is down is no error here.
+    pub fn connect(url: &str) -> Result<Self, StorageError> {
+        let target = Target::parse(url)?;
+        Ok(Self {
+            server: Arc::new(Server::new(target)),
+            table: Arc::new(Table::new(Name::new(SCHEMA, TABLE), false)),
+            purge: Arc::default(),
+            form: Form::default(),
+            timeouts: Timeouts {
+                connect: TIMEOUT,
+                response: TIMEOUT,
+            },
+        })
+    }
+
+    /// Sets the schema of the table. It has to exist.
+    ///
+    /// By default, `public`.
+    #[must_use]
+    pub fn schema(self, schema: &str) -> Self {
+        let name = self.table.name.with_schema(schema);
+        let is_unlogged = self.table.is_unlogged;
+        self.on(Table::new(name, is_unlogged))
+    }
+
+    /// Sets the name of the table. Workers that share contexts need the same one.
+    ///
+    /// By default, `workflow_contexts`.
+    #[must_use]
+    pub fn table(self, table: &str) -> Self {
+        let name = self.table.name.with_table(table);
+        let is_unlogged = self.table.is_unlogged;
+        self.on(Table::new(name, is_unlogged))
+    }
+
+    /// Creates the table as `UNLOGGED`, if it is created: writes cost less, since they are not written to the log of the
+    /// server. But the table is empty after a crash of the server, and on its replicas. Then instances that continue on
+    /// another worker begin a new trace.
+    ///
+    /// By default, `false`.
+    #[must_use]
+    pub fn unlogged(self, unlogged: bool) -> Self {
+        let name = self.table.name.clone();
+        self.on(Table::new(name, unlogged))
+    }
+
+    /// Sets the form of the records that are written.
+    ///
+    /// By default, [`Form::Binary`].
+    #[must_use]
+    pub fn with_form(mut self, form: Form) -> Self {
+        self.form = form;
+        self
+    }
+
+    /// Sets the longest wait for a connection, from the name of the host to the end of the login.
+    ///
+    /// By default, 1 second; at least 1 millisecond.
+    #[must_use]
+    pub fn connect_timeout(mut self, timeout: Duration) -> Self {
+        self.timeouts.connect = timeout.max(MIN_TIMEOUT);
+        self
+    }
+
+    /// Sets the longest wait for the server's answer.
+    ///
+    /// By default, 1 second; at least 1 millisecond.
+    #[must_use]
+    pub fn response_timeout(mut self, timeout: Duration) -> Self {
+        self.timeouts.response = timeout.max(MIN_TIMEOUT);
+        self
+    }
+
+    /// Returns the SQL that creates the table, with its schema, name and [`unlogged`](Self::unlogged) as they are set.
+    ///
+    /// ```
+    /// # use tracing_workflow_context::PostgresBackend;
+    /// let backend = PostgresBackend::connect("postgres://127.0.0.1/orders")?.schema("telemetry");
+    /// assert!(backend.ddl().contains(r#"CREATE TABLE IF NOT EXISTS "telemetry"."workflow_contexts""#));
+    /// # Ok::<(), tracing_workflow_context::StorageError>(())
+    /// ```
+    #[must_use]
+    pub fn ddl(&self) -> String {
+        self.table.ddl()
+    }
+
+    fn on(self, table: Table) -> Self {
+        Self {
+            table: Arc::new(table),
+            purge: Arc::default(),
+            ..self
+        }
+    }
+
+    /// Runs `work` on a connection, after making sure that the table is there.
+    fn call<R, F>(
+        &self,
+        work: impl Fn(Arc<Client>, Arc<Table>) -> F + Send + 'static,
+    ) -> Result<R, BackendError>
+    where
+        R: Send + 'static,
+        F: Future<Output = Result<R, Failure>> + Send,
+    {
+        let (table, most) = (self.table.clone(), self.timeouts.response);
+        let result = self.server.call(self.timeouts, move |client| {
+            let work = work(client.clone(), table.clone());
+            let table = table.clone();
+            async move {
+                table.ensure(&client, most).await?;
+                work.await
+            }
+        });
+        result.map_err(|failure| {
+            if failure.is_missing_table() {
+                self.table.forget();
+            }
+            failure.into_error(self.server.name())
+        })
+    }
+
+    /// Deletes some expired rows, if it is time to. A failure is ignored: the next call on that server meets it too.
+    fn purge(&self, written: usize) {
+        let Some(blocks) = self.purge.due(written) else {
+            return;
+        };
+        let most = self.timeouts.response;
+        let deleted = self.call(move |client, table| {
+            let blocks = blocks.clone();
+            async move { purge::delete_expired(&client, &table, blocks, most).await }
+        });
+        if let Ok(in_table) = deleted {
+            self.purge.done(in_table);
+        }
+    }
+}
+
+impl StorageBackend for PostgresBackend {
+    /// Opens the two connections that a storage uses, and creates the table if it is missing.
+    fn connect(&self) -> Result<(), BackendError> {
+        let opened = self.server.open(2, self.timeouts);
+        opened.map_err(|failure| failure.into_error(self.server.name()))?;
+        self.call(|_, _| async { Ok(()) })
+    }
+
+    /// Writes in groups of at most 1,000, each in a few statements that commit on their own. Only those writes fail alone
+    /// that the server refuses because of their data.
+    fn write(&self, writes: &[Write]) -> Result<Vec<WriteOutcome>, BackendError> {
+        let mut outcomes = Vec::with_capacity(writes.len());
+        let most = self.timeouts.response;
+        for some in writes.chunks(GROUP) {
+            let group = Arc::new(Group::new(some, self.form));
+            let written = self.call(move |client, table| {
+                let group = group.clone();
+                async move { group.write(&client, &table, most).await }
+            })?;
+            let name = self.server.name();
+            let outcome = |outcome: Result<_, Failure>| {
+                outcome.unwrap_or_else(|failure| WriteOutcome::Failed(failure.into_error(name)))
+            };
+            outcomes.extend(written.into_iter().map(outcome));
+        }
+        fail_later_writes(writes, &mut outcomes);
+        self.purge(writes.len());
+        Ok(outcomes)
+    }
+
+    fn get(&self, key: &str) -> Result<Option<Record>, BackendError> {
+        let (key, most) = (Arc::<[u8]>::from(key.as_bytes()), self.timeouts.response);
+        self.call(move |client, table| {
+            let key = key.clone();
+            async move {
+                let parameters: table::Parameters<'_> = &[(&&*key, Type::BYTEA)];
+                let rows = table::query(&client, &table.get, parameters, most).await?;
+                Ok(rows.first().and_then(|row| table.record(row)))
+            }
+        })
+    }
+
+    /// Reads pages of 1,000 rows in the order of `id`, each in a transaction of its own.
+    fn scan(&self, visit: &mut dyn FnMut(&str, Record)) -> Result<(), BackendError> {
+        let (mut after, most) = (Arc::<[u8]>::from([]), self.timeouts.response);
+        loop {
+            let begin = after.clone();
+            let page = self.call(move |client, table| {
+                let begin = begin.clone();
+                async move {
+                    let limit = GROUP as i64;
+                    let parameters: table::Parameters<'_> =
+                        &[(&&*begin, Type::BYTEA), (&limit, Type::INT8)];
+                    let rows = table::query(&client, &table.page, parameters, most).await?;
+                    // At once, since a record is to live for so long from now.
+                    let records = rows.iter().map(|row| table.keyed_record(row));
+                    let last = rows.last().filter(|_| rows.len() == GROUP);
+                    let last = last.map(|row| Arc::<[u8]>::from(row.get::<_, &[u8]>("id")));
+                    Ok((records.collect::<Vec<_>>(), last))
+                }
+            });
+            let (records, last) = page?;
+            for (key, record) in records.into_iter().flatten() {
+                visit(&key, record);
+            }
+            match last {
+                Some(last) => after = last,
+                None => return Ok(()),
+            }
+        }
+    }
+
+    /// Succeeds if the server answers: each write that is done was committed.
+    fn flush(&self) -> Result<(), BackendError> {
+        let ping = |client: Arc<Client>| async move { Ok(client.batch_execute("").await?) };
+        let answered = self.server.call(self.timeouts, ping);
+        answered.map_err(|failure| failure.into_error(self.server.name()))
+    }
+
+    fn malformed(&self) -> u64 {
+        self.table.malformed.get()
+    }
+}
+
+impl fmt::Debug for PostgresBackend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PostgresBackend")
+            .field("server", &self.server.name())
+            .field("table", &self.table.name.to_string())
+            .field("form", &self.form)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,435 @@
+//! Workers that share one table of a PostgreSQL database agree, whatever happens to the server.
+
+use std::cell::RefCell;
+use std::error::Error as _;
+use std::time::{Duration, Instant, SystemTime};
+
+use crate::support::*;
+use tracing_workflow_context::backend::{StorageBackend, Write, WriteOutcome};
+use tracing_workflow_context::testing::check_backend;
+use tracing_workflow_context::{Form, PostgresBackend};
+
+mod faults;
+mod interop;
+mod race;
+mod table;
+#[cfg(feature = "postgres-tls")]
+mod tls;
+
+fn backend(server: &PostgresServer) -> PostgresBackend {
+    backend_at(&server.url())
+}
+
+fn backend_at(url: &str) -> PostgresBackend {
+    let backend = PostgresBackend::connect(url).expect("a URL");
+    backend.connect_timeout(PATIENCE).response_timeout(PATIENCE)
+}
+
+/// Returns an error's text with that of its source, as it is logged.
+fn text_of(error: &dyn std::error::Error) -> String {
+    let cause = error.source().map(|cause| format!(": {cause}"));
+    format!("{error}{}", cause.unwrap_or_default())
+}
+
+/// Runs the contract suite, with a new table for each backend.
+fn assert_fulfils_the_contract(form: Form, connect: impl Fn() -> PostgresBackend) {
+    let numbers = RefCell::new(0..);
+    check_backend(|| {
+        let number: u32 = numbers.borrow_mut().next().expect("endless");
+        let name = format!("a \"table\"; --{number}");
+        connect().with_form(form).table(&name)
+    });
+}
+
+#[test]
+fn postgres_fulfils_the_contract() {
+    let server = PostgresServer::start();
+    assert_fulfils_the_contract(Form::Binary, || backend(&server));
+}
+
+#[test]
+fn postgres_fulfils_the_contract_with_json() {
+    let server = PostgresServer::start();
+    assert_fulfils_the_contract(Form::Json, || backend(&server));
+}
+
+#[test]
+fn postgres_behind_pgbouncer_fulfils_the_contract() {
+    let server = PostgresServer::start();
+    let pooler = PgBouncer::before(&server, 3);
+    assert_fulfils_the_contract(Form::Binary, || backend_at(pooler.url()));
+}
+
+/// The server of another user's database, with other defaults.
+#[test]
+fn other_defaults_of_the_server_change_nothing() {
+    let settings = [
+        "default_transaction_isolation=serializable",
+        "bytea_output=escape",
+        "datestyle=German",
+        "intervalstyle=sql_standard",
+        "timezone=Pacific/Chatham",
+        "standard_conforming_strings=off",
+        "search_path=pg_catalog",
+    ];
+    let server = PostgresServer::start_with(&settings);
+    assert_fulfils_the_contract(Form::Json, || backend(&server));
+}
+
+#[test]
+fn either_form_is_read_whichever_is_written() {
+    let server = PostgresServer::start();
+    let [binary, json] = [Form::Binary, Form::Json].map(|form| backend(&server).with_form(form));
+    let record = record(PARENT);
+    for (writer, reader) in [(&binary, &json), (&json, &binary)] {
+        writer
+            .write_all(&[Write::Put("id".to_owned(), record.clone())])
+            .unwrap();
+        let found = reader.get("id").unwrap().expect("a record");
+        assert_eq!(found.context.traceparent(), PARENT);
+        let outcome = reader.write_all(&[claim("id", &record)]).unwrap().remove(0);
+        let existing = outcome.existing().expect("it is taken");
+        assert_eq!(existing.context.traceparent(), PARENT);
+    }
+    assert_eq!((binary.malformed(), json.malformed()), (0, 0));
+    assert_eq!(
+        server.sql("SELECT record IS NULL, context IS NULL FROM workflow_contexts"),
+        "t|f"
+    );
+}
+
+/// `jsonb` has no NUL.
+#[test]
+fn a_nul_is_stored_in_the_binary_form() {
+    let server = PostgresServer::start();
+    let json = backend(&server).with_form(Form::Json);
+    let without = record(PARENT);
+    let mut record = without.clone();
+    record.run_id = Some("run \0".to_owned());
+    json.write_all(&[claim("id", &record), claim("other", &without)])
+        .unwrap();
+    assert_eq!(
+        json.get("id").unwrap().expect("a record").run_id,
+        record.run_id
+    );
+    let forms =
+        "SELECT string_agg((context IS NULL)::text, ',' ORDER BY key) FROM workflow_contexts";
+    assert_eq!(server.sql(forms), "true,false");
+}
+
+#[test]
+fn rows_that_cannot_be_decoded_are_counted_and_replaced() {
+    let server = PostgresServer::start();
+    let first = backend(&server);
+    StorageBackend::connect(&first).unwrap();
+    let record = record(PARENT);
+    let values = [
+        ("record", r"''"),
+        ("record", r"'\x00'"),
+        ("record", r"'\x01ff'"),
+        ("context", "'[]'"),
+        ("context", "'7'"),
+        ("context", "'null'"),
+        ("context", r#"'"text"'"#),
+        ("context", r#"'{"traceparent": null}'"#),
+    ];
+    for (column, value) in values {
+        let backend = backend(&server);
+        server.sql(&format!(
+            "DELETE FROM workflow_contexts; INSERT INTO workflow_contexts (key, {column}) VALUES ('id', {value})"
+        ));
+        assert_eq!(backend.get("id").unwrap(), None, "{value}");
+        backend
+            .scan(&mut |key, record| panic!("{key} {record:?}"))
+            .unwrap();
+        assert_eq!(backend.malformed(), 2);
+
+        // With other writes around it.
+        let moved = SystemTime::now() + Duration::from_secs(7200);
+        let writes = [
+            claim("other", &record),
+            claim("id", &record),
+            Write::Expire("id".to_owned(), moved),
+            claim("id", &record),
+        ];
+        let outcomes = backend.write_all(&writes).unwrap();
+        let won: Vec<_> = outcomes.iter().map(|o| o.existing().is_none()).collect();
+        assert_eq!(won, [true, true, true, false], "{value}");
+        assert_eq!(backend.malformed(), 3);
+        let found = backend.get("id").unwrap().expect("it was replaced");
+        assert_eq!(found.context, record.context);
+        assert!(found.expires_at > moved - Duration::from_secs(60));
+    }
+    // A key that is no text.
+    server.sql(r"UPDATE workflow_contexts SET key = '\xff' WHERE key = 'other'");
+    let backend = backend(&server);
+    let mut keys = Vec::new();
+    backend
+        .scan(&mut |key, _| keys.push(key.to_owned()))
+        .unwrap();
+    assert_eq!((keys, backend.malformed()), (vec!["id".to_owned()], 1));
+}
+
+#[test]
+fn one_of_many_writers_replaces_a_row_that_cannot_be_decoded() {
+    let server = PostgresServer::start();
+    let backends = [0; 4].map(|_| backend(&server));
+    StorageBackend::connect(&backends[0]).unwrap();
+    for round in 0..20 {
+        let key = format!("id {round}");
+        server.sql(&format!(
+            "INSERT INTO workflow_contexts (key, record) VALUES ('{key}', 'garbage')"
+        ));
+        let winners = at_once(4, |thread| {
+            let span = thread + 1;
+            let mine = record(&format!(
+                "00-0af7651916cd43dd8448eb211c80319c-{span:016x}-01"
+            ));
+            let outcome = backends[thread]
+                .write_all(&[claim(&key, &mine)])
+                .unwrap()
+                .remove(0);
+            let found = outcome.existing();
+            (found.is_none(), found.unwrap_or(&mine).context.span_id())
+        });
+        assert_eq!(
+            winners.iter().filter(|(won, _)| *won).count(),
+            1,
+            "{winners:?}"
+        );
+        assert!(
+            winners.iter().all(|(_, span)| *span == winners[0].1),
+            "{winners:?}"
+        );
+    }
+}
+
+#[test]
+fn a_refused_write_holds_back_no_other() {
+    let server = PostgresServer::start();
+    let backend = backend(&server);
+    StorageBackend::connect(&backend).unwrap();
+    server.sql("ALTER TABLE workflow_contexts ADD CHECK (key NOT IN ('refused 7', 'refused 9'))");
+    let record = record(PARENT);
+    let mut writes: Vec<_> = (0..1000).map(|n| claim(&format!("{n}"), &record)).collect();
+    writes[7] = claim("refused 7", &record);
+    writes[9] = Write::Put("refused 9".to_owned(), record.clone());
+    writes.push(Write::Expire("refused 7".to_owned(), record.expires_at));
+    let outcomes = backend.write(&writes).unwrap();
+    for (at, outcome) in outcomes.iter().enumerate() {
+        match (at, outcome) {
+            // What follows on its key waits for it.
+            (7 | 9 | 1000, WriteOutcome::Failed(error)) => {
+                assert!(error.is_partial());
+                assert!(error.to_string().contains("check constraint"), "{error}");
+            }
+            (7 | 9 | 1000, _) | (_, WriteOutcome::Failed(_) | WriteOutcome::Existing(_)) => {
+                panic!("write {at}: {outcome:?}")
+            }
+            _ => {}
+        }
+    }
+    assert_eq!(server.sql("SELECT count(*) FROM workflow_contexts"), "998");
+    assert!(backend.get("999").unwrap().is_some());
+}
+
+#[test]
+fn a_group_is_written_in_few_transactions() {
+    let server = PostgresServer::start();
+    let backend = backend(&server);
+    StorageBackend::connect(&backend).unwrap();
+    let transactions = || {
+        let number = server.sql("SELECT pg_current_xact_id()");
+        number.parse::<u64>().expect("a number")
+    };
+    let in_an_hour = SystemTime::now() + Duration::from_secs(3600);
+    // As a storage writes them: the instance and its end.
+    let both = |n: usize| {
+        let key = n.to_string();
+        [claim(&key, &record(PARENT)), Write::Expire(key, in_an_hour)]
+    };
+    let writes: Vec<_> = (0..500).flat_map(both).collect();
+    let before = transactions();
+    backend.write_all(&writes).unwrap();
+    // The claims, the expiries, the look for expired rows, and the question itself.
+    let used = transactions() - before;
+    assert!(used <= 4, "{used} transactions");
+}
+
+#[test]
+fn workers_that_write_the_same_keys_do_not_wait_for_each_other() {
+    let server = PostgresServer::start();
+    let backends = [0; 4].map(|_| backend(&server));
+    at_once(4, |thread| {
+        for round in 0..20 {
+            let key = |n: usize| ((n * 7 + thread * 13) % 100).to_string();
+            let write = |n: usize| match (n + thread + round) % 4 {
+                0 => Write::Put(key(n), record(PARENT)),
+                1 => Write::Expire(key(n), SystemTime::now() + Duration::from_secs(60)),
+                2 => Write::Remove(key(n)),
+                _ => claim(&key(n), &record(PARENT)),
+            };
+            let writes: Vec<_> = (0..100).map(write).collect();
+            backends[thread].write_all(&writes).unwrap();
+        }
+    });
+    // One of two that deadlock would have been given up.
+    assert_eq!(
+        server.sql("SELECT sum(deadlocks) FROM pg_stat_database"),
+        "0"
+    );
+}
+
+#[test]
+fn connecting_needs_no_reachable_server() {
+    let nobody = PostgresBackend::connect("postgres://u:secret@127.0.0.1:1/orders").unwrap();
+    let error = nobody.get("id").unwrap_err();
+    assert!(error.to_string().contains("127.0.0.1:1"), "{error}");
+    assert!(text_of(&error).contains("refused"), "{}", text_of(&error));
+    assert!(nobody.write_all(&[]).is_ok());
+    assert!(!format!("{nobody:?} {error:?} {error}").contains("secret"));
+
+    for url in [
+        "",
+        "127.0.0.1:5432",
+        "http://127.0.0.1/",
+        "host=127.0.0.1 password=secret",
+        "postgres://",
+        "postgres:///orders",
+        "postgres://u:secret@127.0.0.1:port/orders",
+        "postgres://u:secret@127.0.0.1/orders?unknown=1",
+        "postgres://u:sec@ret?secret=1@127.0.0.1/orders",
+        "postgres://u:secret@127.0.0.1/orders?sslmode=perhaps",
+    ] {
+        let error = PostgresBackend::connect(url).unwrap_err();
+        let cause = error.source().expect("the error of the backend");
+        let text = format!("{error} {error:?} {cause} {:?}", cause.source());
+        assert!(text.contains("postgres://user@127.0.0.1"), "{url}: {text}");
+        assert!(!text.contains("sec"), "{url}: {text}");
+    }
+}
+
+#[cfg(not(feature = "postgres-tls"))]
+#[test]
+fn tls_needs_its_feature() {
+    let error = PostgresBackend::connect("postgres://127.0.0.1/?sslmode=require").unwrap_err();
+    assert!(text_of(&error).contains("postgres-tls"), "{error}");
+}
+
+#[test]
+fn it_works_within_a_runtime() {
+    let server = PostgresServer::start();
+    for runtime in [
+        tokio::runtime::Builder::new_current_thread().build(),
+        tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .build(),
+    ] {
+        runtime.expect("a runtime").block_on(async {
+            let backend = backend(&server);
+            backend.write_all(&[claim("id", &record(PARENT))]).unwrap();
+            assert!(backend.get("id").unwrap().is_some());
+            drop(backend);
+        });
+    }
+}
+
+#[test]
+fn no_call_waits_longer_than_its_timeouts() {
+    let server = PostgresServer::start();
+    let timeout = Duration::from_millis(200);
+    let proxy = Proxy::before(&server);
+    let [direct, spoiled] = [server.url(), proxy.url()].map(|url| {
+        let backend = PostgresBackend::connect(&url).unwrap();
+        let backend = backend.connect_timeout(timeout).response_timeout(timeout);
+        wait_until("the table is there", || {
+            StorageBackend::connect(&backend).is_ok()
+        });
+        backend
+    });
+    let writes: Vec<_> = (0..1000)
+        .map(|n| claim(&n.to_string(), &record(PARENT)))
+        .collect();
+    let refused = |backend: &PostgresBackend| {
+        let start = Instant::now();
+        let errors = [
+            backend.write(&writes).unwrap_err(),
+            backend.get("id").unwrap_err(),
+            backend.flush().unwrap_err(),
+        ];
+        for error in errors {
+            assert!(error.to_string().contains("within"), "{error}");
+        }
+        // Far from the 50 seconds that the slowest reply takes.
+        assert!(
+            start.elapsed() < Duration::from_secs(20),
+            "{:?}",
+            start.elapsed()
+        );
+    };
+    server.freeze();
+    refused(&direct);
+    server.thaw();
+    proxy.set_replies(Replies::Delay(Duration::from_millis(900)));
+    refused(&spoiled);
+    // No single byte is late.
+    proxy.set_replies(Replies::Trickle);
+    refused(&spoiled);
+}
+
+/// A lookup that waits for a lock, as during `VACUUM FULL`, ends on the server too.
+#[test]
+fn the_server_gives_up_a_statement_in_time() {
+    let server = PostgresServer::start();
+    let backend = PostgresBackend::connect(&server.url()).unwrap();
+    wait_until("the table is there", || {
+        StorageBackend::connect(&backend).is_ok()
+    });
+    let backend = backend.response_timeout(Duration::from_millis(100));
+    let waiting = || {
+        let waits = "wait_event_type = 'Lock' AND application_name = 'tracing-workflow-context'";
+        server.sql(&format!(
+            "SELECT count(*) FROM pg_stat_activity WHERE {waits}"
+        ))
+    };
+    let locked = server.transaction("LOCK TABLE workflow_contexts");
+    wait_until("a lookup is refused", || backend.get("id").is_err());
+    for _ in 0..5 {
+        assert!(backend.get("id").is_err());
+    }
+    wait_until("nobody waits for the lock", || waiting() == "0");
+    drop(locked);
+    wait_until("lookups succeed again", || backend.get("id").is_ok());
+}
+
+#[test]
+fn no_reply_makes_the_backend_panic() {
+    let server = PostgresServer::start();
+    let proxy = Proxy::before(&server);
+    let replies: [&[u8]; 9] = [
+        b"HTTP/1.1 400 Bad Request\r\n\r\n",
+        b"\0\0\0\0\0\0\0\0",
+        b"Z\0\0\0\x05I",
+        b"Z\0\0\0\x05IZ\0\0\0\x05IZ\0\0\0\x05I",
+        b"D\xff\xff\xff\xff",
+        b"D\x7f\xff\xff\xff",
+        b"T\0\0\0\x06\xff\xff",
+        b"E\0\0\0\x05\0",
+        b"1\0\0\0\x042\0\0\0\x04T\0\0\0\x06\0\0D\0\0\0\x06\0\0C\0\0\0\x05\0Z\0\0\0\x05I",
+    ];
+    for reply in replies {
+        let backend = PostgresBackend::connect(&proxy.url()).unwrap();
+        proxy.set_replies(Replies::Forward);
+        wait_until("the table is there", || {
+            StorageBackend::connect(&backend).is_ok()
+        });
+        let backend = backend.response_timeout(Duration::from_millis(50));
+        proxy.set_replies(Replies::Replace(reply.to_owned()));
+        for _ in 0..2 {
+            assert!(!matches!(backend.get("id"), Ok(Some(_))));
+            let _ = backend.write(&[claim("id", &record(PARENT))]);
+            let _ = backend.scan(&mut |key, record| panic!("{key} {record:?}"));
+            let _ = backend.flush();
+        }
+    }
+}

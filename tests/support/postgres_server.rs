@@ -1,0 +1,419 @@
+//! PostgreSQL servers for one test, and PgBouncer before them.
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::OnceLock;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::{Directory, PATIENCE, Server, free_port};
+
+/// The superuser of the servers, and the user of the system as whom they run if the tests run as root.
+const USER: &str = "postgres";
+
+/// A new server on this machine with data of its own, which is stopped when this is dropped.
+#[derive(Debug)]
+pub(crate) struct PostgresServer {
+    process: Child,
+    port: u16,
+    directory: Directory,
+    settings: Vec<String>,
+    /// The largest size of a file, in bytes.
+    largest_file: Option<u64>,
+}
+
+impl PostgresServer {
+    pub(crate) fn start() -> Self {
+        Self::start_with(&[])
+    }
+
+    /// Starts a server with these settings, each as in `name=value`.
+    pub(crate) fn start_with(settings: &[&str]) -> Self {
+        Self::start_on(settings, None, |_| {})
+    }
+
+    /// Starts a server none of whose files may exceed that many bytes.
+    pub(crate) fn start_with_files_of(bytes: u64) -> Self {
+        Self::start_on(&["autovacuum=off"], Some(bytes), |_| {})
+    }
+
+    /// Starts a server after its data directory was changed.
+    pub(crate) fn start_on(
+        settings: &[&str],
+        largest_file: Option<u64>,
+        change: impl FnOnce(&Path),
+    ) -> Self {
+        let directory = new_data();
+        change(&directory.file("data"));
+        own(directory.path());
+        let settings: Vec<_> = settings.iter().map(ToString::to_string).collect();
+        // Another process may take the port between its choice and its use.
+        let (port, process) = (0..10)
+            .find_map(|_| {
+                let port = free_port();
+                Some((port, try_start(&directory, port, &settings, largest_file)?))
+            })
+            .expect("postgres starts on one of ten free ports");
+        Self {
+            process,
+            port,
+            directory,
+            settings,
+            largest_file,
+        }
+    }
+
+    /// Ends all processes of the server, as a crash would.
+    pub(crate) fn stop(&mut self) {
+        signal("-QUIT", &[self.process.id().to_string()]);
+        let _ = self.process.wait();
+    }
+
+    /// Restarts the server with its data.
+    pub(crate) fn start_again(&mut self) {
+        self.stop();
+        let deadline = Instant::now() + PATIENCE;
+        self.process = loop {
+            match self.try_start() {
+                Some(process) => break process,
+                None => assert!(Instant::now() < deadline, "postgres starts again"),
+            }
+        };
+    }
+
+    fn try_start(&self) -> Option<Child> {
+        try_start(
+            &self.directory,
+            self.port,
+            &self.settings,
+            self.largest_file,
+        )
+    }
+
+    /// Restarts the server with new, empty data.
+    pub(crate) fn start_again_empty(&mut self) {
+        self.stop();
+        self.directory = new_data();
+        self.start_again();
+    }
+
+    /// Stops the server's processes until it is thawed, those of its connections included.
+    pub(crate) fn freeze(&self) {
+        let server = self.process.id().to_string();
+        signal("-STOP", std::slice::from_ref(&server));
+        signal("-STOP", &children(&server));
+    }
+
+    pub(crate) fn thaw(&self) {
+        let server = self.process.id().to_string();
+        signal("-CONT", &children(&server));
+        signal("-CONT", &[server]);
+    }
+
+    /// Runs SQL as the superuser, and returns its rows, the columns separated by `|`.
+    #[track_caller]
+    pub(crate) fn sql(&self, sql: &str) -> String {
+        let output = Command::new(program("psql"))
+            .args([
+                "-XAtq",
+                "-v",
+                "ON_ERROR_STOP=1",
+                "-d",
+                &self.url(),
+                "-c",
+                sql,
+            ])
+            .output()
+            .expect("psql can be run");
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{sql}: {error}");
+        let rows = String::from_utf8(output.stdout).expect("text");
+        rows.trim_end().to_owned()
+    }
+
+    /// Runs SQL in a transaction that lasts until the result is dropped.
+    pub(crate) fn transaction(&self, sql: &str) -> Transaction {
+        let mut process = Command::new(program("psql"))
+            .args(["-XAtq", "-v", "ON_ERROR_STOP=1", "-d", &self.url()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("psql can be run");
+        let stdin = process.stdin.as_mut().expect("piped");
+        writeln!(stdin, "BEGIN; {sql}; \\echo begun").expect("psql reads it");
+        let lines = BufReader::new(process.stdout.take().expect("piped")).lines();
+        let begun = lines.map_while(Result::ok).any(|line| line == "begun");
+        assert!(begun, "{sql}: psql failed");
+        Transaction(process)
+    }
+
+    /// Returns the URL for another user.
+    pub(crate) fn url_of(&self, user: &str) -> String {
+        self.url()
+            .replacen(&format!("{USER}@"), &format!("{user}@"), 1)
+    }
+}
+
+impl Server for PostgresServer {
+    fn port(&self) -> u16 {
+        self.port
+    }
+
+    fn url_at(&self, port: u16) -> String {
+        format!("postgres://{USER}@127.0.0.1:{port}/postgres")
+    }
+}
+
+impl Drop for PostgresServer {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+/// A transaction that ends when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Transaction(Child);
+
+impl Drop for Transaction {
+    fn drop(&mut self) {
+        // psql ends with its input.
+        drop(self.0.stdin.take());
+        let _ = self.0.wait();
+    }
+}
+
+/// PgBouncer in transaction mode before a server, which is stopped when this is dropped.
+#[derive(Debug)]
+pub(crate) struct PgBouncer {
+    process: Child,
+    url: String,
+    _directory: Directory,
+}
+
+impl PgBouncer {
+    /// Starts it with that many connections to the server.
+    pub(crate) fn before(server: &PostgresServer, connections: usize) -> Self {
+        (0..10)
+            .find_map(|_| Self::try_before(server, connections))
+            .expect("pgbouncer starts on one of ten free ports")
+    }
+
+    fn try_before(server: &PostgresServer, connections: usize) -> Option<Self> {
+        let (directory, port) = (Directory::new(), free_port());
+        let users = directory.file("users");
+        std::fs::write(&users, format!("\"{USER}\" \"\"\n")).expect("a file");
+        let settings = format!(
+            "[databases]\n* = host=127.0.0.1 port={}\n\
+             [pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n\
+             auth_type = trust\nauth_file = {}\npool_mode = transaction\n\
+             default_pool_size = {connections}\nmax_client_conn = 200\n",
+            server.port(),
+            users.display()
+        );
+        let file = directory.file("pgbouncer.ini");
+        std::fs::write(&file, settings).expect("a file");
+        let program = ["/usr/sbin/pgbouncer", "/usr/bin/pgbouncer"];
+        let program = program.into_iter().find(|path| Path::new(path).exists());
+        let mut process = as_user(Path::new(program.unwrap_or("pgbouncer")))
+            .arg(&file)
+            .stdin(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap_or_else(|error| {
+                panic!("pgbouncer cannot be run: {error}; install the package pgbouncer")
+            });
+        let deadline = Instant::now() + PATIENCE;
+        while TcpStream::connect(("127.0.0.1", port)).is_err() {
+            if let Ok(Some(_)) = process.try_wait() {
+                return None;
+            }
+            assert!(Instant::now() < deadline, "pgbouncer listens");
+            thread::sleep(Duration::from_millis(5));
+        }
+        Some(Self {
+            process,
+            url: server.url_at(port),
+            _directory: directory,
+        })
+    }
+
+    pub(crate) fn url(&self) -> &str {
+        &self.url
+    }
+}
+
+impl Drop for PgBouncer {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+fn try_start(
+    directory: &Directory,
+    port: u16,
+    settings: &[String],
+    largest_file: Option<u64>,
+) -> Option<Child> {
+    let data = directory.file("data");
+    let mut command = match largest_file {
+        None => as_user(&program("postgres")),
+        Some(bytes) => {
+            let mut command = as_user(Path::new("prlimit"));
+            command.arg(format!("--fsize={bytes}"));
+            command.arg(program("postgres"));
+            command
+        }
+    };
+    command
+        .arg("-D")
+        .arg(&data)
+        .args(["-h", "127.0.0.1", "-p", &port.to_string()])
+        // Nothing has to survive a crash of this machine.
+        .args(["-c", "fsync=off", "-c", "full_page_writes=off"])
+        .args([
+            "-c",
+            "unix_socket_directories=",
+            "-c",
+            "shared_buffers=32MB",
+        ]);
+    for setting in settings {
+        command.args(["-c", setting]);
+    }
+    let mut process = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("postgres can be run");
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Ok(Some(_)) = process.try_wait() {
+            return None;
+        }
+        if Instant::now() > deadline {
+            let _ = (process.kill(), process.wait());
+            panic!("postgres does not become ready");
+        }
+        // Its eighth line is the state; the first one tells that the file is not of an earlier start.
+        let state = std::fs::read_to_string(data.join("postmaster.pid")).unwrap_or_default();
+        let is_of_this = state.lines().next() == Some(&process.id().to_string());
+        if is_of_this
+            && state
+                .lines()
+                .nth(7)
+                .is_some_and(|state| state.trim() == "ready")
+        {
+            return Some(process);
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Returns a directory with the data of a new server.
+fn new_data() -> Directory {
+    let directory = Directory::new();
+    copy(template(), &directory.file("data"));
+    own(directory.path());
+    directory
+}
+
+/// Returns the data of a new server, which take a second to make, and so are kept for later runs.
+fn template() -> &'static Path {
+    static TEMPLATE: OnceLock<PathBuf> = OnceLock::new();
+    TEMPLATE.get_or_init(|| {
+        let version = run(Command::new(program("postgres")).arg("--version"));
+        let number = version
+            .rsplit(' ')
+            .find(|word| word.starts_with(char::is_numeric));
+        let target = Path::new(env!("CARGO_TARGET_TMPDIR"));
+        let template = target.join(format!("postgres-{}", number.unwrap_or("any").trim()));
+        if template.exists() {
+            return template;
+        }
+        let directory = Directory::new();
+        own(directory.path());
+        let mut command = as_user(&program("initdb"));
+        command
+            .arg("-D")
+            .arg(directory.file("data"))
+            .args(["-U", USER, "--auth=trust", "--no-sync"])
+            .args(["--encoding=UTF8", "--locale=C", "--wal-segsize=1"]);
+        run(&mut command);
+        let unfinished = target.join(format!("postgres-{}", std::process::id()));
+        copy(&directory.file("data"), &unfinished);
+        // Another process may have made it meanwhile.
+        if std::fs::rename(&unfinished, &template).is_err() {
+            let _ = std::fs::remove_dir_all(&unfinished);
+        }
+        template
+    })
+}
+
+fn copy(from: &Path, to: &Path) {
+    run(Command::new("cp").arg("-R").arg(from).arg(to));
+}
+
+/// Gives a directory to the user as whom the servers run.
+fn own(directory: &Path) {
+    if is_root() {
+        run(Command::new("chown").args(["-R", USER]).arg(directory));
+    }
+}
+
+/// Returns a command that runs as a user who is not root, as whom PostgreSQL and PgBouncer refuse to run.
+fn as_user(program: &Path) -> Command {
+    if !is_root() {
+        return Command::new(program);
+    }
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid", USER, "--regid", USER, "--clear-groups", "--"]);
+    command.arg(program);
+    command
+}
+
+fn is_root() -> bool {
+    static IS_ROOT: OnceLock<bool> = OnceLock::new();
+    *IS_ROOT.get_or_init(|| run(Command::new("id").arg("-u")).trim() == "0")
+}
+
+/// Returns the path of a program of PostgreSQL: Debian keeps them out of the `PATH`, one directory for each version.
+fn program(name: &str) -> PathBuf {
+    let versions = std::fs::read_dir("/usr/lib/postgresql")
+        .into_iter()
+        .flatten();
+    let number = |path: &PathBuf| path.file_name()?.to_str()?.parse::<u32>().ok();
+    let newest = versions
+        .flatten()
+        .map(|version| version.path())
+        .max_by_key(number);
+    let path = newest.map(|version| version.join("bin").join(name));
+    path.filter(|path| path.exists())
+        .unwrap_or_else(|| name.into())
+}
+
+fn run(command: &mut Command) -> String {
+    let output = command.output().unwrap_or_else(|error| {
+        panic!("{command:?} cannot be run: {error}; scripts/setup installs what is needed")
+    });
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{command:?}: {error}");
+    String::from_utf8(output.stdout).expect("text")
+}
+
+fn children(process: &str) -> Vec<String> {
+    let children = run(Command::new("pgrep").args(["-P", process]));
+    children.lines().map(str::to_owned).collect()
+}
+
+fn signal(signal: &str, processes: &[String]) {
+    // One of them may have ended meanwhile.
+    let status = Command::new("kill")
+        .arg(signal)
+        .args(processes)
+        .stderr(Stdio::null())
+        .status();
+    status.expect("kill(1) can be run");
+}
