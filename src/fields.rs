@@ -16,17 +16,17 @@ use tracing::field::Visit;
 use tracing::{Metadata, span};
 
 use self::callsite::{Callsite, Role};
-use self::engine::Engine;
-use self::identity::{Identity, Ids, Names};
-pub(crate) use self::meaning::ReservedFields;
-use self::meaning::{Meaning, Meanings};
+use self::engine::{Engine, SpanName};
+use self::identity::{IdForm, Ids, Names};
+use self::meaning::{Meaning, Meanings, target_in};
+pub(crate) use self::meaning::{Owner, ReservedFields, Scope};
 use self::names::FieldNames;
 pub(crate) use self::names::{
     AGENT_NAME, GEN_AI_AGENT_NAME, GENERATION, INSTANCE_ID, NAME, PENDING, PROCESSES, RELATION,
     RESUMED, RESUMES, RUN_ID, SPANS, STATUS,
 };
 use self::value::{EndStatus, printed, truth};
-use self::visit::{HasValue, IdentityVisitor, IsThere, IsThereAt};
+use self::visit::{HasValue, IdentityVisitor, IsThere, IsThereAt, QueueVisitor};
 use crate::error::InvalidInstanceId;
 
 /// The fields and engine spans that one storage knows.
@@ -34,6 +34,7 @@ use crate::error::InvalidInstanceId;
 pub(crate) struct Fields {
     meanings: Meanings,
     engine_spans: Vec<SpanPattern>,
+    nested: Vec<SpanPattern>,
     pollers: Vec<SpanPattern>,
     completing: Vec<SpanPattern>,
 }
@@ -46,9 +47,20 @@ struct SpanPattern {
 }
 
 impl SpanPattern {
+    fn of_engine(&(name, target): &SpanName) -> Self {
+        Self {
+            name: name.into(),
+            target: Some(target.into()),
+        }
+    }
+
     fn matches(&self, name: &str, target: Option<&str>) -> bool {
         let is_target = |known: &Cow<'_, str>| target.is_some_and(|target| target == known);
         self.name == name && self.target.as_ref().is_none_or(is_target)
+    }
+
+    fn is_of(&self, metadata: &Metadata<'_>) -> bool {
+        self.matches(metadata.name(), Some(metadata.target()))
     }
 
     /// Reads a name, which may have a target in front, and is taken as a whole as well.
@@ -73,7 +85,7 @@ impl Fields {
     pub(crate) fn new(names: FieldNames) -> Self {
         let mut meanings = Meanings::default();
         for name in names.instance_ids {
-            meanings.add_instance_id(name);
+            meanings.add_instance_id(name, None, Scope::NONE);
         }
         let others = [
             (names.run_ids, Meaning::RunId),
@@ -85,11 +97,12 @@ impl Fields {
         for (names, meaning) in others {
             names
                 .into_iter()
-                .for_each(|name| meanings.add(name, meaning));
+                .for_each(|name| meanings.add(name, meaning, Scope::NONE));
         }
         Self {
             meanings,
             engine_spans: Vec::new(),
+            nested: Vec::new(),
             pollers: Vec::new(),
             completing: Vec::new(),
         }
@@ -102,21 +115,50 @@ impl Fields {
 
     pub(crate) fn add_engine(&mut self, engine: Engine) {
         let preset = engine.preset();
-        if let Some(name) = preset.instance_id {
-            self.meanings.add_instance_id(name.into());
+        let meanings = &mut self.meanings;
+        let own = match preset.targets {
+            [] => Scope::NONE,
+            targets => meanings.add_scope(targets),
+        };
+        let scope = |is_own| if is_own { own } else { Scope::NONE };
+        if let Some(field) = preset.instance_id {
+            meanings.add_instance_id(field.name.into(), preset.id_form, scope(field.is_own));
         }
-        if let Some(name) = preset.run_id {
-            self.meanings.add(name.into(), Meaning::RunId);
+        let names = [
+            (preset.run_id, Meaning::RunId),
+            (preset.parent_instance_id, Meaning::ParentInstanceId),
+            (preset.status, Meaning::Status),
+            (preset.replaying, Meaning::Replaying),
+        ];
+        for (name, meaning) in names {
+            if let Some(name) = name {
+                meanings.add(name.into(), meaning, Scope::NONE);
+            }
         }
-        if let Some(name) = preset.status {
-            self.meanings.add(name.into(), Meaning::Status);
+        if let Some(field) = preset.replaying_children {
+            let meaning = Meaning::ReplayingChildren;
+            meanings.add(field.name.into(), meaning, scope(field.is_own));
         }
-        if let Some((name, target)) = preset.span {
-            self.engine_spans.push(SpanPattern {
-                name: name.into(),
-                target: Some(target.into()),
-            });
+        let spans = [
+            (&mut self.engine_spans, preset.adopted),
+            (&mut self.nested, preset.nested),
+            (&mut self.pollers, preset.pollers),
+            (&mut self.completing, preset.completing),
+        ];
+        for (patterns, names) in spans {
+            patterns.extend(names.iter().map(SpanPattern::of_engine));
         }
+    }
+
+    /// Returns `false` if each name has its meaning on every span.
+    #[inline]
+    pub(crate) fn has_scopes(&self) -> bool {
+        self.meanings.has_scopes()
+    }
+
+    /// Returns the scope of a span.
+    pub(crate) fn scope_of(&self, owner: Owner<'_>) -> Scope {
+        self.meanings.scope_of(owner)
     }
 
     pub(crate) fn add_engine_span(&mut self, name: Cow<'static, str>) {
@@ -148,13 +190,19 @@ impl Fields {
         !self.completing.is_empty()
     }
 
+    /// Returns `true` if a span that is created with `parent: None` belongs into the current one all the same.
+    pub(crate) fn is_nested(&self, metadata: &Metadata<'_>) -> bool {
+        self.nested.iter().any(|span| span.is_of(metadata))
+    }
+
     /// Reads what the spans of a callsite have in common.
     pub(crate) fn callsite(&self, metadata: &Metadata<'_>) -> Callsite {
-        let named = |span: &SpanPattern| span.matches(metadata.name(), Some(metadata.target()));
+        let named = |span: &SpanPattern| span.is_of(metadata);
         let mut declares = ReservedFields::default();
         let mut reserved = Vec::new();
         for field in metadata.fields() {
-            if let Some(meaning) = self.meanings.get(field.name()) {
+            let owner = Owner::Target(metadata.target());
+            if let Some(meaning) = self.meanings.get(field.name(), owner) {
                 declares = declares.with(ReservedFields::from_meaning(Some(meaning)));
                 reserved.push(field.index());
             }
@@ -181,7 +229,8 @@ impl Fields {
         self.meanings.may_have(name)
     }
 
-    /// Returns the instance id and the rank of its field if that is the only reserved field among the attributes.
+    /// Returns the instance id and the rank of its field if that is the only reserved field among the attributes, and is one
+    /// on every span.
     #[inline]
     pub(crate) fn only_id<'a>(&self, attributes: &'a [KeyValue]) -> Option<(Cow<'a, str>, u16)> {
         let mut only = None;
@@ -191,43 +240,63 @@ impl Fields {
             }
         }
         let only = only?;
-        let Meaning::InstanceId { rank } = self.meanings.get(only.key.as_str())? else {
+        let everywhere = Owner::Scope(Scope::NONE);
+        let Meaning::InstanceId { rank } = self.meanings.get(only.key.as_str(), everywhere)? else {
             return None;
         };
         let id = printed(&only.value);
         InvalidInstanceId::check(&id).is_ok().then_some((id, rank))
     }
 
-    /// Reads the reserved fields of a span that is about to start.
-    pub(crate) fn tag_of<'a>(&self, attributes: &'a [KeyValue]) -> Tag<'a> {
+    /// Reads the reserved fields of a span that is about to start, or of what is recorded on one.
+    pub(crate) fn tag_of<'a>(&self, attributes: &'a [KeyValue], owner: Owner<'_>) -> Tag<'a> {
         let mut tag = Tag::default();
         for attribute in attributes {
-            if let Some(meaning) = self.meanings.get(attribute.key.as_str()) {
-                tag.take(meaning, &attribute.value);
+            if let Some(meaning) = self.meanings.get(attribute.key.as_str(), owner) {
+                let form = |rank, id| formed(id, self.meanings.form(rank), attributes);
+                tag.take(meaning, &attribute.value, form);
             }
         }
         tag
     }
 
+    /// Reads the terminal status that an event reports.
+    pub(crate) fn end_of(&self, event: &[KeyValue]) -> Option<EndStatus> {
+        self.tag_of(event, Owner::Scope(Scope::NONE)).end
+    }
+
     /// Returns the terminal status that one of the events reports.
     pub(crate) fn end_in(&self, events: &[Event]) -> Option<EndStatus> {
         let mut events = events.iter();
-        events.find_map(|event| self.tag_of(&event.attributes).end)
+        events.find_map(|event| self.end_of(&event.attributes))
     }
 
     /// Reads the ids from a span that is being created, or from what is recorded on one.
-    pub(crate) fn ids(&self, record: impl FnOnce(&mut dyn Visit)) -> Ids {
+    pub(crate) fn ids(&self, owner: Owner<'_>, record: impl Fn(&mut dyn Visit)) -> Ids {
         let mut visitor = IdentityVisitor {
             meanings: &self.meanings,
+            owner,
             ids: Ids::default(),
         };
         record(&mut visitor);
-        visitor.ids
+        let mut ids = visitor.ids;
+        if let (Some(form), Some(id)) = (self.meanings.form(ids.rank), &ids.instance_id) {
+            let queue = form.queue.and_then(|name| {
+                let mut visitor = QueueVisitor { name, queue: None };
+                record(&mut visitor);
+                visitor.queue
+            });
+            let id = form.apply(queue.as_deref(), id);
+            let is_valid = InvalidInstanceId::check(&id).is_ok();
+            ids.instance_id = is_valid.then(|| id.into());
+        }
+        ids
     }
 
-    /// Reads the identity from a span that is being created.
-    pub(crate) fn identify(&self, attributes: &span::Attributes<'_>) -> Option<Identity> {
-        self.ids(|visitor| attributes.record(visitor)).identity()
+    /// Reads the ids from a span that is being created.
+    pub(crate) fn ids_of(&self, attributes: &span::Attributes<'_>) -> Ids {
+        let owner = Owner::Target(attributes.metadata().target());
+        self.ids(owner, |visitor| attributes.record(visitor))
     }
 
     /// Returns the declared reserved fields that have no value yet. Only an empty `&str` counts as none: formatting every other
@@ -263,16 +332,18 @@ impl Fields {
         }
         let mut visitor = IsThere {
             meanings: &self.meanings,
+            owner: Owner::Target(attributes.metadata().target()),
             found: ReservedFields::default(),
         };
         attributes.record(&mut visitor);
         declared.without(visitor.found)
     }
 
-    /// Returns the id fields that a record gives a value to.
-    pub(crate) fn recorded(&self, values: &span::Record<'_>) -> ReservedFields {
+    /// Returns the id fields that a record on a span gives a value to.
+    pub(crate) fn recorded(&self, owner: Owner<'_>, values: &span::Record<'_>) -> ReservedFields {
         let mut visitor = HasValue {
             meanings: &self.meanings,
+            owner,
             found: ReservedFields::default(),
         };
         values.record(&mut visitor);
@@ -280,12 +351,24 @@ impl Fields {
     }
 }
 
-/// Returns the target of a span that is about to start, if it has one: tracing-opentelemetry 0.34 sets it as an attribute
-/// (src/layer.rs, `on_new_span`).
+/// Returns the target of a span that is about to start, if it has one.
 pub(crate) fn target_of(span: &SpanBuilder) -> Option<Cow<'_, str>> {
-    let mut attributes = span.attributes.as_deref().unwrap_or_default().iter();
-    let target = attributes.find(|attribute| attribute.key.as_str() == "target");
-    target.map(|attribute| attribute.value.as_str())
+    target_in(span.attributes.as_deref().unwrap_or_default())
+}
+
+/// Gives an id its form, unless it is none.
+fn formed<'a>(
+    id: Cow<'a, str>,
+    form: Option<&'static IdForm>,
+    attributes: &[KeyValue],
+) -> Cow<'a, str> {
+    let Some(form) = form.filter(|_| !id.is_empty()) else {
+        return id;
+    };
+    let mut attributes = attributes.iter();
+    let queue = attributes.find(|attribute| form.queue == Some(attribute.key.as_str()));
+    let queue = queue.map(|attribute| printed(&attribute.value));
+    form.apply(queue.as_deref(), &id).into()
 }
 
 /// The reserved fields of one span.
@@ -324,7 +407,13 @@ impl<'a> Tag<'a> {
         }
     }
 
-    fn take(&mut self, meaning: Meaning, value: &'a Value) {
+    /// Takes a reserved field. `form` gives an instance id, by the rank of its field, the form that it has.
+    fn take(
+        &mut self,
+        meaning: Meaning,
+        value: &'a Value,
+        form: impl FnOnce(u16, Cow<'a, str>) -> Cow<'a, str>,
+    ) {
         match meaning {
             Meaning::Replaying => self.replaying = truth(value).or(self.replaying),
             Meaning::ReplayingChildren => {
@@ -332,7 +421,7 @@ impl<'a> Tag<'a> {
             }
             Meaning::Status => self.end = EndStatus::read(value).or(self.end),
             Meaning::InstanceId { rank } => {
-                let Some(id) = self.id(value) else {
+                let Some(id) = self.id(form(rank, printed(value))) else {
                     return;
                 };
                 if self.instance_id.is_some() && rank > self.rank {
@@ -344,15 +433,15 @@ impl<'a> Tag<'a> {
                     self.rank = rank;
                 }
             }
-            Meaning::RunId => self.run_id = self.id(value).or(self.run_id.take()),
+            Meaning::RunId => self.run_id = self.id(printed(value)).or(self.run_id.take()),
             Meaning::ParentInstanceId => {
-                self.parent_instance_id = self.id(value).or(self.parent_instance_id.take());
+                let id = self.id(printed(value));
+                self.parent_instance_id = id.or(self.parent_instance_id.take());
             }
         }
     }
 
-    fn id(&mut self, value: &'a Value) -> Option<Cow<'a, str>> {
-        let id = printed(value);
+    fn id(&mut self, id: Cow<'a, str>) -> Option<Cow<'a, str>> {
         match InvalidInstanceId::check(&id) {
             Ok(()) => Some(id),
             Err(InvalidInstanceId::Empty) => None,
@@ -374,8 +463,10 @@ mod tests {
             instance_ids: vec!["a".into(), "b".into()],
             ..FieldNames::default()
         });
-        let id =
-            |attributes: &[KeyValue]| fields.tag_of(attributes).instance_id.map(Cow::into_owned);
+        let id = |attributes: &[KeyValue]| {
+            let tag = fields.tag_of(attributes, Owner::Attributes(attributes));
+            tag.instance_id.map(Cow::into_owned)
+        };
         let (a, b) = (KeyValue::new("a", "1"), KeyValue::new("b", 2));
         assert_eq!(id(&[b.clone(), a.clone()]).as_deref(), Some("1"));
         assert_eq!(id(&[a, b.clone()]).as_deref(), Some("1"));

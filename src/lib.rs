@@ -79,7 +79,8 @@
 //! | `agent.name`, `gen_ai.agent.name` | written | on the span of a resumed agent |
 //!
 //! [Engines](Engine) and [the builder](WorkflowContextStorageBuilder) give the fields that are read other names. A name has
-//! one meaning: the builder refuses a second one.
+//! one meaning: the builder refuses a second one. An engine's name that is a common word, such as `job.id`, counts only on
+//! spans of the engine's own target, and the ids of a job queue get a prefix: `graphile:7`.
 //!
 //! # What happens when
 //!
@@ -110,7 +111,7 @@
 //!   concerns what opens beneath, until `false`.
 //! - **The engine runs code again in a span of its own that is new**: name its flag in
 //!   [`replay_children_field`](WorkflowContextStorageBuilder::replay_children_field). That span is exported, and what opens
-//!   beneath it is not as long as the flag is `true`.
+//!   beneath it is not as long as the flag is `true`. A span beneath with such a flag of its own is judged by that alone.
 //! - **A replayed span tells an event**: it is dropped and counted in [`replayed_events`](Stats::replayed_events). After the
 //!   replay is over, a warning or an error becomes an event of the next real span beneath, with its own time: at most 16
 //!   wait for that, and what is left at the end of the replayed spans is counted too. So are events of the OpenTelemetry API,
@@ -287,3 +288,7 @@ pub use tracer::{WorkflowSpan, WorkflowTracer, WorkflowTracerProvider};
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 struct ReadMeDoctests;
+
+#[cfg(doctest)]
+#[doc = include_str!("../docs/ENGINES.md")]
+struct EnginesDoctests;

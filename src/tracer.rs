@@ -42,9 +42,9 @@ use crate::context::WorkflowContext;
 use crate::decision::relation::Relation;
 use crate::decision::{Arrival, Decision, Links, Moment, Parent, Record, decide};
 use crate::explain::trail::{Event, Outcome};
-use crate::fields;
 use crate::fields::identity::Names;
 use crate::fields::value::EndStatus;
+use crate::fields::{self, Scope};
 use crate::storage::shared::Shared;
 
 /// Seconds from the recording of a context to its first use in another process.
@@ -133,6 +133,8 @@ struct Plan<'a> {
     recording: Option<Box<Recording<'a>>>,
     /// A reserved field may still be recorded on the span.
     awaits: bool,
+    /// On whose spans the names count that may still be recorded.
+    scope: Scope,
     /// The terminal status that the span has from the start.
     told_end: Option<EndStatus>,
 }
@@ -188,6 +190,7 @@ where
             || mark.may_be_replayed
             || builder.events.is_some()
             || !shared.stand_ins.is_empty()
+            || (mark.awaits && shared.fields.has_scopes())
             || parent.is_telemetry_suppressed();
         let attributes = builder.attributes.as_deref().unwrap_or_default();
         let only_id = || shared.fields.only_id(attributes);
@@ -257,6 +260,7 @@ where
             }),
             recording: None,
             awaits: false,
+            scope: Scope::NONE,
             told_end: None,
         }
     }
@@ -317,6 +321,7 @@ where
             memo,
             mut recording,
             awaits,
+            scope,
             told_end,
         } = plan;
         let natural = parent.span();
@@ -356,7 +361,7 @@ where
         let beneath_root = rooted.as_ref().and_then(|rooted| rooted.parent.as_ref());
         let parent = beneath_root.unwrap_or(parent);
         let mut started = WorkflowSpan::start(&*self.inner, builder, parent, shared);
-        let watch = || Watch::new(shared, Some((instance, rank)), memo, awaits);
+        let watch = || Watch::new(shared, Some((instance, rank)), memo, awaits, scope);
         if let Some((span, watch)) = started.watch(watch) {
             let mut outcome = match recording {
                 None => decision.outcome,

@@ -1,4 +1,4 @@
-//! The identity of an instance: its id, its run and its parent, owned or borrowed.
+//! The identity of an instance: its id, its run and its parent, owned or borrowed, and the form of an engine's ids.
 
 /// An instance, with its run and its parent as far as they are known.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -6,6 +6,24 @@ pub(crate) struct Identity {
     pub(crate) instance_id: Box<str>,
     pub(crate) run_id: Option<Box<str>>,
     pub(crate) parent_instance_id: Option<Box<str>>,
+}
+
+/// The form of an engine's ids that repeat elsewhere: `prefix:queue:id`, or `prefix:id` where no queue is known.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct IdForm {
+    pub(super) prefix: &'static str,
+    /// The field of the same span that names the queue.
+    pub(super) queue: Option<&'static str>,
+}
+
+impl IdForm {
+    pub(super) fn apply(&self, queue: Option<&str>, id: &str) -> String {
+        let prefix = self.prefix;
+        match queue.filter(|queue| !queue.is_empty()) {
+            Some(queue) => format!("{prefix}:{queue}:{id}"),
+            None => format!("{prefix}:{id}"),
+        }
+    }
 }
 
 /// The ids that a span was given so far.

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use super::engine::Engine;
+use super::engine::{Engine, FieldName};
 use crate::error::BuildError;
 
 // Read from spans.
@@ -94,10 +94,14 @@ impl FieldNames {
             }
         }
         for preset in engines.iter().map(|engine| engine.preset()) {
+            let name = |field: FieldName| field.name;
             let names = [
-                (preset.instance_id, INSTANCE_ID_FIELDS),
+                (preset.instance_id.map(name), INSTANCE_ID_FIELDS),
                 (preset.run_id, RUN_ID_FIELDS),
+                (preset.parent_instance_id, PARENT_INSTANCE_ID_FIELDS),
                 (preset.status, STATUS_FIELDS),
+                (preset.replaying, REPLAY_FIELD),
+                (preset.replaying_children.map(name), REPLAY_CHILDREN_FIELD),
             ];
             for (name, owner) in names {
                 if let Some(name) = name {

@@ -5,19 +5,22 @@ use std::fmt::{self, Write as _};
 use tracing::field::{Field, Visit};
 
 use super::identity::Ids;
-use super::meaning::{Meaning, Meanings, ReservedFields};
+use super::meaning::{Meaning, Meanings, Owner, ReservedFields};
 use super::value::{LONGEST_TEXT, plain};
 use crate::error::InvalidInstanceId;
 
+/// Reads the ids; that of an instance has still to get its form.
 pub(super) struct IdentityVisitor<'a> {
     pub(super) meanings: &'a Meanings,
+    pub(super) owner: Owner<'a>,
     pub(super) ids: Ids,
 }
 
 impl IdentityVisitor<'_> {
     fn take(&mut self, field: &Field, value: fmt::Arguments<'_>) {
         let ids = &mut self.ids;
-        let slot = match self.meanings.get(field.name()) {
+        let meaning = self.meanings.get(field.name(), self.owner);
+        let slot = match meaning {
             Some(Meaning::InstanceId { rank }) if ids.instance_id.is_none() || rank <= ids.rank => {
                 &mut ids.instance_id
             }
@@ -32,7 +35,7 @@ impl IdentityVisitor<'_> {
         let id = plain(&text.0);
         if InvalidInstanceId::check(&id).is_ok() {
             *slot = Some(id.into());
-            if let Some(Meaning::InstanceId { rank }) = self.meanings.get(field.name()) {
+            if let Some(Meaning::InstanceId { rank }) = meaning {
                 ids.rank = rank;
             }
         }
@@ -54,6 +57,28 @@ impl Visit for IdentityVisitor<'_> {
     }
 }
 
+/// Reads the field that names the queue of a job.
+pub(super) struct QueueVisitor {
+    pub(super) name: &'static str,
+    pub(super) queue: Option<String>,
+}
+
+impl Visit for QueueVisitor {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        if field.name() == self.name {
+            let mut text = Bounded(String::new());
+            let is_short = write!(text, "{value:?}").is_ok();
+            self.queue = is_short.then(|| plain(&text.0).into_owned());
+        }
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        if field.name() == self.name && value.len() <= LONGEST_TEXT {
+            self.queue = Some(plain(value).into_owned());
+        }
+    }
+}
+
 /// A text that refuses to grow past the longest id, however much a `Display` writes.
 struct Bounded(String);
 
@@ -70,13 +95,14 @@ impl fmt::Write for Bounded {
 /// Finds the id fields that have any value but an empty text.
 pub(super) struct IsThere<'a> {
     pub(super) meanings: &'a Meanings,
+    pub(super) owner: Owner<'a>,
     pub(super) found: ReservedFields,
 }
 
 impl IsThere<'_> {
     #[inline]
     fn add(&mut self, field: &Field) {
-        let meaning = self.meanings.get(field.name());
+        let meaning = self.meanings.get(field.name(), self.owner);
         self.found = self.found.with(ReservedFields::from_meaning(meaning));
     }
 }
@@ -112,12 +138,14 @@ impl Visit for IsThereAt {
 /// Finds the id fields that have a value, formatting no more of it than shows whether it is empty.
 pub(super) struct HasValue<'a> {
     pub(super) meanings: &'a Meanings,
+    pub(super) owner: Owner<'a>,
     pub(super) found: ReservedFields,
 }
 
 impl Visit for HasValue<'_> {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
-        let field = ReservedFields::from_meaning(self.meanings.get(field.name())).to_wait_for();
+        let meaning = self.meanings.get(field.name(), self.owner);
+        let field = ReservedFields::from_meaning(meaning).to_wait_for();
         if field != ReservedFields::NONE {
             let mut beginning = Beginning::default();
             // Fails, and so stops formatting, as soon as that is known.

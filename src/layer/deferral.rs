@@ -17,9 +17,9 @@ use tracing_subscriber::registry::LookupSpan;
 
 use super::WorkflowContextLayer;
 use super::pending::{Awaits, Learnt, Pending, WaitsNoMore};
-use crate::fields::ReservedFields;
 use crate::fields::callsite::{Callsite, Role};
 use crate::fields::identity::Identity;
+use crate::fields::{Owner, ReservedFields, Scope};
 use crate::tracer::handoff::{self, Adoption, HeldSpan, Mark, StartNumber, StorageId};
 use crate::tracer::held_parents::inside_held;
 use crate::tracer::replay::Numbered;
@@ -43,13 +43,15 @@ where
     ) {
         let (role, declares) = (callsite.role(), callsite.declares());
         let may_be_held = awaits.has_id() || role == Role::Engine;
+        let nested = self.nested(attrs, &ctx);
+        let attrs = nested.as_ref().unwrap_or(attrs);
         let mark = Mark {
             awaits: role != Role::Ordinary
                 && (awaits != ReservedFields::NONE || declares.has_replay()),
             ..self.mark(role, may_be_held, declares.has_replay(), attrs, &ctx)
         };
         let number = mark.number;
-        let identity = || self.shared.fields.identify(attrs);
+        let identity = || self.shared.fields.ids_of(attrs).identity();
         let may_wait = may_be_held && (awaits.has_id() || identity().is_none());
         let is_inside_held = may_wait && self.note_held_parent(attrs, number, &ctx);
         // Without activation, and as long as that is unknown, creating a contextual span starts the current one.
@@ -108,11 +110,24 @@ where
         if let Some(span) = ctx.span(id) {
             let pending = Pending::new(awaits_what, number);
             if may_wait && declares.has_more_than_id() {
-                pending.note(self.shared.fields.ids(|visitor| attrs.record(visitor)));
+                pending.note(self.shared.fields.ids_of(attrs));
             }
             span.extensions_mut().replace(pending);
             self.pending_spans.add(id);
         }
+    }
+
+    /// Returns the attributes of an engine's span that is created without a parent and belongs into the current span. If that
+    /// is another instance's, the span continues its own all the same.
+    fn nested<'a>(
+        &self,
+        attrs: &'a span::Attributes<'a>,
+        ctx: &Context<'_, S>,
+    ) -> Option<span::Attributes<'a>> {
+        let is_nested = attrs.is_root() && self.shared.fields.is_nested(attrs.metadata());
+        let current = is_nested.then(|| ctx.lookup_current()).flatten()?.id();
+        let (metadata, values) = (attrs.metadata(), attrs.values());
+        Some(span::Attributes::child_of(current, metadata, values))
     }
 
     /// Returns what the builder of a new span carries: a number if it may be held, be beneath a replay, or begin one.
@@ -208,8 +223,13 @@ where
     #[inline(never)]
     pub(super) fn record(&self, id: &span::Id, values: &span::Record<'_>, ctx: Context<'_, S>) {
         self.inner.on_record(id, values, ctx.clone());
-        let recorded = self.shared.fields.recorded(values);
-        let ids = || self.shared.fields.ids(|visitor| values.record(visitor));
+        let owner = ctx
+            .metadata(id)
+            .map_or(Owner::Scope(Scope::NONE), |metadata| {
+                Owner::Target(metadata.target())
+            });
+        let recorded = self.shared.fields.recorded(owner, values);
+        let ids = || (self.shared.fields).ids(owner, |visitor| values.record(visitor));
         let waited = match self.pending(id, &ctx, |pending| pending.learn(recorded)) {
             Some(Learnt::All(waited)) => waited,
             Some(Learnt::Some) if recorded != ReservedFields::NONE => {

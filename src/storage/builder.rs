@@ -165,7 +165,8 @@ impl WorkflowContextStorageBuilder {
         self
     }
 
-    /// Adds the fields and the spans of an engine. May be called for several.
+    /// Adds the fields and the spans of an engine. May be called for several. A field that is named in the builder too counts
+    /// as that setting says: on every span, its value as it is.
     ///
     /// By default, no engine's.
     pub fn engine(mut self, engine: Engine) -> Self {
@@ -227,7 +228,8 @@ impl WorkflowContextStorageBuilder {
 
     /// Adds a field that says whether what opens beneath a span is a replay, while the span itself is real: for engines that
     /// run the code again inside a new span, and tell on that span when it has caught up. As long as the field is `true`,
-    /// from the creation of the span or by `record`, nothing that opens beneath is exported; from `false` on all is.
+    /// from the creation of the span or by `record`, nothing that opens beneath is exported; from `false` on all is. A span
+    /// beneath that has such a flag itself is real as well, and its own flag counts for what it opens.
     ///
     /// Its name must be one that is always recorded on the same span: where the `false` is missed, real spans are lost. By
     /// default, none. May be called several times.

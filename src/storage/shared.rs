@@ -18,7 +18,7 @@ use crate::explain::author::{Author, Authors};
 use crate::explain::trail::{Event, Outcome, SpanNote};
 use crate::fields::identity::Identity;
 use crate::fields::value::{EndStatus, plain};
-use crate::fields::{Fields, Tag};
+use crate::fields::{Fields, Owner, Tag};
 use crate::own_spans::Tracers;
 use crate::root::open::{OpenRoot, Within};
 use crate::root::state::Roots;
@@ -155,8 +155,8 @@ impl Shared {
 
     /// Reads the reserved fields from attributes; an id that is too long is counted.
     #[inline]
-    pub(crate) fn tag_of<'a>(&self, attributes: &'a [KeyValue]) -> Tag<'a> {
-        let tag = self.fields.tag_of(attributes);
+    pub(crate) fn tag_of<'a>(&self, attributes: &'a [KeyValue], owner: Owner<'_>) -> Tag<'a> {
+        let tag = self.fields.tag_of(attributes, owner);
         if let Some(id) = &tag.oversized {
             self.counters.oversized.add();
             self.warnings.oversized(id);

@@ -14,6 +14,7 @@ use crate::context::WorkflowContext;
 use crate::decision::{Arrival, Decision, Moment, decide};
 use crate::fields::identity::Identity;
 use crate::fields::value::EndStatus;
+use crate::fields::{Owner, Scope};
 use crate::storage::shared::Shared;
 
 /// Stands for the recorded span of an instance while code is re-executed.
@@ -136,7 +137,7 @@ impl ReplaysBeneath {
             shared: shared.clone(),
             number,
             standing: Standing {
-                replay: Replay::new(&shared.counters),
+                replay: Replay::beneath_real(&shared.counters),
                 context: span.clone(),
                 is_real: true,
             },
@@ -237,7 +238,9 @@ impl StandIn {
     }
 
     pub(super) fn observe(&mut self, attribute: &KeyValue) {
-        let tag = self.shared.fields.tag_of(std::slice::from_ref(attribute));
+        // Neither field that counts here has a scope.
+        let (attribute, owner) = (std::slice::from_ref(attribute), Owner::Scope(Scope::NONE));
+        let tag = self.shared.fields.tag_of(attribute, owner);
         if let Some(replaying) = tag.replaying {
             self.replay.set_over(!replaying);
         }
@@ -248,7 +251,7 @@ impl StandIn {
 
     /// Keeps a warning or an error that is told after the end of the replay; drops and counts any other event.
     pub(super) fn observe_event(&self, event: Event) {
-        if let Some(status) = self.shared.fields.tag_of(&event.attributes).end {
+        if let Some(status) = self.shared.fields.end_of(&event.attributes) {
             self.complete(status);
         }
         if self.replay.is_over() && is_severe(&event) {

@@ -20,6 +20,8 @@ pub(crate) struct Replay(Arc<State>);
 
 struct State {
     is_over: AtomicBool,
+    /// The span that says so is real.
+    is_beneath_real: bool,
     /// Told after the end of the replay by spans that are not exported.
     events: Mutex<Vec<Event>>,
     counters: Arc<Counters>,
@@ -27,11 +29,25 @@ struct State {
 
 impl Replay {
     pub(super) fn new(counters: &Arc<Counters>) -> Self {
+        Self::beneath(false, counters)
+    }
+
+    /// The replay of what a real span opens.
+    pub(super) fn beneath_real(counters: &Arc<Counters>) -> Self {
+        Self::beneath(true, counters)
+    }
+
+    fn beneath(is_beneath_real: bool, counters: &Arc<Counters>) -> Self {
         Self(Arc::new(State {
             is_over: AtomicBool::new(false),
+            is_beneath_real,
             events: Mutex::default(),
             counters: counters.clone(),
         }))
+    }
+
+    pub(super) fn is_beneath_real(&self) -> bool {
+        self.0.is_beneath_real
     }
 
     pub(super) fn is_over(&self) -> bool {

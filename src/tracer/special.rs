@@ -15,6 +15,7 @@ use super::{Origin, WorkflowTracer, without_span};
 use crate::decision::Moment;
 use crate::explain::author::Author;
 use crate::fields::identity::{Identity, Names};
+use crate::fields::{Owner, Scope};
 use crate::root::ids;
 
 impl<T> WorkflowTracer<T>
@@ -98,7 +99,8 @@ where
             return None;
         }
         let attributes = builder.attributes.as_deref().unwrap_or_default();
-        let tag = self.shared.fields.tag_of(attributes);
+        let owner = Owner::Attributes(attributes);
+        let tag = self.shared.fields.tag_of(attributes, owner);
         let identity = tag.names()?.to_identity();
         let ids = |cx: &Context| {
             let span = cx.span();
@@ -141,13 +143,22 @@ where
         if parent.is_telemetry_suppressed() {
             return self.build_ordinary(builder, parent);
         }
-        let tag = shared.tag_of(builder.attributes.as_deref().unwrap_or_default());
+        let attributes = builder.attributes.as_deref().unwrap_or_default();
+        let owner = Owner::Attributes(attributes);
+        let tag = shared.tag_of(attributes, owner);
+        let scope = match mark.awaits {
+            true => shared.fields.scope_of(owner),
+            false => Scope::NONE,
+        };
         let may_name_itself = adopted.as_ref().is_some_and(|offer| offer.may_name_itself);
         let adopted = adopted.map(|offer| offer.identity);
         let events = builder.events.as_deref();
         let told_end = (tag.end).or_else(|| shared.fields.end_in(events.unwrap_or_default()));
         let replays_beneath = tag.replaying_children == Some(true);
-        let beneath = Beneath::find(shared, mark, parent);
+        // An engine that runs code again in several real spans, one inside the other, has a flag for each.
+        let has_own_flag = tag.replaying_children.is_some();
+        let beneath = Beneath::find(shared, mark, parent)
+            .filter(|beneath| !has_own_flag || !beneath.replay.is_beneath_real());
         let under = (beneath.as_ref()).filter(|beneath| !beneath.replay.is_over());
         let replay = match tag.replaying {
             Some(replaying) => replaying.then(|| Replay::new(&shared.counters)),
@@ -197,7 +208,7 @@ where
                 let mut memo = Memo::new(None, unnamed);
                 memo.completes(shared.fields.is_completing(&builder));
                 let mut started = WorkflowSpan::start(&*self.inner, builder, parent, shared);
-                let watch = || Watch::new(shared, None, Some(memo), mark.awaits);
+                let watch = || Watch::new(shared, None, Some(memo), mark.awaits, scope);
                 if let Some((span, watch)) = started.watch(watch).filter(|_| is_poller) {
                     watch.set_poller(span.span_context().trace_id());
                 }
@@ -210,7 +221,7 @@ where
                     self.diagnose(&decision, parent);
                 }
                 let mut plan = self.plan(&builder, key, tag.rank(), names, unnamed);
-                (plan.awaits, plan.told_end) = (mark.awaits, told_end);
+                (plan.awaits, plan.scope, plan.told_end) = (mark.awaits, scope, told_end);
                 plan.recording = self.recording(&builder, key, &decision);
                 self.start(builder, parent, &decision, plan)
             }

@@ -17,7 +17,7 @@ use crate::explain::author::Author;
 use crate::explain::trail;
 use crate::fields::identity::{Identity, Names};
 use crate::fields::value::EndStatus;
-use crate::fields::{self, Fields};
+use crate::fields::{self, Fields, Owner, Scope};
 use crate::root::open::Within;
 use crate::storage::remote::LateWinner;
 use crate::storage::shared::Shared;
@@ -32,6 +32,8 @@ pub(super) struct Watch {
     rank: u16,
     /// Its attributes are read whether it records or not.
     observes: bool,
+    /// That of its target, if a reserved field may still be recorded on it.
+    scope: Scope,
 }
 
 /// The knowledge that only some spans need.
@@ -117,6 +119,7 @@ impl Watch {
         instance: Option<(u64, u16)>,
         memo: Option<Box<Memo>>,
         observes: bool,
+        scope: Scope,
     ) -> Self {
         Self {
             shared: shared.clone(),
@@ -124,6 +127,7 @@ impl Watch {
             memo,
             rank: instance.map_or(u16::MAX, |(_, rank)| rank),
             observes,
+            scope,
         }
     }
 
@@ -204,7 +208,8 @@ impl Watch {
     #[inline(never)]
     fn read<S: Span>(&mut self, span: &mut S, attribute: &KeyValue) {
         let shared = self.shared.clone();
-        let tag = shared.tag_of(std::slice::from_ref(attribute));
+        let owner = Owner::Scope(self.scope);
+        let tag = shared.tag_of(std::slice::from_ref(attribute), owner);
         if let Some(id) = &tag.instance_id {
             self.learn_id(span, id, tag.rank());
         }
@@ -312,7 +317,7 @@ impl Watch {
     }
 
     pub(super) fn observe_event(&mut self, attributes: &[KeyValue]) {
-        self.complete_if(self.shared.fields.tag_of(attributes).end);
+        self.complete_if(self.shared.fields.end_of(attributes));
     }
 
     #[inline]

@@ -5,6 +5,7 @@
 //! | one instance is one trace; the table "What becomes of a tagged span" | `continuity` |
 //! | each relation is continued as configured, or refused | `policy` |
 //! | a late id, an engine span without an id: held until the id or the first child | `deferral` |
+//! | presets of engines: whose fields and spans count, and whose do not | `engines`, `deferral::engines` |
 //! | a replay exports nothing, and new work inside attaches to the recorded span | `replay` |
 //! | a new run is a new root, a child workflow continues its parent instance | `runs` |
 //! | a trace past `max_age` or `max_spans` is followed by a linked root | `bounds` |
@@ -46,6 +47,7 @@ mod continuity;
 mod deferral;
 #[cfg(feature = "durable-root")]
 mod durable_root;
+mod engines;
 mod explain;
 mod explicit_api;
 mod first_spans;

@@ -171,6 +171,12 @@ fn no_engine_reads_a_common_word() {
         Engine::Duroxide,
         Engine::Restate,
         Engine::Temporal,
+        Engine::Dbos,
+        Engine::AwsDurable,
+        Engine::Underway,
+        Engine::GraphileWorker,
+        Engine::Apalis,
+        Engine::Awa,
     ] {
         in_both_modes_of(
             || knowing(engine),
