@@ -21,7 +21,7 @@ rungs=("$@")
 ((${#rungs[@]})) || rungs=(
     registry plain-untagged ours-untagged plain-entered ours-entered plain-tagged ours-tagged-miss
     ours-tagged-miss-redb ours-tagged-hit ours-tagged-nested ours-tagged-foreign plain-recorded ours-recorded-hit
-    plain-attached by-hand store store-redb
+    plain-attached by-hand store store-redb rooted-untagged rooted-tagged-hit rooted-tagged-miss
 )
 
 # Of so many spans of a rung: all instructions of the main thread, and those of the allocator.

@@ -110,7 +110,7 @@ def targets(results):
     memory = f"{bytes_:.1f} bytes" + ("" if bytes_ <= 140 else ", **missed**")
     python = re.search(r"\d+", results.python)[0]
     lines.insert(1, ["memory allocations that an untagged span adds", plain, "0", "0, or a test fails", "`cargo test --test allocations`"])
-    lines.append(["memory of an instance, one million with UUIDs for ids", f"the Python original's dict: {python} bytes", "≤ 140 bytes", memory, "`cargo run --release --example memory`, `python3 benches/python_dict.py`"])
+    lines.append(["memory of an instance, one million with UUIDs for ids", f"the Python original's dict: {python} bytes", "≤ 140 bytes", memory, "`cargo run --release --features durable-root --example memory`, `python3 benches/python_dict.py`"])
     return table(["what", "against", "target", "measured", "command"], lines)
 
 

@@ -10,6 +10,8 @@ use std::time::Instant;
 use opentelemetry::propagation::TextMapPropagator as _;
 use opentelemetry::trace::TracerProvider as _;
 use opentelemetry_sdk::propagation::TraceContextPropagator;
+#[cfg(feature = "durable-root")]
+use opentelemetry_sdk::trace::Sampler;
 use opentelemetry_sdk::trace::{SdkTracer, SdkTracerProvider};
 use tracing::field::Empty;
 use tracing::{Dispatch, dispatcher, info_span};
@@ -43,6 +45,10 @@ pub(crate) enum Rung {
     OursNested,
     /// A later one within a span of another trace.
     OursForeign,
+    /// With durable roots, and the two pieces in the provider: an untagged span, a later one and the first one of an instance.
+    RootedUntagged,
+    RootedHit,
+    RootedMiss,
     /// The id is recorded within the span.
     PlainRecorded,
     OursRecorded,
@@ -56,7 +62,7 @@ pub(crate) enum Rung {
 }
 
 impl Rung {
-    pub(crate) const ALL: [(&'static str, Self); 18] = [
+    pub(crate) const ALL: [(&'static str, Self); 21] = [
         ("nothing", Self::Nothing),
         ("registry", Self::Registry),
         ("plain-untagged", Self::PlainUntagged),
@@ -69,6 +75,9 @@ impl Rung {
         ("ours-tagged-hit", Self::OursHit),
         ("ours-tagged-nested", Self::OursNested),
         ("ours-tagged-foreign", Self::OursForeign),
+        ("rooted-untagged", Self::RootedUntagged),
+        ("rooted-tagged-hit", Self::RootedHit),
+        ("rooted-tagged-miss", Self::RootedMiss),
         ("plain-recorded", Self::PlainRecorded),
         ("ours-recorded-hit", Self::OursRecorded),
         ("plain-attached", Self::PlainAttached),
@@ -84,6 +93,13 @@ impl Rung {
 
     pub(crate) fn has_file(self) -> bool {
         matches!(self, Self::OursMissRedb | Self::StoreRedb)
+    }
+
+    pub(crate) fn has_roots(self) -> bool {
+        matches!(
+            self,
+            Self::RootedUntagged | Self::RootedHit | Self::RootedMiss
+        )
     }
 
     fn has_plain_layer(self) -> bool {
@@ -116,10 +132,10 @@ pub(crate) struct Stage {
 impl Stage {
     pub(crate) fn new(rung: Rung, instances: usize) -> Self {
         let file = rung.has_file().then(TemporaryFile::new);
-        let storage = storage(file.as_ref(), instances);
+        let storage = storage(rung, file.as_ref(), instances);
         let ids = (0..instances).map(|n| format!("00000000-0000-4000-8000-{n:012}"));
         let ids: Vec<_> = ids.collect();
-        let ours = || Dispatch::new(registry().with(storage.layer(tracer())));
+        let ours = || Dispatch::new(registry().with(storage.layer(tracer_for(rung, &storage))));
         dispatcher::with_default(&ours(), || ids.iter().for_each(|id| tagged(id)));
         let dispatch = match rung {
             Rung::Nothing => Dispatch::none(),
@@ -156,14 +172,16 @@ impl Stage {
             ids[*next].as_str()
         };
         dispatcher::with_default(&self.dispatch, || match self.rung {
-            Rung::PlainUntagged | Rung::OursUntagged => measure(&mut || untagged(id())),
+            Rung::PlainUntagged | Rung::OursUntagged | Rung::RootedUntagged => {
+                measure(&mut || untagged(id()))
+            }
             Rung::PlainEntered | Rung::OursEntered => {
                 let span = info_span!("step", order = %id());
                 span.in_scope(|| {});
                 measure(&mut || span.in_scope(|| {}));
             }
             Rung::PlainRecorded | Rung::OursRecorded => measure(&mut || recorded(id())),
-            Rung::OursMiss | Rung::OursMissRedb => {
+            Rung::OursMiss | Rung::OursMissRedb | Rung::RootedMiss => {
                 measure(&mut || {
                     count_up(new_id);
                     tagged(new_id);
@@ -188,7 +206,11 @@ impl Stage {
                 measure(&mut || tagged(id()));
             }
             Rung::ByHand => measure(&mut || tagged_by_hand(id(), by_hand)),
-            Rung::Nothing | Rung::Registry | Rung::PlainTagged | Rung::OursHit => {
+            Rung::Nothing
+            | Rung::Registry
+            | Rung::PlainTagged
+            | Rung::OursHit
+            | Rung::RootedHit => {
                 measure(&mut || tagged(id()));
             }
         });
@@ -279,10 +301,32 @@ fn context() -> WorkflowContext {
     WorkflowContext::parse(parent, "").expect("well formed")
 }
 
-fn storage(file: Option<&TemporaryFile>, instances: usize) -> WorkflowContextStorage {
+/// A tracer of a provider with the two pieces of durable roots, if the rung has those.
+fn tracer_for(rung: Rung, storage: &WorkflowContextStorage) -> SdkTracer {
+    #[cfg(feature = "durable-root")]
+    if rung.has_roots() {
+        let sampler = Sampler::ParentBased(Box::new(Sampler::AlwaysOn));
+        return SdkTracerProvider::builder()
+            .with_id_generator(storage.id_generator())
+            .with_sampler(storage.sampler(sampler))
+            .build()
+            .tracer("bench");
+    }
+    assert!(!rung.has_roots(), "needs the feature durable-root");
+    let _ = storage;
+    tracer()
+}
+
+fn storage(rung: Rung, file: Option<&TemporaryFile>, instances: usize) -> WorkflowContextStorage {
     // The default, but where that is too few.
     let most = instances.saturating_mul(2).max(1_000_000);
-    let builder = WorkflowContextStorage::builder().max_instances(most);
+    let builder = WorkflowContextStorage::builder()
+        .max_instances(most)
+        .max_bytes(u64::MAX);
+    #[cfg(feature = "durable-root")]
+    let builder = builder.durable_root(rung.has_roots());
+    #[cfg(not(feature = "durable-root"))]
+    let _ = rung;
     #[cfg(feature = "redb")]
     let builder = match file {
         Some(file) => {
