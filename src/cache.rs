@@ -407,7 +407,8 @@ impl Cache {
         root: Option<Arc<OpenRoot>>,
     ) -> Result<Option<TraceId>, Conflict> {
         let generation = follows.map_or(1, |(_, generation)| generation);
-        let mut run = Run::new(context, key.run_id, generation).with_root(root);
+        let mut run = Run::new(context, key.run_id, generation);
+        run.set_root(root);
         run.author = author;
         let mut before = None;
         self.upsert(

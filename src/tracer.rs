@@ -327,7 +327,8 @@ where
         let natural = parent.span();
         let natural = natural.span_context();
         let mut added_links = 0;
-        if decision.links != Links::default() || recording.is_some() || decision.announce {
+        let is_generation = matches!(decision.record, Record::Generation(_));
+        if decision.links != Links::default() || is_generation || decision.announce {
             added_links = self.annotate(&mut builder, decision, natural);
         }
         if let Some(adopted) = memo.as_ref().filter(|memo| memo.is_adopted()) {

@@ -396,10 +396,16 @@ impl Run {
 
     /// Gives the run its own span.
     pub(super) fn with_root(mut self, root: Option<Arc<OpenRoot>>) -> Self {
+        self.set_root(root);
+        self
+    }
+
+    /// Gives the run its own span.
+    #[inline]
+    pub(super) fn set_root(&mut self, root: Option<Arc<OpenRoot>>) {
         if root.is_some() {
             self.rare_mut().root = root;
         }
-        self
     }
 
     pub(crate) fn root(&self) -> Option<&Arc<OpenRoot>> {

@@ -224,8 +224,8 @@ impl Remote {
     /// Returns `false` if there was nobody to claim it against.
     fn claim_run(&self, id: &str, record: Record, claimant: Option<Claimant>) -> bool {
         if self.has_no_rival() {
-            let keys = [Some(instance_key(id)), of_run(id, record.run_id.as_deref())];
-            self.put_all(keys, &record);
+            let of_run = of_run(id, record.run_id.as_deref());
+            self.put_both(instance_key(id), of_run, record);
             return false;
         }
         let claim = Claim::new(id, record, &self.cache, &self.claims, claimant);
@@ -244,14 +244,15 @@ impl Remote {
         claimant: Claimant,
     ) -> bool {
         let Key { id, run_id, .. } = key;
-        let pointers = [Some(instance_key(id)), of_run(id, run_id)];
-        self.put_all(pointers.clone(), &record);
+        let (pointer, of_run) = (instance_key(id), of_run(id, run_id));
+        self.put_both(pointer.clone(), of_run.clone(), record.clone());
         if self.has_no_rival() {
             return false;
         }
         let claim = Claim::new(id, record, &self.cache, &self.claims, Some(claimant));
         let key = claim_key(id, run_id, followed.span_id());
-        self.claim(claim.generation_write(key, pointers.into_iter().flatten().collect()));
+        let pointers = std::iter::once(pointer).chain(of_run).collect();
+        self.claim(claim.generation_write(key, pointers));
         true
     }
 
@@ -260,9 +261,12 @@ impl Remote {
         self.knows_all() && !self.write_through
     }
 
-    fn put_all(&self, keys: [Option<String>; 2], record: &Record) {
-        let put = |key| self.client.write(Write::Put(key, record.clone()));
-        keys.into_iter().flatten().for_each(put);
+    fn put_both(&self, key: String, of_run: Option<String>, record: Record) {
+        let of_run = of_run.map(|of_run| Write::Put(of_run, record.clone()));
+        self.client.write(Write::Put(key, record));
+        if let Some(write) = of_run {
+            self.client.write(write);
+        }
     }
 
     fn claim(&self, (write, on_winner): (Write, OnWinner)) {

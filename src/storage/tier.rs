@@ -19,11 +19,17 @@ use crate::stats::Counters;
 pub(crate) struct Tier {
     cache: Arc<Cache>,
     remote: Option<Remote>,
+    /// There is neither a backend nor a root, so that a call changes memory alone.
+    is_memory_alone: bool,
 }
 
 impl Tier {
     pub(super) fn new(cache: Arc<Cache>, remote: Option<Remote>) -> Self {
-        Self { cache, remote }
+        Self {
+            is_memory_alone: remote.is_none() && !cache.has_roots(),
+            cache,
+            remote,
+        }
     }
 
     pub(crate) fn cache(&self) -> &Cache {
@@ -127,8 +133,7 @@ impl Tier {
 
     #[inline]
     pub(super) fn store(&self, id: &str, context: WorkflowContext) {
-        let is_plain = self.remote.is_none() && !self.cache.has_roots();
-        if is_plain && !context.has_trace_state() {
+        if self.is_memory_alone && !context.has_trace_state() {
             drop(self.cache.replace(id, context));
         } else {
             self.store_anyhow(id, context);
