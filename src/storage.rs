@@ -24,7 +24,7 @@ use tracing_subscriber::registry::LookupSpan;
 use crate::context::WorkflowContext;
 use crate::error::{CreateResumedError, StorageError};
 use crate::explain::Explanation;
-use crate::fields::value::EndStatus;
+use crate::fields::value::{EndStatus, is_read_as_it_is};
 use crate::layer::WorkflowContextLayer;
 use crate::layer::log_filter::LogFilter;
 use crate::own_spans::agent_span_name;
@@ -146,6 +146,11 @@ impl WorkflowContextStorage {
     ///
     /// [`StorageError::InvalidInstanceId`] if the id is empty, `None`, or longer than 1,024 bytes.
     pub fn store(&self, instance_id: &str, context: WorkflowContext) -> Result<(), StorageError> {
+        // Fast path: nearly every id is read as it is.
+        if is_read_as_it_is(instance_id) {
+            self.shared.tier.store(instance_id, context);
+            return Ok(());
+        }
         let instance_id = self.shared.read_id(instance_id)?;
         self.shared.tier.store(&instance_id, context);
         Ok(())

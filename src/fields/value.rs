@@ -64,6 +64,12 @@ pub(crate) fn plain(text: &str) -> Cow<'_, str> {
     }
 }
 
+/// Returns `true` for a valid id that [`plain`] certainly leaves unchanged.
+#[inline]
+pub(crate) fn is_read_as_it_is(id: &str) -> bool {
+    !matches!(id.as_bytes(), [] | [b'"' | b'S' | b'N', ..]) && id.len() <= MAX_INSTANCE_ID_BYTES
+}
+
 #[inline(never)]
 fn undebugged(mut text: &str) -> Cow<'_, str> {
     if text.len() > LONGEST_TEXT {
