@@ -317,7 +317,7 @@ impl Cache {
             return true;
         }
         let mut is_of_another_run = false;
-        entry.for_each_run(|run| {
+        self.shards.change_runs(entry, |run| {
             if !run.context().is_same_span(ours) || !run.may_be(run_id) {
                 return;
             }
@@ -353,7 +353,7 @@ impl Cache {
         let table = &mut shard.table;
         let found = table.find(hash, |entry| entry.id == *id);
         if let Some(entry) = found.and_then(|index| table.get_mut(index)) {
-            entry.for_each_run(|run| {
+            self.shards.change_runs(entry, |run| {
                 if run.may_be(Some(from)) && run.context().is_same_span(context) {
                     run.rename(to);
                 }
@@ -545,9 +545,10 @@ impl Cache {
         table.insert(hash, Entry::new(id, run, now), |entry| {
             self.shards.hash_of(entry)
         });
+        let are_too_many = self.shards.count_inserted(bytes);
         drop(shard);
         set_recorded(root);
-        if self.shards.count_inserted(bytes) {
+        if are_too_many {
             evict::make_room(&self.shards, now, hash, id, |hash, event| {
                 self.note_loss(hash, now, event);
             });

@@ -4,7 +4,7 @@ use std::hash::{BuildHasher as _, Hasher as _};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard};
 
-use super::entry::{Entry, Limits};
+use super::entry::{Entry, Limits, Run};
 use super::slots::Slots;
 use crate::explain::trail::Event;
 use crate::lock::lock;
@@ -94,10 +94,18 @@ impl Shards {
 
     /// Returns `true` if one more instance fits without an eviction.
     pub(super) fn has_room(&self) -> bool {
-        self.len() < self.limits.max_instances && !self.are_too_many()
+        !self.is_too_many(self.len() + 1)
     }
 
-    /// Notes that the counted bytes of an entry have changed. Returns `true` if there are more.
+    /// Changes each run of an entry, whose bytes are counted again.
+    pub(super) fn change_runs(&self, entry: &mut Entry, change: impl FnMut(&mut Run)) {
+        let before = entry.counted_bytes();
+        entry.for_each_run(change);
+        self.recount(before, entry.count_bytes());
+    }
+
+    /// Notes that the counted bytes of an entry have changed. Returns `true` if there are more. To be called under the lock of
+    /// its shard: an entry that another thread removes has been counted then, so that the sum is never less than zero.
     #[inline]
     pub(super) fn recount(&self, before: usize, now: usize) -> bool {
         if before != now {
@@ -112,12 +120,19 @@ impl Shards {
         self.shards.len()
     }
 
-    /// Notes an insertion. Returns `true` if there are too many now.
+    /// Notes an insertion, under the lock of the shard. Returns `true` if there are too many now.
     #[inline]
     pub(super) fn count_inserted(&self, bytes: usize) -> bool {
         self.recount(0, bytes);
         let len = self.len.fetch_add(1, Relaxed) + 1;
         self.is_too_many(len)
+    }
+
+    /// Notes a removal, under the lock of the shard.
+    #[inline]
+    fn count_removed(&self, bytes: usize) {
+        self.len.fetch_sub(1, Relaxed);
+        self.recount(bytes, 0);
     }
 
     /// Returns the hits and misses of all shards.
@@ -178,9 +193,7 @@ impl Shards {
         let bytes = entry.counted_bytes();
         let taken = take(entry)?;
         shard.table.remove(hash, index, |entry| self.hash_of(entry));
-        drop(shard);
-        self.len.fetch_sub(1, Relaxed);
-        self.recount(bytes, 0);
+        self.count_removed(bytes);
         Some(taken)
     }
 
@@ -197,9 +210,7 @@ impl Shards {
         let (hash, event) = (self.hash_of(entry), entry.expiry_event());
         let bytes = entry.counted_bytes();
         shard.table.remove(hash, index, |entry| self.hash_of(entry));
-        drop(shard);
-        self.len.fetch_sub(1, Relaxed);
-        self.recount(bytes, 0);
+        self.count_removed(bytes);
         Some((hash, event))
     }
 }

@@ -1,5 +1,7 @@
 //! Memory is bounded in bytes: long ids, tracestates and runs take the place of more instances.
 
+use std::time::Duration;
+
 use tracing::info_span;
 use tracing_workflow_context::{MemoryBackend, WorkflowContext, WorkflowContextStorage};
 
@@ -146,4 +148,37 @@ fn bytes_of_what_is_gone_do_not_count() {
     }
     assert_eq!(storage.stats().stored_instances, 372);
     assert_eq!(storage.stats().evicted, evicted);
+}
+
+#[test]
+fn bytes_of_contexts_that_lost_to_other_workers_do_not_count() {
+    let backend = MemoryBackend::new();
+    // Neither asks the backend, so that both record, and one gives way.
+    let worker = || {
+        let storage = WorkflowContextStorage::builder().backend(backend.clone());
+        let storage = storage.lookup_budget(Duration::ZERO).max_bytes(64 * 1024);
+        Worker::with_storage(storage.build().unwrap())
+    };
+    let (first, second) = (worker(), worker());
+    let step = |worker: &Worker, id: &str| {
+        let run = "a run of which the id does not fit into the entry itself";
+        worker.run(|| {
+            info_span!("step", workflow.instance_id = id, workflow.run_id = run).in_scope(|| ());
+        });
+        worker.storage.flush().unwrap();
+    };
+    for round in 0..300 {
+        let id = format!("order-{round}");
+        step(&first, &id);
+        step(&second, &id);
+        assert!(second.storage.cleanup(&id).unwrap());
+    }
+    assert_eq!(second.storage.stats().conflicts, 300);
+    let evicted = second.storage.stats().evicted;
+    for n in 0..372 {
+        let id = format!("small-{n}");
+        second.storage.store(&id, context(n + 1)).unwrap();
+    }
+    assert_eq!(second.storage.stats().stored_instances, 372);
+    assert_eq!(second.storage.stats().evicted, evicted);
 }
