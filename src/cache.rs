@@ -515,29 +515,23 @@ impl Cache {
         let mut shard = self.shards.lock_for(hash);
         let table = &mut shard.table;
         let known = table.find(hash, |entry| entry.id == *id);
+        let report = |hash, event| self.note_loss(hash, now, event);
         if let Some(entry) = known.and_then(|index| table.get_mut(index)) {
-            let bytes = entry.counted_bytes();
-            let expiry = match entry.touch(now, &self.shards.limits) {
-                true => {
-                    update(entry, run)?;
-                    None
-                }
-                false => {
-                    let event = entry.expiry_event();
-                    entry.restart(run, now);
-                    Some(event)
-                }
-            };
+            let (bytes, mut expiry) = (entry.counted_bytes(), None);
+            if entry.touch(now, &self.shards.limits) {
+                update(entry, run)?;
+            } else {
+                expiry = Some(entry.expiry_event());
+                entry.restart(run, now);
+            }
             let has_grown = self.shards.recount(bytes, entry.count_bytes());
             drop(shard);
             set_recorded(root);
             if let Some(event) = expiry {
-                self.note_loss(hash, now, event);
+                report(hash, event);
             }
             if has_grown && self.shards.are_too_many() {
-                evict::make_room(&self.shards, now, hash, id, |hash, event| {
-                    self.note_loss(hash, now, event);
-                });
+                evict::make_room(&self.shards, now, hash, id, report);
             }
             return Ok(());
         }
@@ -549,9 +543,7 @@ impl Cache {
         drop(shard);
         set_recorded(root);
         if are_too_many {
-            evict::make_room(&self.shards, now, hash, id, |hash, event| {
-                self.note_loss(hash, now, event);
-            });
+            evict::make_room(&self.shards, now, hash, id, report);
         }
         Ok(())
     }

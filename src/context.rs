@@ -254,7 +254,9 @@ impl WorkflowContext {
     #[inline]
     pub(crate) fn with_trace_state_up_to(mut self, most: usize) -> Self {
         if let Some(state) = &self.trace_state {
-            self.trace_state = shortened(state, most);
+            if let Some(shorter) = traceparent::shorten_tracestate(state, most) {
+                self.trace_state = shared(&shorter);
+            }
         }
         self
     }
@@ -474,15 +476,6 @@ pub(crate) fn since_epoch(time: SystemTime) -> u64 {
 fn from_epoch(nanos: u64) -> SystemTime {
     // Does not overflow: every platform's clock reaches 584 years beyond 1970.
     SystemTime::UNIX_EPOCH + Duration::from_nanos(nanos)
-}
-
-#[inline(never)]
-fn shortened(state: &Arc<TraceState>, most: usize) -> Option<Arc<TraceState>> {
-    let length = |(key, value): (&str, &str)| key.len() + value.len() + 2;
-    match state.into_iter().map(length).sum::<usize>() <= most.saturating_add(1) {
-        true => Some(state.clone()),
-        false => traceparent::shorten_tracestate(state, most).map(Arc::new),
-    }
 }
 
 #[cfg(test)]

@@ -25,7 +25,7 @@ pub(crate) struct Tracers(Mutex<Vec<Weak<dyn OpenAndEnd + Send + Sync>>>);
 /// The end of a span that is opened and ended at once.
 pub(crate) struct End {
     pub(crate) status: Status,
-    /// `None` for now.
+    /// `None` stands for the time of the call.
     pub(crate) at: Option<SystemTime>,
     /// If it does not get this id, it is not exported.
     pub(crate) span_id: Option<SpanId>,

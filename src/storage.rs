@@ -22,9 +22,9 @@ use tracing_subscriber::layer::Filter;
 use tracing_subscriber::registry::LookupSpan;
 
 use crate::context::WorkflowContext;
-use crate::error::{CreateResumedError, StorageError};
+use crate::error::{CreateResumedError, InvalidInstanceId, StorageError};
 use crate::explain::Explanation;
-use crate::fields::value::{EndStatus, is_read_as_it_is};
+use crate::fields::value::{EndStatus, is_plain};
 use crate::layer::WorkflowContextLayer;
 use crate::layer::log_filter::LogFilter;
 use crate::own_spans::agent_span_name;
@@ -147,7 +147,7 @@ impl WorkflowContextStorage {
     /// [`StorageError::InvalidInstanceId`] if the id is empty, `None`, or longer than 1,024 bytes.
     pub fn store(&self, instance_id: &str, context: WorkflowContext) -> Result<(), StorageError> {
         // Fast path: nearly every id is read as it is.
-        if is_read_as_it_is(instance_id) {
+        if is_plain(instance_id) && InvalidInstanceId::check(instance_id).is_ok() {
             self.shared.tier.store(instance_id, context);
             return Ok(());
         }

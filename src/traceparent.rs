@@ -162,31 +162,28 @@ fn parse_members(values: &[&str]) -> Option<TraceState> {
     TraceState::from_key_value(members).ok()
 }
 
-/// The length from which on a member is dropped before others (3.3.1.5, "tracestate Limits").
+/// The length from which on a member is dropped before others ("tracestate Limits").
 const LONG_MEMBER: usize = 128;
 
-/// Returns the beginning of a tracestate that has no more than that many bytes as a header: without its long members, if it
-/// is too long with them. `None` if nothing is left.
+/// Returns a tracestate without its long members, and without the last ones, as far as a header of that many bytes needs it;
+/// `None` if it is short enough as it is.
+#[inline(never)]
 pub(crate) fn shorten_tracestate(state: &TraceState, most: usize) -> Option<TraceState> {
     let length = |(key, value): &(&str, &str)| key.len() + 1 + value.len();
-    let mut members: Vec<_> = state.into_iter().collect();
-    // With the commas between them.
-    let total = |members: &[_]| {
-        members
-            .iter()
-            .map(|member| length(member) + 1)
-            .sum::<usize>()
+    // A comma follows each member but the last.
+    let is_short = |members: &[_]| {
+        let lengths = members.iter().map(|member| length(member) + 1);
+        lengths.sum::<usize>() <= most.saturating_add(1)
     };
-    if total(&members) > most + 1 {
-        members.retain(|member| length(member) <= LONG_MEMBER);
-    }
-    while total(&members) > most + 1 {
-        members.pop();
-    }
-    if members.is_empty() {
+    let mut members: Vec<_> = state.into_iter().collect();
+    if is_short(&members) {
         return None;
     }
-    TraceState::from_key_value(members).ok()
+    members.retain(|member| length(member) <= LONG_MEMBER);
+    while !is_short(&members) {
+        members.pop();
+    }
+    Some(TraceState::from_key_value(members).unwrap_or_default())
 }
 
 /// Returns `true` if [`parse_tracestate`] would accept this list.

@@ -1,4 +1,4 @@
-//! What a failed write means for the others of its group.
+//! The outcomes of a group of writes of which some have failed.
 
 use std::collections::HashMap;
 

@@ -58,16 +58,16 @@ pub(super) fn printed(value: &Value) -> Cow<'_, str> {
 /// `?`. So the text alone decides. The result is unchanged if it is read again: an id that was listed is found.
 #[inline]
 pub(crate) fn plain(text: &str) -> Cow<'_, str> {
-    match text.as_bytes() {
-        [b'"' | b'S' | b'N', ..] => undebugged(text),
-        _ => Cow::Borrowed(text),
+    match is_plain(text) {
+        true => Cow::Borrowed(text),
+        false => undebugged(text),
     }
 }
 
-/// Returns `true` for a valid id that [`plain`] certainly leaves unchanged.
+/// Returns `true` for a text that [`plain`] certainly leaves unchanged.
 #[inline]
-pub(crate) fn is_read_as_it_is(id: &str) -> bool {
-    !matches!(id.as_bytes(), [] | [b'"' | b'S' | b'N', ..]) && id.len() <= MAX_INSTANCE_ID_BYTES
+pub(crate) fn is_plain(text: &str) -> bool {
+    !matches!(text.as_bytes(), [b'"' | b'S' | b'N', ..])
 }
 
 #[inline(never)]

@@ -48,7 +48,7 @@ const END: &str = "end";
 /// The time after which a forgotten root is looked at again while the backend does not answer.
 const RETRY: Duration = Duration::from_secs(5);
 
-/// What is known of all processes.
+/// The sum over all processes.
 struct Total {
     spans: u64,
     last_end: SystemTime,

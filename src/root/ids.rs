@@ -8,7 +8,7 @@ use std::cell::{Cell, RefCell};
 use opentelemetry::trace::TraceState;
 use opentelemetry::{SpanId, TraceId};
 
-/// What the two pieces are asked for while one span is built.
+/// The request to the two pieces while one span is built.
 #[cfg_attr(
     not(feature = "durable-root"),
     expect(dead_code, reason = "the pieces read it")
@@ -34,7 +34,7 @@ pub(crate) enum Purpose {
     Export(TraceState),
 }
 
-/// What the two pieces have answered.
+/// The answer of the two pieces.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Answer {
     /// The id generator was asked.

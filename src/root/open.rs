@@ -20,7 +20,7 @@ use crate::lock::lock;
 /// instance holds a reference.
 pub(crate) struct OpenRoot(pub(super) Arc<Part>);
 
-/// What is to be done once nothing is locked.
+/// The step to take once nothing is locked.
 enum Next {
     Nothing,
     AskForPlace,

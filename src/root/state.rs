@@ -1,4 +1,4 @@
-//! What the roots of a storage share, and what one process knows of a root.
+//! The state that the roots of a storage share, and the knowledge that one process has of a root.
 
 use std::fmt;
 use std::hash::{BuildHasher as _, RandomState};

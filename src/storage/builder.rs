@@ -258,8 +258,8 @@ impl WorkflowContextStorageBuilder {
     }
 
     /// Sets the most bytes of a tracestate that is kept with an instance, from a span, a call or the backend. Of a longer one,
-    /// members of more than 128 bytes are dropped first, then members from the end, as W3C Trace Context asks (3.3.1.5,
-    /// "Limits"). Zero keeps none.
+    /// members of more than 128 bytes are dropped first, then members from the end, as W3C Trace Context asks
+    /// ("tracestate Limits"). Zero keeps none.
     ///
     /// By default, 512: as many as W3C Trace Context asks to propagate at least.
     pub fn max_trace_state(mut self, bytes: usize) -> Self {

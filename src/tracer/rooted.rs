@@ -122,32 +122,35 @@ pub(super) fn allocate_late(
     name: &str,
     span: &opentelemetry::trace::SpanContext,
 ) -> Option<(WorkflowContext, Arc<OpenRoot>)> {
-    let roots = shared.roots.as_ref()?;
     let parent = Context::new().with_remote_span_context(span.clone());
     let name = if name.is_empty() { "workflow" } else { name };
-    let allocate = |tracer: &dyn OpenAndEnd| -> Option<Allocated> {
-        let name = name.to_owned().into();
-        roots.allocate(tracer, name, key.id, key.run_id, 1, &parent)
-    };
-    let allocated = shared.tracers.with(allocate)?;
-    let root = roots.open(key.id, key.run_id, 1, &allocated);
-    Some((allocated.context, root))
+    allocate(shared, key, name, &parent)
 }
 
 /// Records the root of an instance of which nothing is stored, for a call that opens a span of it. Returns what is recorded
 /// then.
 pub(crate) fn record_root(shared: &Shared, id: &str, name: &str) -> Option<WorkflowContext> {
-    let roots = shared.roots.as_ref()?;
     let key = shared.key(id, None);
-    let allocate = |tracer: &dyn OpenAndEnd| {
-        let name = name.to_owned().into();
-        roots.allocate(tracer, name, id, None, 1, &Context::new())
-    };
-    let allocated = shared.tracers.with(allocate)?;
-    let root = roots.open(id, None, 1, &allocated);
-    let context = allocated.context;
+    let (context, root) = allocate(shared, key, name, &Context::new())?;
     match shared.record(key, None, context.clone(), Author::default(), Some(root)) {
         Ok(_) => Some(context),
         Err(winner) => Some(winner),
     }
+}
+
+/// Allocates the first root of an instance or run, outside the start of a span.
+fn allocate(
+    shared: &Shared,
+    key: Key<'_>,
+    name: &str,
+    parent: &Context,
+) -> Option<(WorkflowContext, Arc<OpenRoot>)> {
+    let roots = shared.roots.as_ref()?;
+    let allocate = |tracer: &dyn OpenAndEnd| -> Option<Allocated> {
+        let name = name.to_owned().into();
+        roots.allocate(tracer, name, key.id, key.run_id, 1, parent)
+    };
+    let allocated = shared.tracers.with(allocate)?;
+    let root = roots.open(key.id, key.run_id, 1, &allocated);
+    Some((allocated.context, root))
 }

@@ -23,7 +23,7 @@ const WRITES_PER_BLOCK: usize = 4;
 /// The largest number of blocks that are looked at together: 4 MiB.
 const MOST_BLOCKS: usize = 512;
 
-/// What one worker has looked at. Each begins somewhere, so that together they look at all of the table.
+/// The blocks that one worker has looked at. Each worker begins somewhere, so that together they look at all of the table.
 #[derive(Default)]
 pub(super) struct Purge(Mutex<State>);
 
