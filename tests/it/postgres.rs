@@ -180,27 +180,7 @@ fn one_of_many_writers_replaces_a_row_that_cannot_be_decoded() {
         server.sql(&format!(
             "INSERT INTO workflow_contexts (key, record) VALUES ('{key}', 'garbage')"
         ));
-        let winners = at_once(4, |thread| {
-            let span = thread + 1;
-            let mine = record(&format!(
-                "00-0af7651916cd43dd8448eb211c80319c-{span:016x}-01"
-            ));
-            let outcome = backends[thread]
-                .write_all(&[claim(&key, &mine)])
-                .unwrap()
-                .remove(0);
-            let found = outcome.existing();
-            (found.is_none(), found.unwrap_or(&mine).context.span_id())
-        });
-        assert_eq!(
-            winners.iter().filter(|(won, _)| *won).count(),
-            1,
-            "{winners:?}"
-        );
-        assert!(
-            winners.iter().all(|(_, span)| *span == winners[0].1),
-            "{winners:?}"
-        );
+        assert_one_of_four_wins(&key, |thread, claim| backends[thread].write_all(claim));
     }
 }
 

@@ -178,29 +178,7 @@ fn one_of_many_writers_replaces_an_undecodable_value() {
         let () = raw
             .set(format!("workflow-context:{{{key}}}"), "garbage")
             .unwrap();
-        let winners = at_once(4, |thread| {
-            let mine = record(&format!(
-                "00-0af7651916cd43dd8448eb211c80319c-{:016x}-01",
-                thread + 1
-            ));
-            let winner = backend(&server)
-                .write_all(&[claim(&key, &mine)])
-                .unwrap()
-                .remove(0);
-            {
-                let found = winner.existing();
-                (found.is_none(), found.unwrap_or(&mine).context.span_id())
-            }
-        });
-        assert_eq!(
-            winners.iter().filter(|(won, _)| *won).count(),
-            1,
-            "{winners:?}"
-        );
-        assert!(
-            winners.iter().all(|(_, span)| *span == winners[0].1),
-            "{winners:?}"
-        );
+        assert_one_of_four_wins(&key, |_, claim| backend(&server).write_all(claim));
     }
 }
 

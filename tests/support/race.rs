@@ -1,4 +1,4 @@
-//! Two processes that record the same instances of a shared backend at once.
+//! Two processes or workers that record the same instances of a shared backend, at once or one after the other.
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::process::{Child, Stdio};
@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tracing_workflow_context::WorkflowContextStorage;
 use tracing_workflow_context::backend::StorageBackend;
 
-use super::{PATIENCE, Worker, test_process};
+use super::{PATIENCE, Worker, patient, test_process};
 
 const INSTANCES: usize = 10_000;
 
@@ -90,4 +90,42 @@ pub(crate) fn run_one_process<B: StorageBackend>(backend: impl FnOnce(&str) -> B
     }
     let conflicts = worker.storage.stats().conflicts;
     writeln!(out, "race: {conflicts}").expect("the parent reads it");
+}
+
+/// Lets two workers, each with a backend of its own to the same server, hand over so many instances by a flush, and asserts
+/// that the second span of each continues the first one's trace.
+pub(crate) fn assert_a_flushed_context_is_found<B: StorageBackend>(
+    instances: usize,
+    backend: impl Fn() -> B,
+) {
+    let [one, other] = [0, 1].map(|_| {
+        let storage = patient(backend()).build();
+        Worker::with_storage(storage.expect("sound settings"))
+    });
+    for number in 0..instances {
+        let id = format!("order-{number}");
+        let (first, second) = if number % 2 == 0 {
+            (&one, &other)
+        } else {
+            (&other, &one)
+        };
+        first.run(|| tracing::info_span!("first", workflow.instance_id = %id).in_scope(|| {}));
+        first.storage.flush().unwrap();
+        second.run(|| tracing::info_span!("second", workflow.instance_id = %id).in_scope(|| {}));
+
+        let last = |worker: &Worker| worker.spans().pop().expect("a span");
+        let (first, second) = (last(first), last(second));
+        assert_eq!(
+            second.span_context.trace_id(),
+            first.span_context.trace_id(),
+            "{id}"
+        );
+        assert_eq!(second.parent_span_id, first.span_context.span_id(), "{id}");
+        assert!(second.parent_span_is_remote);
+    }
+    for worker in [one, other] {
+        let stats = worker.storage.stats();
+        let failed = (stats.conflicts, stats.backend_errors, stats.malformed);
+        assert_eq!(failed, (0, 0, 0));
+    }
 }

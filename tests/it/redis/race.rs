@@ -41,39 +41,5 @@ fn a_storage_connects_once_it_is_built() {
 #[test]
 fn a_flushed_context_is_found_by_the_next_worker() {
     let server = RedisServer::start();
-    let [one, other] = [0, 1].map(|_| {
-        let storage = WorkflowContextStorage::builder()
-            .backend(backend(&server))
-            .lookup_budget(PATIENCE)
-            .build();
-        Worker::with_storage(storage.expect("sound settings"))
-    });
-    for number in 0..100 {
-        let id = format!("order-{number}");
-        let (first, second) = if number % 2 == 0 {
-            (&one, &other)
-        } else {
-            (&other, &one)
-        };
-        first.run(|| tracing::info_span!("first", workflow.instance_id = %id).in_scope(|| {}));
-        first.storage.flush().unwrap();
-        second.run(|| tracing::info_span!("second", workflow.instance_id = %id).in_scope(|| {}));
-
-        let last = |worker: &Worker| worker.spans().pop().expect("a span");
-        let (first, second) = (last(first), last(second));
-        assert_eq!(
-            second.span_context.trace_id(),
-            first.span_context.trace_id(),
-            "{id}"
-        );
-        assert_eq!(second.parent_span_id, first.span_context.span_id(), "{id}");
-        assert!(second.parent_span_is_remote);
-    }
-    for worker in [one, other] {
-        let stats = worker.storage.stats();
-        assert_eq!(
-            (stats.conflicts, stats.backend_errors, stats.malformed),
-            (0, 0, 0)
-        );
-    }
+    assert_a_flushed_context_is_found(100, || backend(&server));
 }
