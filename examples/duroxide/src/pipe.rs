@@ -2,25 +2,19 @@
 //!
 //! A worker that is killed cannot be asked for its spans afterwards, so each of them leaves when it ends.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+#[path = "../../support/line.rs"]
+mod line;
 
-use opentelemetry::trace::{
-    SpanContext, SpanId, SpanKind, Status, TraceFlags, TraceId, TraceState,
-};
-use opentelemetry::{InstrumentationScope, KeyValue};
 use opentelemetry_sdk::error::OTelSdkResult;
-use opentelemetry_sdk::trace::{SpanData, SpanEvents, SpanExporter, SpanLinks};
+use opentelemetry_sdk::trace::{SpanData, SpanExporter};
 
-use crate::Result;
+pub(crate) use self::line::from_line;
 
 /// Opens the line of a finished span.
 pub const SPAN: &str = "span:";
 
 /// Opens the line with the number of replayed spans so far.
 pub const REPLAYED: &str = "replayed:";
-
-/// The attributes of a workflow's own span that are drawn: its outcome, and the number of its spans.
-const OWN: [&str; 2] = ["workflow.status", "workflow.spans"];
 
 /// The worker waits to be killed.
 pub const KILL_ME: &str = "kill me";
@@ -32,74 +26,8 @@ pub struct Exporter;
 impl SpanExporter for Exporter {
     async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
         for span in &batch {
-            println!("{SPAN}{}", to_line(span));
+            println!("{SPAN}{}", line::to_line(span, &span.name));
         }
         Ok(())
     }
-}
-
-/// What the comparison needs of a span.
-fn to_line(span: &SpanData) -> String {
-    let error = match &span.status {
-        Status::Error { description } => description,
-        _ => "",
-    };
-    let own = OWN.map(|name| {
-        let mut attributes = span.attributes.iter();
-        let found = attributes.find(|it| it.key.as_str() == name);
-        found.map(|it| it.value.to_string()).unwrap_or_default()
-    });
-    [
-        &*span.span_context.trace_id().to_string(),
-        &*span.span_context.span_id().to_string(),
-        &*span.parent_span_id.to_string(),
-        &*since_epoch(span.start_time).to_string(),
-        &*since_epoch(span.end_time).to_string(),
-        error,
-        &*own.join(","),
-        &*span.name,
-    ]
-    .join("\t")
-}
-
-pub fn from_line(line: &str) -> Result<SpanData> {
-    let fields: Vec<_> = line.split('\t').collect();
-    let [trace, span, parent, start, end, error, own, name] = fields[..] else {
-        return Err(format!("not a span: {line}").into());
-    };
-    Ok(SpanData {
-        span_context: SpanContext::new(
-            TraceId::from_hex(trace)?,
-            SpanId::from_hex(span)?,
-            TraceFlags::SAMPLED, // only what was sampled is exported
-            false,
-            TraceState::NONE,
-        ),
-        parent_span_id: SpanId::from_hex(parent)?,
-        parent_span_is_remote: false,
-        span_kind: SpanKind::Internal,
-        name: name.to_owned().into(),
-        start_time: UNIX_EPOCH + Duration::from_nanos(start.parse()?),
-        end_time: UNIX_EPOCH + Duration::from_nanos(end.parse()?),
-        attributes: OWN
-            .into_iter()
-            .zip(own.split(','))
-            .filter(|(_, value)| !value.is_empty())
-            .map(|(name, value)| KeyValue::new(name, value.to_owned()))
-            .collect(),
-        dropped_attributes_count: 0,
-        events: SpanEvents::default(),
-        links: SpanLinks::default(),
-        status: match error {
-            "" => Status::Unset,
-            error => Status::error(error.to_owned()),
-        },
-        instrumentation_scope: InstrumentationScope::default(),
-    })
-}
-
-fn since_epoch(time: SystemTime) -> u128 {
-    time.duration_since(UNIX_EPOCH)
-        .unwrap_or_default()
-        .as_nanos()
 }

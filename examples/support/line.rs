@@ -1,0 +1,84 @@
+//! Spans as lines of text, by which a worker process hands them over to the process that draws them.
+
+use std::error::Error;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use opentelemetry::trace::{
+    SpanContext, SpanId, SpanKind, Status, TraceFlags, TraceId, TraceState,
+};
+use opentelemetry::{InstrumentationScope, KeyValue};
+use opentelemetry_sdk::trace::{SpanData, SpanEvents, SpanLinks};
+
+/// The attributes of a workflow's own span that are drawn: its outcome, and the number of its spans.
+const OWN: [&str; 2] = ["workflow.status", "workflow.spans"];
+
+/// Returns the line of a span, with that name.
+pub(crate) fn to_line(span: &SpanData, name: &str) -> String {
+    let error = match &span.status {
+        Status::Error { description } => description,
+        _ => "",
+    };
+    [
+        &*span.span_context.trace_id().to_string(),
+        &*span.span_context.span_id().to_string(),
+        &*span.parent_span_id.to_string(),
+        &*since_epoch(span.start_time).to_string(),
+        &*since_epoch(span.end_time).to_string(),
+        error,
+        &*OWN
+            .map(|name| value(span, name).unwrap_or_default())
+            .join(","),
+        name,
+    ]
+    .join("\t")
+}
+
+/// Returns an attribute of a span as text.
+pub(crate) fn value(span: &SpanData, name: &str) -> Option<String> {
+    let mut attributes = span.attributes.iter();
+    let found = attributes.find(|attribute| attribute.key.as_str() == name);
+    found.map(|attribute| attribute.value.to_string())
+}
+
+/// Reads a span from its line.
+pub(crate) fn from_line(line: &str) -> Result<SpanData, Box<dyn Error>> {
+    let fields: Vec<_> = line.split('\t').collect();
+    let [trace, span, parent, start, end, error, own, name] = fields[..] else {
+        return Err(format!("not a span: {line}").into());
+    };
+    Ok(SpanData {
+        span_context: SpanContext::new(
+            TraceId::from_hex(trace)?,
+            SpanId::from_hex(span)?,
+            TraceFlags::SAMPLED, // only what was sampled is exported
+            false,
+            TraceState::NONE,
+        ),
+        parent_span_id: SpanId::from_hex(parent)?,
+        parent_span_is_remote: false,
+        span_kind: SpanKind::Internal,
+        name: name.to_owned().into(),
+        start_time: UNIX_EPOCH + Duration::from_nanos(start.parse()?),
+        end_time: UNIX_EPOCH + Duration::from_nanos(end.parse()?),
+        attributes: OWN
+            .into_iter()
+            .zip(own.split(','))
+            .filter(|(_, value)| !value.is_empty())
+            .map(|(name, value)| KeyValue::new(name, value.to_owned()))
+            .collect(),
+        dropped_attributes_count: 0,
+        events: SpanEvents::default(),
+        links: SpanLinks::default(),
+        status: match error {
+            "" => Status::Unset,
+            error => Status::error(error.to_owned()),
+        },
+        instrumentation_scope: InstrumentationScope::default(),
+    })
+}
+
+fn since_epoch(time: SystemTime) -> u128 {
+    time.duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_nanos()
+}
