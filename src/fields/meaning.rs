@@ -25,6 +25,11 @@ pub(crate) struct Scope(u8);
 
 impl Scope {
     pub(crate) const NONE: Self = Self(0);
+
+    /// Returns the scope of the engine with that index. There are fewer engines than numbers.
+    fn nth(index: usize) -> Self {
+        Self(u8::try_from(index + 1).unwrap_or(u8::MAX))
+    }
 }
 
 /// The span of which a field is, in the form in which its target is at hand. Only the few names that have a scope ask for it.
@@ -59,12 +64,10 @@ impl Meanings {
     /// Returns the scope of an engine by its targets.
     pub(super) fn add_scope(&mut self, targets: &'static [&'static str]) -> Scope {
         let known = self.scopes.iter().position(|known| *known == targets);
-        let index = known.unwrap_or_else(|| {
+        Scope::nth(known.unwrap_or_else(|| {
             self.scopes.push(targets);
             self.scopes.len() - 1
-        });
-        // There are fewer engines than that.
-        Scope(u8::try_from(index + 1).unwrap_or(u8::MAX))
+        }))
     }
 
     /// Adds an id field, ranked after those added before.
@@ -143,9 +146,7 @@ impl Meanings {
     fn scope_of_target(&self, target: &str) -> Scope {
         let mut scopes = self.scopes.iter();
         let index = scopes.position(|targets| targets.contains(&target));
-        index.map_or(Scope::NONE, |index| {
-            Scope(u8::try_from(index + 1).unwrap_or(u8::MAX))
-        })
+        index.map_or(Scope::NONE, Scope::nth)
     }
 
     /// Returns `false` if the name certainly has no meaning, which costs next to nothing.

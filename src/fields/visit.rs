@@ -28,12 +28,8 @@ impl IdentityVisitor<'_> {
             Some(Meaning::ParentInstanceId) => &mut ids.parent_instance_id,
             _ => return,
         };
-        let mut text = Bounded(String::new());
-        if text.write_fmt(value).is_err() {
-            return;
-        }
-        let id = plain(&text.0);
-        if InvalidInstanceId::check(&id).is_ok() {
+        let id = read(value).filter(|id| InvalidInstanceId::check(id).is_ok());
+        if let Some(id) = id {
             *slot = Some(id.into());
             if let Some(Meaning::InstanceId { rank }) = meaning {
                 ids.rank = rank;
@@ -66,17 +62,22 @@ pub(super) struct QueueVisitor {
 impl Visit for QueueVisitor {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
         if field.name() == self.name {
-            let mut text = Bounded(String::new());
-            let is_short = write!(text, "{value:?}").is_ok();
-            self.queue = is_short.then(|| plain(&text.0).into_owned());
+            self.queue = read(format_args!("{value:?}"));
         }
     }
 
     fn record_str(&mut self, field: &Field, value: &str) {
-        if field.name() == self.name && value.len() <= LONGEST_TEXT {
-            self.queue = Some(plain(value).into_owned());
+        if field.name() == self.name {
+            self.queue = read(format_args!("{value}"));
         }
     }
+}
+
+/// Reads a value as ids are read; `None` if it is too long to be one.
+fn read(value: fmt::Arguments<'_>) -> Option<String> {
+    let mut text = Bounded(String::new());
+    text.write_fmt(value).ok()?;
+    Some(plain(&text.0).into_owned())
 }
 
 /// A text that refuses to grow past the longest id, however much a `Display` writes.
