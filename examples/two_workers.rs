@@ -122,7 +122,7 @@ impl Worker {
 
     fn finish(mut self) -> Result<Vec<SpanData>> {
         drop(self.process.stdin.take());
-        let spans = self.lines.map(|line| from_line(&line?)).collect();
+        let spans = self.lines.map(|line| Ok(from_line(&line?)?)).collect();
         self.process.wait()?;
         spans
     }

@@ -1,6 +1,5 @@
 //! Spans as lines of text, by which a worker process hands them over to the process that draws them.
 
-use std::error::Error;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use opentelemetry::trace::{
@@ -41,25 +40,30 @@ pub(crate) fn value(span: &SpanData, name: &str) -> Option<String> {
 }
 
 /// Reads a span from its line.
-pub(crate) fn from_line(line: &str) -> Result<SpanData, Box<dyn Error>> {
+pub(crate) fn from_line(line: &str) -> Result<SpanData, String> {
+    read(line).ok_or_else(|| format!("not a span: {line}"))
+}
+
+fn read(line: &str) -> Option<SpanData> {
     let fields: Vec<_> = line.split('\t').collect();
     let [trace, span, parent, start, end, error, own, name] = fields[..] else {
-        return Err(format!("not a span: {line}").into());
+        return None;
     };
-    Ok(SpanData {
+    let time = |text: &str| Some(UNIX_EPOCH + Duration::from_nanos(text.parse().ok()?));
+    Some(SpanData {
         span_context: SpanContext::new(
-            TraceId::from_hex(trace)?,
-            SpanId::from_hex(span)?,
+            TraceId::from_hex(trace).ok()?,
+            SpanId::from_hex(span).ok()?,
             TraceFlags::SAMPLED, // only what was sampled is exported
             false,
             TraceState::NONE,
         ),
-        parent_span_id: SpanId::from_hex(parent)?,
+        parent_span_id: SpanId::from_hex(parent).ok()?,
         parent_span_is_remote: false,
         span_kind: SpanKind::Internal,
         name: name.to_owned().into(),
-        start_time: UNIX_EPOCH + Duration::from_nanos(start.parse()?),
-        end_time: UNIX_EPOCH + Duration::from_nanos(end.parse()?),
+        start_time: time(start)?,
+        end_time: time(end)?,
         attributes: OWN
             .into_iter()
             .zip(own.split(','))
