@@ -166,6 +166,20 @@ impl BackendError {
         }
     }
 
+    /// Names the key that the failure concerns, if that is part of the backend. A long key is cut.
+    #[cfg(feature = "redis")]
+    fn on_key(self, key: &str) -> Self {
+        const SHOWN_CHARS: usize = 64;
+        let shown: String = key.chars().take(SHOWN_CHARS).collect();
+        match self.partial {
+            true => Self {
+                message: format!("{}, for key {shown:?}", self.message),
+                ..self
+            },
+            false => self,
+        }
+    }
+
     /// Returns `true` if only a part of the backend failed.
     #[must_use]
     pub fn is_partial(&self) -> bool {

@@ -250,6 +250,12 @@ impl WorkflowContext {
         self.trace_state.is_some()
     }
 
+    /// Returns about how many bytes the tracestate takes in memory.
+    #[inline]
+    pub(crate) fn trace_state_bytes(&self) -> usize {
+        self.trace_state.as_deref().map_or(0, trace_state_bytes)
+    }
+
     /// Shortens the tracestate to that many bytes.
     #[inline]
     pub(crate) fn with_trace_state_up_to(mut self, most: usize) -> Self {
@@ -457,6 +463,13 @@ impl fmt::Debug for WorkflowContext {
             .field("resumed", &self.resumed)
             .finish()
     }
+}
+
+/// Returns about how many bytes a tracestate takes in memory: two strings and a place in the list for each member.
+pub(crate) fn trace_state_bytes(state: &TraceState) -> usize {
+    state
+        .into_iter()
+        .fold(64, |sum, (key, value)| sum + 48 + key.len() + value.len())
 }
 
 /// Copies a tracestate, unless it is empty or invalid.

@@ -39,7 +39,7 @@ impl InvalidInstanceId {
 /// The most bytes that a namespace may have.
 pub(crate) const MAX_NAMESPACE_BYTES: usize = 256;
 
-/// The error of an explicit call on the storage. Nothing that was stored is lost.
+/// The error of an explicit call on the storage. But for [`NotWritten`](Self::NotWritten), nothing that was stored is lost.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StorageError {
@@ -49,6 +49,20 @@ pub enum StorageError {
     /// The backend failed or could not be reached.
     #[error("the storage backend failed")]
     Backend(#[from] BackendError),
+    /// The backend works, but not everything that was stored since the last flush is in it. What is refused is tried again;
+    /// what was dropped is in memory alone, and told by one flush.
+    #[error(
+        "since the last flush, {dropped} writes to the storage backend were dropped, and {refused} are refused by it"
+    )]
+    NotWritten {
+        /// The number of writes that were dropped, since too many waited for the backend.
+        dropped: u64,
+        /// The number of writes that the backend refuses now.
+        refused: u64,
+        /// The first failure since the last flush that succeeded.
+        #[source]
+        cause: BackendError,
+    },
     /// The status does not end an instance.
     #[error("not a terminal status: expected completed, failed, timed_out, terminated or canceled")]
     NoTerminalStatus,

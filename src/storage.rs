@@ -327,9 +327,10 @@ impl WorkflowContextStorage {
     ///
     /// # Errors
     ///
-    /// [`StorageError::Backend`] if the backend failed.
+    /// [`StorageError::Backend`] if the backend failed, and [`StorageError::NotWritten`] if writes since the last flush were
+    /// dropped or are refused: with their numbers and the first cause.
     pub fn flush(&self) -> Result<(), StorageError> {
-        Ok(self.shared.tier.flush()?)
+        self.shared.tier.flush()
     }
 }
 

@@ -15,7 +15,8 @@ use super::guard::Guarded;
 use super::reader::{OnLate, Reader};
 use super::write_queue::{Known, OnWinner};
 use super::writer::Writer;
-use crate::backend::{BackendError, Record, StorageBackend, Write};
+use crate::backend::{Record, StorageBackend, Write};
+use crate::error::StorageError;
 use crate::lock::lock;
 use crate::warnings::Warnings;
 
@@ -170,7 +171,7 @@ impl Client {
     }
 
     /// Waits until everything queued by now is written and flushed, or an attempt has failed.
-    pub(crate) fn flush(&self) -> Result<(), BackendError> {
+    pub(crate) fn flush(&self) -> Result<(), StorageError> {
         self.writer.flush()
     }
 

@@ -85,11 +85,19 @@ const REPLACEMENTS: usize = 10;
 /// The server removes expired keys by its own clock: the clocks of all machines must agree within the
 /// [grace of a completed instance](crate::WorkflowContextStorageBuilder::completed_grace).
 ///
-/// The user needs `SET`, `GET`, `DEL`, `PEXPIREAT`, `PEXPIRETIME`, `PING`, `WATCH`, `UNWATCH`, `MULTI` and `EXEC`;
+/// The user needs `SET`, `GETRANGE`, `DEL`, `PEXPIREAT`, `PEXPIRETIME`, `PING`, `WATCH`, `UNWATCH`, `MULTI` and `EXEC`;
 /// a Cluster also `CLUSTER SLOTS` and `ASKING`, and a [scan](StorageBackend::scan), which a storage never makes, `SCAN`.
 ///
 /// Values that others write are not trusted: one that cannot be decoded is counted in
-/// [`malformed`](crate::Stats::malformed), treated as missing, and replaced by the next context of its instance.
+/// [`malformed`](crate::Stats::malformed), treated as missing, and replaced by the next context of its instance. Of each
+/// value, 256 KiB are read at most.
+///
+/// # Refused writes
+///
+/// A server may refuse single commands: those that need memory which it has not (`OOM`), or keys that the user may not
+/// write (`NOPERM`). What is refused is set aside and tried again after the pauses above, with later writes of its key;
+/// all others go on, those first that free memory. A [flush](crate::WorkflowContextStorage::flush) fails as long as
+/// something is refused, and names the first cause.
 ///
 /// # What can be lost
 ///
@@ -256,33 +264,33 @@ impl RedisBackend {
         self.ask(commands).into_iter().collect()
     }
 
-    fn command(&self, write: &Write) -> Cmd {
+    /// Adds the commands of a write: one, or two for a claim.
+    fn add_commands(&self, write: &Write, commands: &mut Vec<Cmd>) {
         let on_server = self.key(write.key());
         match write {
             Write::Put(key, record) => {
-                command::set(&on_server, self.form.encode(key, record), record.expires_at)
+                let value = self.form.encode(key, record);
+                commands.push(command::set(&on_server, value, record.expires_at));
             }
             Write::PutIfAbsent(key, record) => {
-                command::set_if_absent(&on_server, self.form.encode(key, record), record.expires_at)
+                let value = self.form.encode(key, record);
+                let set = command::set_if_absent(&on_server, value, record.expires_at);
+                commands.extend([set, command::read_value(&*on_server)]);
             }
-            Write::Expire(_, at) => command::expire(&on_server, *at),
-            Write::Remove(_) => command::on_key("DEL", &on_server, &[]),
+            Write::Expire(_, at) => commands.push(command::expire(&on_server, *at)),
+            Write::Remove(_) => commands.push(command::on_key("DEL", &on_server, &[])),
         }
     }
 
-    /// Reads a value, and counts it if it is malformed.
-    fn read(&self, value: &Value) -> Found {
-        let found = command::found(value);
-        if let Found::Malformed = found {
-            self.malformed.add();
-        }
-        found
-    }
-
-    /// Reads the replies to [`command::read`].
+    /// Reads the replies to [`command::read`], and counts a malformed value.
     fn read_record(&self, value: &Value, expiry: &Value) -> Option<Record> {
-        let Found::Record(mut record) = self.read(value) else {
-            return None;
+        let mut record = match command::found_at(value, expiry) {
+            Found::Record(record) => record,
+            Found::Nothing => return None,
+            Found::Malformed => {
+                self.malformed.add();
+                return None;
+            }
         };
         if let Some(at) = command::expiry(expiry) {
             record.expires_at = at;
@@ -309,13 +317,14 @@ impl StorageBackend for RedisBackend {
         let mut outcomes = Vec::with_capacity(writes.len());
         for group in writes.chunks(PIPELINE) {
             let group = self.write_group(group);
-            let error = group.iter().find_map(failure);
+            // What a server refuses is partial.
+            let error = (group.iter().filter_map(failure)).find(|error| !error.is_partial());
             if let (Servers::One(_), Some(error)) = (&self.servers, error) {
                 return Err(error.clone());
             }
             outcomes.extend(group);
         }
-        let error = outcomes.iter().find_map(failure);
+        let error = (outcomes.iter().filter_map(failure)).find(|error| !error.is_partial());
         if let Some(error) = error.filter(|_| !self.servers.is_any_up()) {
             return Err(error.clone());
         }
@@ -372,22 +381,29 @@ impl fmt::Debug for RedisBackend {
 impl RedisBackend {
     /// Carries out at most [`PIPELINE`] writes.
     fn write_group(&self, writes: &[Write]) -> Vec<WriteOutcome> {
-        let commands: Vec<_> = writes.iter().map(|write| self.command(write)).collect();
+        let order = freeing_first(writes);
+        let mut commands = Vec::with_capacity(writes.len());
+        for &at in &order {
+            self.add_commands(&writes[at], &mut commands);
+        }
+        let mut replies = self.ask(&commands).into_iter();
         let mut malformed = Vec::new();
-        let replies = writes.iter().zip(self.ask(&commands)).enumerate();
-        let outcome = |(at, (write, reply)): (usize, (&Write, Reply))| match (write, reply) {
-            (_, Err(error)) => WriteOutcome::Failed(error),
-            (Write::PutIfAbsent(..), Ok(value)) => match self.read(&value) {
-                Found::Nothing => WriteOutcome::Done,
-                Found::Record(existing) => WriteOutcome::Existing(existing),
-                Found::Malformed => {
-                    malformed.push(at);
-                    WriteOutcome::Done
+        let mut outcomes = vec![WriteOutcome::Done; writes.len()];
+        let mut next = || replies.next().unwrap_or(Ok(Value::Nil));
+        for at in order {
+            let result = match &writes[at] {
+                Write::PutIfAbsent(..) => claimed(next(), next()),
+                _ => next().map(|_| Claimed::Done),
+            };
+            match result {
+                Ok(Claimed::Done) => {}
+                Ok(Claimed::Existing(record)) => outcomes[at] = WriteOutcome::Existing(record),
+                Ok(Claimed::Malformed) => malformed.push(at),
+                Err(error) => {
+                    outcomes[at] = WriteOutcome::Failed(error.on_key(writes[at].key()));
                 }
-            },
-            (_, Ok(_)) => WriteOutcome::Done,
-        };
-        let mut outcomes: Vec<_> = replies.map(outcome).collect();
+            }
+        }
         self.read_expiries(writes, &mut outcomes);
 
         let mut replaced = HashSet::new();
@@ -433,7 +449,8 @@ impl RedisBackend {
         }
     }
 
-    /// Puts a record in place of a malformed value, unless another worker has replaced it before.
+    /// Puts a record in place of a malformed value, which is counted, unless another worker has replaced it before, or it
+    /// is gone by now.
     fn replace(&self, key: &str, record: &Record) -> WriteOutcome {
         let on_server = self.key(key);
         let set = command::set(&on_server, self.form.encode(key, record), record.expires_at);
@@ -453,11 +470,15 @@ impl RedisBackend {
         set: &Cmd,
     ) -> Result<WriteOutcome, BackendError> {
         let mut session = node.session(self.timeouts)?;
-        for _ in 0..REPLACEMENTS {
+        for attempt in 0..REPLACEMENTS {
             let mut commands = vec![command::on_key("WATCH", on_server, &[])];
             commands.extend(command::read(on_server));
             let replies = session.call(&commands)?;
-            if let Found::Record(mut existing) = command::found(&replies[1]) {
+            let found = command::found_at(&replies[1], &replies[2]);
+            if let (Found::Malformed, 0) = (&found, attempt) {
+                self.malformed.add();
+            }
+            if let Found::Record(mut existing) = found {
                 session.call(&[cmd("UNWATCH")])?;
                 session.give_back();
                 existing.expires_at = command::expiry(&replies[2]).unwrap_or(existing.expires_at);
@@ -542,15 +563,23 @@ impl Servers {
         match self {
             Self::Cluster(cluster) => cluster.ask(commands, timeouts),
             Self::One(node) => {
-                let called = node.session(timeouts).and_then(|mut session| {
-                    let replies = session.call(commands)?;
-                    session.give_back();
+                let reply = |value: Value| match node::error_reply(&value) {
+                    Some(error) => Err(node.refused_by(error)),
+                    None => Ok(value),
+                };
+                let asked = node.session(timeouts).and_then(|mut session| {
+                    let replies = session.ask(commands)?;
+                    let replies: Vec<_> = replies.into_iter().map(reply).collect();
+                    let is_refused = |reply: &Reply| {
+                        (reply.as_ref()).map_or_else(BackendError::is_partial, |_| true)
+                    };
+                    // Another connection may lead to the master that this server is no longer.
+                    if replies.iter().all(is_refused) {
+                        session.give_back();
+                    }
                     Ok(replies)
                 });
-                match called {
-                    Ok(replies) => replies.into_iter().map(Ok).collect(),
-                    Err(error) => vec![Err(error); commands.len()],
-                }
+                asked.unwrap_or_else(|error| vec![Err(error); commands.len()])
             }
         }
     }
@@ -570,6 +599,38 @@ impl Servers {
             false => error,
         }
     }
+}
+
+enum Claimed {
+    Done,
+    Existing(Record),
+    /// Or gone since.
+    Malformed,
+}
+
+/// Reads the replies to a claim: to the command that sets, and to the one that reads what is there.
+fn claimed(set: Reply, there: Reply) -> Result<Claimed, BackendError> {
+    let there = there.map(|value| command::found(&value));
+    match (set, there) {
+        // A server without memory refuses also what it would not have done.
+        (Ok(Value::Nil) | Err(_), Ok(Found::Record(existing))) => Ok(Claimed::Existing(existing)),
+        (Ok(Value::Nil), Ok(_)) => Ok(Claimed::Malformed),
+        (Ok(Value::Nil), Err(error)) | (Err(error), _) => Err(error),
+        (Ok(_), _) => Ok(Claimed::Done),
+    }
+}
+
+/// Returns the indices of writes with those first that free memory and follow no other write on their key: a server that
+/// lacks memory then has some for the others.
+fn freeing_first(writes: &[Write]) -> Vec<usize> {
+    let mut seen = HashSet::new();
+    let mut is_freeing = |at: &usize| {
+        let is_first = seen.insert(writes[*at].key());
+        is_first && matches!(writes[*at], Write::Remove(_) | Write::Expire(..))
+    };
+    let (mut order, others): (Vec<_>, Vec<_>) = (0..writes.len()).partition(|at| is_freeing(at));
+    order.extend(others);
+    order
 }
 
 fn failure(outcome: &WriteOutcome) -> Option<&BackendError> {

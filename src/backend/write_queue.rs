@@ -11,9 +11,18 @@ use std::time::SystemTime;
 use foldhash::fast::RandomState;
 
 use crate::backend::{Record, Write};
+use crate::context::trace_state_bytes;
 
 /// The largest number of writes in a queue. Beyond it the oldest is dropped.
 pub(super) const MAX_WRITES: usize = 64 * 1024;
+
+/// The largest number of bytes of the writes in a queue, as [`bytes_of`] counts them: half a KiB for each of so many
+/// writes, about twice of what they have with ids of usual length and no tracestate.
+pub(super) const MAX_BYTES: usize = 32 * 1024 * 1024;
+
+/// A bound of the size of a root, without its links.
+const ROOT_BYTES: usize = 512;
+const LINK_BYTES: usize = 256;
 
 /// Called with the record that is stored under a key after a write; returns the writes that follow from it.
 pub(crate) type OnWinner = Box<dyn FnOnce(Record) -> Vec<FollowUp> + Send>;
@@ -48,6 +57,7 @@ struct Writes {
     places: HashMap<u64, usize, RandomState>,
     /// The number of writes dropped from the front.
     gone: usize,
+    bytes: usize,
 }
 
 /// The content of a key after a queue of writes.
@@ -73,26 +83,36 @@ impl WriteQueue {
         self.writes.in_order.is_empty()
     }
 
+    pub(super) fn len(&self) -> usize {
+        self.writes.in_order.len()
+    }
+
     pub(super) fn add(&mut self, write: Write, on_winner: Option<OnWinner>, lost: &mut Lost) {
         let writes = &mut self.writes;
         let hash = writes.places.hasher().hash_one(write.key());
         let place = writes.place(hash, write.key());
         if let Some(place) = place.filter(|&place| can_merge(&writes.in_order[place], &write)) {
             let (there, callback) = (&mut writes.in_order[place], &mut self.callbacks[place]);
+            writes.bytes -= bytes_of(there);
             lost.callbacks
                 .extend(merge(there, callback, write, on_winner));
+            writes.bytes += bytes_of(there);
+            self.make_room(0, 0, lost);
             return;
         }
-        if writes.in_order.len() >= MAX_WRITES {
+        let bytes = bytes_of(&write);
+        let is_full = !writes.has_room(1, bytes);
+        // A missed expiry does the least harm.
+        if bytes > MAX_BYTES || (is_full && matches!(write, Write::Expire(..))) {
             lost.writes += 1;
-            // A missed expiry does the least harm.
-            if let Write::Expire(..) = write {
-                lost.callbacks.extend(on_winner);
-                return;
-            }
-            writes.drop_oldest();
-            lost.callbacks.extend(self.callbacks.pop_front().flatten());
+            lost.callbacks.extend(on_winner);
+            return;
         }
+        self.make_room(1, bytes, lost);
+        let writes = &mut self.writes;
+        writes.bytes += bytes;
+        // The last write of the key may be gone now.
+        let place = writes.place(hash, write.key());
         let new_place = writes.gone + writes.in_order.len();
         match place {
             Some(_) => drop(writes.places.insert(hash, new_place)),
@@ -100,6 +120,15 @@ impl WriteQueue {
         }
         writes.in_order.push_back(write);
         self.callbacks.push_back(on_winner);
+    }
+
+    /// Drops the oldest writes until there is room for so many more.
+    fn make_room(&mut self, more: usize, bytes: usize, lost: &mut Lost) {
+        while !self.writes.has_room(more, bytes) && !self.is_empty() {
+            self.writes.drop_oldest();
+            lost.writes += 1;
+            lost.callbacks.extend(self.callbacks.pop_front().flatten());
+        }
     }
 
     pub(super) fn known(&self, key: &str) -> Option<Known> {
@@ -154,16 +183,40 @@ impl Writes {
         })
     }
 
+    fn has_room(&self, more: usize, bytes: usize) -> bool {
+        self.in_order.len() + more <= MAX_WRITES && self.bytes + bytes <= MAX_BYTES
+    }
+
     fn drop_oldest(&mut self) {
         let Some(write) = self.in_order.pop_front() else {
             return;
         };
+        self.bytes -= bytes_of(&write);
         let hash = self.places.hasher().hash_one(write.key());
         if self.places.get(&hash) == Some(&self.gone) {
             self.places.remove(&hash);
         }
         self.gone += 1;
     }
+}
+
+/// Returns about how many bytes a write takes, with what it points to and its place in the queue.
+pub(super) fn bytes_of(write: &Write) -> usize {
+    let of_record = match write {
+        Write::PutIfAbsent(_, record) | Write::Put(_, record) => {
+            record.context.trace_state_bytes()
+                + record.run_id.as_ref().map_or(0, String::len)
+                + record.root.as_ref().map_or(0, |root| {
+                    let links = root
+                        .links
+                        .iter()
+                        .map(|(link, _)| LINK_BYTES + trace_state_bytes(link.trace_state()));
+                    ROOT_BYTES + root.name.len() + links.sum::<usize>()
+                })
+        }
+        Write::Expire(..) | Write::Remove(_) => 0,
+    };
+    size_of::<Write>() + size_of::<(u64, usize)>() + write.key().len() + of_record
 }
 
 /// Returns `true` if one write can do what two on one key do. An expiry after a claim moves the record that the claim

@@ -18,9 +18,11 @@ use std::time::{Duration, Instant};
 use super::breaker::{Backoff, Breaker};
 use super::guard::Guarded;
 use super::write_queue::{
-    Callbacks, FollowUp, InFlight, Known, Lost, MAX_WRITES, OnWinner, WriteQueue,
+    Callbacks, FollowUp, InFlight, Known, Lost, MAX_BYTES, MAX_WRITES, OnWinner, WriteQueue,
+    bytes_of,
 };
 use crate::backend::{BackendError, Record, Write, WriteOutcome};
+use crate::error::StorageError;
 use crate::lock::{lock, try_lock};
 use crate::stats::Counter;
 
@@ -33,9 +35,12 @@ const GATHERING: Duration = Duration::from_millis(1);
 /// The number of times that the thread finds nothing gathered before it sleeps until it is woken.
 const IDLE_ROUNDS: u32 = 64;
 
-/// The number of messages in the channel from which on each write moves some into the queue, where they are merged and
+/// The weight of the messages in the channel from which on each write moves some into the queue, where they are merged and
 /// bounded. Large enough for a burst while the backend is busy with a group.
 const CROWDED: usize = 8 * 1024;
+
+/// The number of bytes of a write that weigh as much as one more message: the channel is bounded in bytes as well.
+const BYTES_OF_WEIGHT: usize = 1024;
 
 /// The largest number of writes that are handled while the queue is locked, since lookups wait meanwhile.
 const AT_ONCE: usize = 64;
@@ -50,7 +55,8 @@ const FLUSH_PATIENCE: Duration = Duration::from_secs(30);
 /// The side of the writer that spans and lookups use, shared with its thread.
 pub(crate) struct Writer {
     channel: Sender<Message>,
-    /// Counts messages: incremented before sending, decremented after receiving.
+    /// The weight of the messages in the channel, at least their number: added before sending, subtracted after
+    /// receiving.
     in_channel: AtomicUsize,
     queue: Mutex<Queue>,
     /// Set while the thread has to be woken for a new write.
@@ -71,7 +77,16 @@ enum Message {
 }
 
 /// The receiver of a flush's result.
-type Flush = SyncSender<Result<(), BackendError>>;
+type Flush = SyncSender<Result<(), StorageError>>;
+
+impl Message {
+    fn weight(&self) -> usize {
+        match self {
+            Self::Write(write, _) => 1 + bytes_of(write) / BYTES_OF_WEIGHT,
+            Self::Hurry | Self::Flush(_) | Self::Close => 1,
+        }
+    }
+}
 
 struct Queue {
     channel: Receiver<Message>,
@@ -184,13 +199,17 @@ impl Writer {
     }
 
     /// Waits until everything queued by now is written and flushed, or an attempt has failed.
-    pub(super) fn flush(&self) -> Result<(), BackendError> {
+    ///
+    /// # Errors
+    ///
+    /// Also if writes since the last flush were dropped, or are refused.
+    pub(super) fn flush(&self) -> Result<(), StorageError> {
         let (flush, flushed) = sync_channel(1);
         self.send(Message::Flush(flush));
         self.wake();
         flushed.recv_timeout(FLUSH_PATIENCE).unwrap_or_else(|_| {
             let message = format!("flush timed out after {} s", FLUSH_PATIENCE.as_secs());
-            Err(BackendError::new(message, None))
+            Err(BackendError::new(message, None).into())
         })
     }
 
@@ -210,7 +229,7 @@ impl Writer {
     }
 
     fn send(&self, message: Message) {
-        self.in_channel.fetch_add(1, SeqCst);
+        self.in_channel.fetch_add(message.weight(), SeqCst);
         // It cannot fail: the receiver lives as long as `self`.
         let _ = self.channel.send(message);
     }
@@ -237,7 +256,7 @@ impl Writer {
             let Ok(message) = queue.channel.try_recv() else {
                 break;
             };
-            self.in_channel.fetch_sub(1, Relaxed);
+            self.in_channel.fetch_sub(message.weight(), Relaxed);
             let queue = &mut *queue;
             match message {
                 Message::Write(write, on_winner) => {
@@ -264,6 +283,8 @@ impl Writer {
             held_until: None,
             held_backoff: Backoff::new(),
             is_dirty: false,
+            dropped_before: 0,
+            first_failure: None,
         };
         let mut backoff = Backoff::new();
         loop {
@@ -274,14 +295,10 @@ impl Writer {
                 backend.report(error);
             }
             state.schedule_held(&turn);
-            let error = result.as_ref().err().or(partial.as_ref());
-            for flush in &turn.flushes {
-                let _ = flush.try_send(error.map_or(Ok(()), |error| {
-                    let cause = Box::new(error.clone());
-                    let message = "the backend did not accept the writes";
-                    Err(BackendError::new(message, Some(cause)))
-                }));
+            if let Some(error) = result.as_ref().err().or(partial.as_ref()) {
+                state.first_failure.get_or_insert_with(|| error.clone());
             }
+            state.answer(&turn.flushes, result.as_ref().err());
             let is_done = result.is_err() || self.with_queue(|queue| queue.waiting.is_empty());
             if turn.is_closing && is_done {
                 return;
@@ -359,6 +376,10 @@ struct ThreadState<'a> {
     held_backoff: Backoff,
     /// Set if the backend has carried out a group since its last flush.
     is_dirty: bool,
+    /// The number of dropped writes that flushes have told.
+    dropped_before: u64,
+    /// The first failure since the last flush that succeeded.
+    first_failure: Option<BackendError>,
 }
 
 impl ThreadState<'_> {
@@ -402,8 +423,10 @@ impl ThreadState<'_> {
         is_asleep.store(false, SeqCst);
     }
 
-    /// Carries out the writes of a turn, and flushes if the turn is to. Leaves the last failure of a single write in
+    /// Carries out the writes of a turn, and flushes if the turn is to. Leaves the first failure of a single write in
     /// `partial`.
+    ///
+    /// What was refused comes last: among the writes before it may be those that free the memory which it lacked.
     fn carry_out(
         &mut self,
         turn: &Turn,
@@ -411,19 +434,53 @@ impl ThreadState<'_> {
     ) -> Result<(), BackendError> {
         // Left from a turn in which the backend failed as a whole.
         self.write_in_flight(partial)?;
-        if turn.with_held {
-            self.take(|queue| &mut queue.held);
-            self.write_in_flight(partial)?;
-        }
         self.take(|queue| &mut queue.waiting);
         self.write_in_flight(partial)?;
-        let is_any_held = self.writer.with_queue(|queue| !queue.held.is_empty());
+        let held = self.held();
+        if turn.with_held && held > 0 {
+            self.take(|queue| &mut queue.held);
+            self.write_in_flight(partial)?;
+            if self.held() < held {
+                self.held_backoff = Backoff::new();
+            }
+        }
         let is_wanted = turn.is_closing || !turn.flushes.is_empty();
-        if is_wanted && self.is_dirty && !is_any_held {
+        if is_wanted && self.is_dirty {
             self.backend.call(|backend| backend.flush())?;
             self.is_dirty = false;
         }
         Ok(())
+    }
+
+    /// Answers flushes: with the failure of the whole backend, else with what was dropped since the last answer and what
+    /// is held now.
+    fn answer(&mut self, flushes: &[Flush], failure: Option<&BackendError>) {
+        if flushes.is_empty() {
+            return;
+        }
+        let all_dropped = self.writer.dropped();
+        let (dropped, refused) = (all_dropped - self.dropped_before, self.held() as u64);
+        for flush in flushes {
+            let _ = flush.try_send(match (failure, dropped, refused) {
+                (Some(error), ..) => {
+                    let message = "the backend did not accept the writes";
+                    let cause = Box::new(error.clone());
+                    Err(BackendError::new(message, Some(cause)).into())
+                }
+                (None, 0, 0) => Ok(()),
+                (None, ..) => Err(StorageError::NotWritten {
+                    dropped,
+                    refused,
+                    cause: self.first_failure.clone().unwrap_or_else(too_much),
+                }),
+            });
+        }
+        if failure.is_none() {
+            self.dropped_before = all_dropped;
+            if refused == 0 {
+                self.first_failure = None;
+            }
+        }
     }
 
     /// Puts all writes of a queue in flight. None may be in flight.
@@ -510,7 +567,7 @@ impl ThreadState<'_> {
             }
             let existing = match outcomes.next() {
                 Some(WriteOutcome::Failed(error)) => {
-                    *partial = Some(error);
+                    partial.get_or_insert(error);
                     to_hold.push((write.clone(), on_winner));
                     continue;
                 }
@@ -536,7 +593,7 @@ impl ThreadState<'_> {
 
     fn held_keys<'a>(&self, group: &'a [Write]) -> HashSet<&'a str> {
         let mut held = HashSet::new();
-        if self.writer.with_queue(|queue| queue.held.is_empty()) {
+        if self.held() == 0 {
             return held;
         }
         for some in group.chunks(AT_ONCE) {
@@ -548,12 +605,24 @@ impl ThreadState<'_> {
         held
     }
 
+    /// Returns the number of held writes.
+    fn held(&self) -> usize {
+        self.writer.with_queue(|queue| queue.held.len())
+    }
+
     fn schedule_held(&mut self, turn: &Turn) {
-        if self.writer.with_queue(|queue| queue.held.is_empty()) {
+        if self.held() == 0 {
             self.held_until = None;
             self.held_backoff = Backoff::new();
         } else if turn.with_held || self.held_until.is_none() {
             self.held_until = Some(self.held_backoff.next_attempt());
         }
     }
+}
+
+/// Returns the cause of dropped writes if the backend has not failed: it is too slow.
+fn too_much() -> BackendError {
+    let message =
+        format!("more than {MAX_WRITES} writes or {MAX_BYTES} bytes waited for the backend");
+    BackendError::new(message, None)
 }

@@ -9,7 +9,7 @@ use opentelemetry::TraceId;
 use opentelemetry::trace::TraceState;
 
 use super::inline_str::InlineStr;
-use crate::context::{Packed, WorkflowContext};
+use crate::context::{Packed, WorkflowContext, trace_state_bytes};
 use crate::explain::Summary;
 use crate::explain::author::Writer;
 use crate::explain::trail::Event;
@@ -78,10 +78,9 @@ const ROOT_BYTES: usize = 768;
 impl Rare {
     /// Returns about how many bytes it takes, with what it points to.
     fn size(&self) -> usize {
-        let state = |state: &Arc<TraceState>| state.into_iter().fold(64, add_member);
         let older = self.older.iter().map(|run| size_of::<Run>() + run.size());
         size_of::<Self>()
-            + self.trace_state.as_ref().map_or(0, state)
+            + self.trace_state.as_deref().map_or(0, trace_state_bytes)
             + self.run_id.as_ref().map_or(0, InlineStr::heap_bytes)
             + older.sum::<usize>()
             + size_of::<TraceId>() * self.older_traces.capacity()
@@ -129,11 +128,6 @@ pub(crate) struct Limits {
     pub(crate) max_trace_state: usize,
     pub(crate) idle_ttl: u32,
     pub(crate) completed_grace: u32,
-}
-
-/// Adds the bytes of a member of a tracestate: two strings and its place in the list.
-fn add_member(sum: usize, (key, value): (&str, &str)) -> usize {
-    sum + 48 + key.len() + value.len()
 }
 
 /// The order of eviction: completed instances first, then expired ones, then the least recently used.

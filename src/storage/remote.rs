@@ -14,11 +14,12 @@ use crate::backend::client::{Budgets, Client};
 use crate::backend::keys::{claim_key, instance_key, instance_of, run_key};
 use crate::backend::reader::OnLate;
 use crate::backend::write_queue::OnWinner;
-use crate::backend::{BackendError, Record, RootSpan, StorageBackend, Write};
+use crate::backend::{Record, RootSpan, StorageBackend, Write};
 use crate::cache::entry::Named;
 use crate::cache::{Cache, Key};
 use crate::clock::Clock;
 use crate::context::WorkflowContext;
+use crate::error::StorageError;
 use crate::root::state::Roots;
 use crate::stats::Counters;
 use crate::warnings::Warnings;
@@ -328,7 +329,7 @@ impl Remote {
         keys.into_iter().flatten().for_each(expire);
     }
 
-    pub(super) fn flush(&self) -> Result<(), BackendError> {
+    pub(super) fn flush(&self) -> Result<(), StorageError> {
         self.client.flush()
     }
 

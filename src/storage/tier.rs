@@ -5,11 +5,11 @@ use std::num::NonZeroU16;
 use std::sync::Arc;
 
 use super::remote::{LateWinner, Remote};
-use crate::backend::BackendError;
 use crate::cache::entry::{Conflict, Entry};
 use crate::cache::{Cache, Key};
 use crate::context::WorkflowContext;
 use crate::decision::relation::Relation;
+use crate::error::StorageError;
 use crate::fields::value::EndStatus;
 use crate::root::open::OpenRoot;
 use crate::stats::Counters;
@@ -223,7 +223,7 @@ impl Tier {
         was_there
     }
 
-    pub(super) fn flush(&self) -> Result<(), BackendError> {
+    pub(super) fn flush(&self) -> Result<(), StorageError> {
         self.remote.as_ref().map_or(Ok(()), Remote::flush)
     }
 }

@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use tracing::info_span;
-use tracing_workflow_context::{MemoryBackend, WorkflowContext, WorkflowContextStorage};
+use tracing_workflow_context::{
+    MemoryBackend, StorageError, WorkflowContext, WorkflowContextStorage,
+};
 
 use crate::support::*;
 
@@ -181,4 +183,37 @@ fn bytes_of_contexts_that_lost_to_other_workers_do_not_count() {
     }
     assert_eq!(second.storage.stats().stored_instances, 372);
     assert_eq!(second.storage.stats().evicted, evicted);
+}
+
+/// A queue that waits for the backend is memory too.
+#[test]
+fn writes_that_wait_are_bounded_in_bytes() {
+    const WRITES: u64 = 20_000;
+    let controlled = ControlledBackend::new();
+    let storage = patient(controlled.clone()).max_trace_state(usize::MAX);
+    let storage = storage.max_instances(10).build().unwrap();
+    controlled.set(Call::Write, Behaviour::Blocks);
+    // 8 KB each, 160 MB in all; far fewer than the bound in number.
+    let long = context_with_state(32, 250);
+    for n in 0..WRITES {
+        storage.store(&n.to_string(), long.clone()).unwrap();
+    }
+    let dropped = storage.stats().dropped_writes;
+    let kept = (WRITES - dropped) * long.tracestate().len() as u64;
+    assert!((16..=128).contains(&(kept >> 20)), "{kept} bytes are kept");
+    controlled.set_all(Behaviour::Works);
+    match storage.flush() {
+        Err(StorageError::NotWritten {
+            dropped: told,
+            refused: 0,
+            ..
+        }) => assert_eq!(told, dropped),
+        other => panic!("{other:?}"),
+    }
+    // The last ones are there, and one flush tells what was lost.
+    storage.flush().unwrap();
+    let last = (WRITES - 1).to_string();
+    let other = patient(controlled).max_trace_state(usize::MAX);
+    let there = other.build().unwrap().get(&last).unwrap();
+    assert_eq!(there.unwrap().tracestate(), long.tracestate());
 }

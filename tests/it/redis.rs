@@ -13,6 +13,7 @@ mod cluster;
 mod faults;
 mod interop;
 mod race;
+mod refused;
 #[cfg(feature = "redis-tls")]
 mod tls;
 

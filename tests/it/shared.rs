@@ -1017,6 +1017,48 @@ fn writes_to_a_failing_part_are_held_while_the_rest_proceeds() {
     assert!(backend.there("~claimed\u{1f}run").is_some());
 }
 
+#[test]
+fn a_flush_tells_how_many_writes_are_refused_and_how_many_were_dropped() {
+    let numbers = |storage: &WorkflowContextStorage| match storage.flush() {
+        Ok(()) => (0, 0),
+        Err(StorageError::NotWritten {
+            dropped,
+            refused,
+            cause,
+            ..
+        }) => {
+            assert_eq!(cause.to_string(), "a part is unavailable");
+            (dropped, refused)
+        }
+        Err(error) => panic!("{error:?}"),
+    };
+    let backend = Partitioned::default();
+    let storage = storage(backend.clone());
+    backend.set_away(true);
+    for n in 0..10 {
+        storage.store(&format!("~{n}"), context(1)).unwrap();
+        storage.store(&n.to_string(), context(1)).unwrap();
+    }
+    assert_eq!(numbers(&storage), (0, 10));
+    // More than a queue holds, while none is accepted.
+    const MANY: u64 = 100_000;
+    for n in 0..MANY {
+        storage.store(&format!("~{n}"), context(2)).unwrap();
+    }
+    let (dropped, refused) = numbers(&storage);
+    assert_eq!(
+        (dropped + refused, storage.stats().dropped_writes),
+        (MANY, dropped)
+    );
+    assert!(dropped > 30_000 && refused > 30_000);
+    assert_eq!(numbers(&storage), (0, refused), "what is lost is told once");
+    backend.set_away(false);
+    assert_eq!(numbers(&storage), (0, 0));
+    let mut there = 0;
+    backend.0[1].0.scan(&mut |_, _| there += 1).unwrap();
+    assert_eq!(there, refused);
+}
+
 /// Without a flush, the writer retries by itself, and the loser learns of the winner.
 #[test]
 fn held_writes_are_written_once_their_part_is_back() {
@@ -1167,14 +1209,6 @@ fn flush_fails_with_the_backend_and_succeeds_later_with_nothing_lost() {
     }
 }
 
-fn causes(error: &dyn std::error::Error) -> String {
-    let sources = std::iter::successors(Some(error), |error| error.source());
-    sources
-        .map(|error| error.to_string())
-        .collect::<Vec<_>>()
-        .join(": ")
-}
-
 /// Without a flush, the writer retries by itself.
 #[test]
 fn failed_writes_are_retried_in_order() {
@@ -1275,6 +1309,14 @@ fn a_full_queue_drops_the_oldest_write_and_counts_it() {
     assert_eq!(storage.stats().dropped_writes, (WRITES - MOST) as u64);
     assert_eq!(storage.stats().stored_instances, WRITES as u64 + 1);
     controlled.set(Call::Write, Behaviour::Works);
+    match storage.flush() {
+        Err(StorageError::NotWritten {
+            dropped,
+            refused: 0,
+            ..
+        }) => assert_eq!(dropped, (WRITES - MOST) as u64),
+        other => panic!("{other:?}"),
+    }
     storage.flush().unwrap();
     let there = |n: usize| backend.get(&n.to_string()).unwrap().is_some();
     assert!(there(WRITES - 1) && there(WRITES - MOST));

@@ -143,3 +143,12 @@ fn assert_child(span: &SpanData, parent: &SpanContext, is_remote: bool) {
         span.name
     );
 }
+
+/// Returns the texts of an error and of what caused it.
+pub(crate) fn causes(error: &dyn std::error::Error) -> String {
+    let sources = std::iter::successors(Some(error), |error| error.source());
+    sources
+        .map(|error| error.to_string())
+        .collect::<Vec<_>>()
+        .join(": ")
+}

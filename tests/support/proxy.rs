@@ -2,6 +2,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
@@ -41,6 +42,8 @@ pub(crate) enum Replies {
 pub(crate) struct Proxy {
     url: String,
     replies: Arc<Mutex<Replies>>,
+    /// The bytes that the server has replied with.
+    forwarded: Arc<AtomicUsize>,
 }
 
 impl Proxy {
@@ -49,20 +52,27 @@ impl Proxy {
         let port = listener.local_addr().expect("bound").port();
         let (url, to) = (server.url_at(port), server.port());
         let replies = Arc::new(Mutex::new(Replies::Forward));
-        let replies_of_all = replies.clone();
+        let forwarded = Arc::new(AtomicUsize::new(0));
+        let (replies_of_all, all_forwarded) = (replies.clone(), forwarded.clone());
         thread::spawn(move || {
             for client in listener.incoming().flatten() {
                 if let Ok(server) = TcpStream::connect(("127.0.0.1", to)) {
                     let pair = (client.try_clone(), server.try_clone());
                     if let (Ok(to_client), Ok(from_server)) = pair {
                         thread::spawn(move || forward(client, server, None));
-                        let replies = replies_of_all.clone();
-                        thread::spawn(move || forward(from_server, to_client, Some(&replies)));
+                        let (replies, all) = (replies_of_all.clone(), all_forwarded.clone());
+                        let of_server =
+                            move || forward(from_server, to_client, Some((&replies, &all)));
+                        thread::spawn(of_server);
                     }
                 }
             }
         });
-        Self { url, replies }
+        Self {
+            url,
+            replies,
+            forwarded,
+        }
     }
 
     pub(crate) fn set_replies(&self, replies: Replies) {
@@ -72,12 +82,24 @@ impl Proxy {
     pub(crate) fn url(&self) -> String {
         self.url.clone()
     }
+
+    #[cfg(feature = "redis")]
+    pub(crate) fn forwarded(&self) -> usize {
+        self.forwarded.load(Relaxed)
+    }
 }
 
-fn forward(mut from: TcpStream, mut to: TcpStream, replies: Option<&Mutex<Replies>>) {
+fn forward(
+    mut from: TcpStream,
+    mut to: TcpStream,
+    of_server: Option<(&Mutex<Replies>, &AtomicUsize)>,
+) {
     let mut buffer = [0; 64 * 1024];
     while let Ok(read @ 1..) = from.read(&mut buffer) {
-        let replies = replies.map_or(Replies::Forward, |replies| replies.lock().unwrap().clone());
+        let replies = of_server.map_or(Replies::Forward, |(replies, all)| {
+            all.fetch_add(read, Relaxed);
+            replies.lock().unwrap().clone()
+        });
         let written = match replies {
             Replies::Forward => to.write_all(&buffer[..read]),
             Replies::Delay(delay) => {

@@ -234,8 +234,7 @@ impl Cluster {
                     if matches!(code, "CLUSTERDOWN" | "READONLY" | "MASTERDOWN" | "LOADING") {
                         self.members.mark_stale(timeouts);
                     }
-                    let error = batch.member.node().failure_by(error, "error reply");
-                    replies[at] = Some(Err(error));
+                    replies[at] = Some(Err(batch.member.node().refused_by(error)));
                 }
             }
         }

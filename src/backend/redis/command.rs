@@ -13,15 +13,27 @@ pub(super) enum Found {
     Record(Record),
 }
 
-/// Reads the reply to `GET`, in either form.
+/// The most bytes of a value that are read: more than a record has with as many links as its form has room for.
+const MAX_VALUE: usize = 256 * 1024;
+
+/// Reads the reply to [`read_value`], in either form. Nothing is also found in an empty value.
 pub(super) fn found(value: &Value) -> Found {
     let record = match value {
-        Value::Nil => return Found::Nothing,
-        Value::BulkString(bytes) => form::decode(bytes),
-        // The error of a key that holds no string.
+        Value::BulkString(bytes) if bytes.is_empty() => return Found::Nothing,
+        Value::BulkString(bytes) if bytes.len() <= MAX_VALUE => form::decode(bytes),
+        // The error of a key that holds no string, or a long value.
         _ => None,
     };
     record.map_or(Found::Malformed, Found::Record)
+}
+
+/// Reads the replies to [`read`].
+pub(super) fn found_at(value: &Value, expiry: &Value) -> Found {
+    match (found(value), expiry) {
+        (Found::Nothing, Value::Int(NO_KEY)) => Found::Nothing,
+        (Found::Nothing, _) => Found::Malformed,
+        (found, _) => found,
+    }
 }
 
 /// Creates a command on a key, which every command but `SCAN` has as its first argument.
@@ -33,7 +45,12 @@ pub(super) fn on_key(name: &str, key: impl ToRedisArgs, arguments: &[u64]) -> Cm
 
 /// Creates the two commands whose replies make a record.
 pub(super) fn read(key: impl ToRedisArgs + Copy) -> [Cmd; 2] {
-    ["GET", "PEXPIRETIME"].map(|name| on_key(name, key, &[]))
+    [read_value(key), on_key("PEXPIRETIME", key, &[])]
+}
+
+/// Creates the command that reads a value, but no more than tells that it is too long: anybody may have put it there.
+pub(super) fn read_value(key: impl ToRedisArgs) -> Cmd {
+    on_key("GETRANGE", key, &[0, MAX_VALUE as u64])
 }
 
 pub(super) fn set(key: &str, value: Vec<u8>, expires_at: SystemTime) -> Cmd {
@@ -43,16 +60,19 @@ pub(super) fn set(key: &str, value: Vec<u8>, expires_at: SystemTime) -> Cmd {
     set
 }
 
-/// Creates the command that sets a key without a value, and replies with the value that it finds.
+/// Creates the command that sets a key without a value, and replies with nil if it finds one.
 pub(super) fn set_if_absent(key: &str, value: Vec<u8>, expires_at: SystemTime) -> Cmd {
     let mut set = set(key, value, expires_at);
-    set.arg("NX").arg("GET");
+    set.arg("NX");
     set
 }
 
 pub(super) fn expire(key: &str, at: SystemTime) -> Cmd {
     on_key("PEXPIREAT", key, &[milliseconds(at)])
 }
+
+/// The reply to `PEXPIRETIME` for a key that is not there.
+const NO_KEY: i64 = -2;
 
 /// Reads the reply to `PEXPIRETIME`. Returns `None` for a key without an expiry.
 pub(super) fn expiry(reply: &Value) -> Option<SystemTime> {

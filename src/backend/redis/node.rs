@@ -59,6 +59,16 @@ impl Node {
         BackendError::new(format!("{}: {message}", self.name()), Some(source.into()))
     }
 
+    /// Returns the error of a command that the server refuses: a partial one, unless it refuses all.
+    pub(super) fn refused_by(&self, reply: RedisError) -> BackendError {
+        let is_of_the_server = (reply.code()).is_some_and(|code| OF_THE_SERVER.contains(&code));
+        let error = self.failure_by(reply, "error reply");
+        match is_of_the_server {
+            true => error,
+            false => error.partial(),
+        }
+    }
+
     /// Takes an idle connection, or opens one.
     pub(super) fn session(&self, timeouts: Timeouts) -> Result<Session<'_>, BackendError> {
         let idle = lock(&self.idle).pop();
@@ -117,6 +127,18 @@ impl Node {
     }
 }
 
+/// The codes of error replies that concern the whole server, not one command: it loads, waits, or is no master.
+const OF_THE_SERVER: [&str; 8] = [
+    "BUSY",
+    "CLUSTERDOWN",
+    "LOADING",
+    "MASTERDOWN",
+    "MISCONF",
+    "NOAUTH",
+    "NOREPLICAS",
+    "READONLY",
+];
+
 /// One connection. It is closed unless it is given back: after a failure, the next reply may belong to an earlier
 /// command.
 pub(super) struct Session<'a> {
@@ -137,13 +159,18 @@ pub(super) struct Sent {
 impl Session<'_> {
     /// Returns the reply to each command. An error reply fails the call, unless it says that a value is no string.
     pub(super) fn call(&mut self, commands: &[Cmd]) -> Result<Vec<Value>, BackendError> {
-        let deadline = Instant::now() + self.timeouts.response;
-        let sent = self.send(commands);
-        let replies = self.receive(sent, deadline)?;
+        let replies = self.ask(commands)?;
         match replies.iter().find_map(error_reply) {
-            Some(error) => Err(self.node.failure_by(error, "error reply")),
+            Some(error) => Err(self.node.refused_by(error)),
             None => Ok(replies),
         }
+    }
+
+    /// Returns the reply to each command, error replies included.
+    pub(super) fn ask(&mut self, commands: &[Cmd]) -> Result<Vec<Value>, BackendError> {
+        let deadline = Instant::now() + self.timeouts.response;
+        let sent = self.send(commands);
+        self.receive(sent, deadline)
     }
 
     pub(super) fn ping(mut self) -> Result<(), BackendError> {
