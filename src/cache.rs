@@ -487,6 +487,16 @@ impl Cache {
         })
     }
 
+    /// Returns the current tick.
+    pub(crate) fn tick(&self) -> u32 {
+        self.time.now()
+    }
+
+    /// Returns `true` if a walk that is to take `all` ticks has not come as far as after that number of them.
+    pub(crate) fn is_behind(&self, cursor: &Cursor, elapsed: u32, all: u32) -> bool {
+        cursor.share(&self.shards) < f64::from(elapsed) / f64::from(all)
+    }
+
     /// Returns the next page of the instances used since that tick, each with its runs, for the backend to keep them
     /// longer; `None` when all were read.
     pub(crate) fn used_since(

@@ -6,6 +6,7 @@ mod connect;
 mod hash_tag;
 mod node;
 mod topology;
+mod wire;
 
 use std::collections::HashSet;
 use std::fmt;
@@ -62,7 +63,7 @@ const REPLACEMENTS: usize = 10;
 /// between attempts, from 100 milliseconds up to 5 seconds with jitter, keeps what is to be written, and counts in
 /// [`backend_errors`](crate::Stats::backend_errors).
 ///
-/// A call waits for the server no longer than the two timeouts allow, for each 1,000 writes and each address of its name.
+/// A call waits for the server no longer than the two timeouts allow, for each 1,000 writes, however slowly its replies come.
 /// The time to resolve the name is up to the operating system.
 ///
 /// # Cluster
@@ -112,7 +113,8 @@ const REPLACEMENTS: usize = 10;
 ///
 /// # Not supported
 ///
-/// Reading from replicas, and databases other than 0 of a Cluster without them.
+/// Reading from replicas, and databases other than 0 of a Cluster without them. RESP2 is spoken, whatever `protocol` the URL
+/// names.
 ///
 /// # Locking
 ///
@@ -233,7 +235,7 @@ impl RedisBackend {
         self
     }
 
-    /// Sets the longest wait for a connection, and then for each step of the login.
+    /// Sets the longest wait for a connection, with the login.
     ///
     /// By default, 1 second; at least 1 millisecond.
     #[must_use]

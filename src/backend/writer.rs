@@ -161,6 +161,11 @@ impl Writer {
         }
     }
 
+    /// Returns `true` if writes that can wait may be queued now: most of the queue is kept for others.
+    pub(crate) fn has_room(&self) -> bool {
+        self.with_queue(|queue| queue.waiting.len() < MAX_WRITES / 4)
+    }
+
     /// Queues a write and waits, for `most` at most, until it and all that follows from it is done.
     pub(super) fn write_and_wait(&self, write: Write, on_winner: OnWinner, most: Duration) {
         // Disconnected with the last of the callbacks.

@@ -69,6 +69,11 @@ impl Shards {
         }
     }
 
+    /// Returns the number of shards.
+    pub(super) fn number(&self) -> usize {
+        self.shards.len()
+    }
+
     /// Returns the number of instances, including those that have expired and were not removed yet.
     pub(super) fn len(&self) -> usize {
         self.len.load(Relaxed)

@@ -16,6 +16,11 @@ pub(crate) struct Cursor {
 }
 
 impl Cursor {
+    /// Returns the share of the shards that were read to their end.
+    pub(super) fn share(&self, shards: &Shards) -> f64 {
+        self.shard as f64 / shards.number() as f64
+    }
+
     /// Reads the next page of entries; `None` when all were read.
     ///
     /// Each shard is walked from its end: the entry that takes the place of a removed one comes from there, and was read.

@@ -271,7 +271,8 @@ impl WorkflowContextStorageBuilder {
     /// on.
     ///
     /// A workflow with a longer timer is torn in two: set this to more than the longest one. Records in a backend live as
-    /// long. By default, 24 hours.
+    /// long, and are extended while their instances are used: at the latest when half of this time is left, so that a
+    /// second is short, but works. By default, 24 hours.
     pub fn idle_ttl(mut self, ttl: Duration) -> Self {
         self.limits.idle_ttl = ticks(ttl);
         self.lifetimes.idle = ttl;

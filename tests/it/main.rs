@@ -21,6 +21,7 @@
 //! | a panic in a sampler, processor or exporter costs one span | `panics` |
 //! | random sequences of span operations match the documented behaviour | `model` |
 //! | workers that share a backend agree; a slow or failing backend costs continuity only | `shared` |
+//! | a record in a backend lives as long as its instance is used | `refresh` |
 //! | a backend that answers too late or not at all: all workers of a run agree in the end | `misses` |
 //! | every `StorageBackend` fulfils the written contract | `store_contract` |
 //! | `peek` starts nothing, and replays are hidden from logs by `log_filter` | `logs` |
@@ -65,6 +66,7 @@ mod postgres;
 mod propagation;
 #[cfg(feature = "redis")]
 mod redis;
+mod refresh;
 mod replay;
 #[cfg(feature = "redb")]
 mod restart;

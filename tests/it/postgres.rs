@@ -353,7 +353,7 @@ fn no_call_waits_longer_than_its_timeouts() {
     proxy.set_replies(Replies::Delay(Duration::from_millis(900)));
     refused(&spoiled);
     // No single byte is late.
-    proxy.set_replies(Replies::Trickle);
+    proxy.set_replies(Replies::Trickle(Duration::from_millis(10)));
     refused(&spoiled);
 }
 

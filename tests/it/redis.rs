@@ -268,7 +268,7 @@ fn no_call_waits_longer_than_its_timeouts() {
     refused(&spoiled);
 
     // No single reply is late.
-    proxy.set_replies(Replies::Trickle);
+    proxy.set_replies(Replies::Trickle(Duration::from_millis(10)));
     let start = Instant::now();
     assert!(spoiled.write_all(&writes).is_err());
     assert!(
@@ -276,6 +276,44 @@ fn no_call_waits_longer_than_its_timeouts() {
         "{:?} of 50 s",
         start.elapsed()
     );
+}
+
+/// Each byte comes well within the timeout of a read, and the whole reply in two minutes.
+#[test]
+fn a_reply_that_drips_in_keeps_no_call_longer_than_its_timeout() {
+    let server = RedisServer::start();
+    let () = raw(&server)
+        .set("workflow-context:{id}", "x".repeat(2_000))
+        .unwrap();
+    let proxy = Proxy::before(&server);
+    let connected = RedisBackend::connect(&proxy.url()).unwrap();
+    let connected = connected.with_response_timeout(Duration::from_millis(100));
+    connected.flush().unwrap();
+    proxy.set_replies(Replies::Trickle(Duration::from_millis(60)));
+    let start = Instant::now();
+    let error = connected.get("id").unwrap_err();
+    assert!(causes(&error).contains("timed out"), "{}", causes(&error));
+    let outcomes = connected.write(&[claim("id", &record(PARENT))]);
+    assert!(outcomes.is_err());
+    let took = start.elapsed();
+    assert!(took < Duration::from_secs(20), "{took:?} of two minutes");
+
+    // Nor the login.
+    proxy.set_replies(Replies::Forward);
+    let mut password = redis::cmd("CONFIG");
+    password.arg("SET").arg("requirepass").arg("secret");
+    let () = password.query(&mut raw(&server)).unwrap();
+    let url = proxy.url().replace("redis://", "redis://:secret@");
+    let connected = RedisBackend::connect(&format!("{url}1")).unwrap();
+    assert_eq!(connected.get("id").unwrap(), None, "it is in database 0");
+    let connected = RedisBackend::connect(&url).unwrap();
+    let connected = connected.with_connect_timeout(Duration::from_millis(100));
+    proxy.set_replies(Replies::Trickle(Duration::from_millis(60)));
+    let error = causes(&connected.get("id").unwrap_err());
+    assert!(error.contains("cannot connect"), "{error}");
+    proxy.set_replies(Replies::Forward);
+    assert_eq!(connected.get("id").unwrap(), None, "junk");
+    assert_eq!(connected.malformed(), 1);
 }
 
 #[test]
@@ -364,4 +402,43 @@ fn sentinels_give_the_master_and_its_successor() {
     let unknown = unknown.with_sentinels([&*sentinel.url()], "other").unwrap();
     let error = unknown.flush().unwrap_err();
     assert!(error.to_string().contains("\"other\""), "{error}");
+}
+
+/// The server has a clock of its own.
+#[test]
+fn instances_in_use_do_not_expire_on_the_server() {
+    const IDLE: Duration = Duration::from_secs(2);
+    let server = RedisServer::start();
+    let on_server = || {
+        let builder = patient(backend(&server)).idle_ttl(IDLE);
+        builder.build().expect("sound settings")
+    };
+    let storage = on_server();
+    let ids: Vec<_> = (0..50).map(|n| format!("used {n}")).collect();
+    for id in &ids {
+        storage.store(id, record(PARENT).context).unwrap();
+    }
+    storage.store("unused", record(PARENT).context).unwrap();
+    storage.flush().unwrap();
+    let mut raw = raw(&server);
+    let are_there = |raw: &mut redis::Connection, id: &str| -> bool {
+        let there = raw.exists(format!("workflow-context:{{{id}}}"));
+        there.expect("a reply")
+    };
+    let start = Instant::now();
+    wait_until("the one that nobody uses is gone", || {
+        for id in &ids {
+            assert!(storage.get(id).unwrap().is_some());
+        }
+        start.elapsed() > IDLE * 2 && !are_there(&mut raw, "unused")
+    });
+    let other = on_server();
+    for id in &ids {
+        assert!(
+            are_there(&mut raw, id),
+            "{id:?} after {:?}",
+            start.elapsed()
+        );
+        assert!(other.get(id).unwrap().is_some());
+    }
 }

@@ -31,8 +31,8 @@ pub(crate) enum Replies {
     Forward,
     /// Forwards each after a delay.
     Delay(Duration),
-    /// Forwards them byte by byte, a hundred a second.
-    Trickle,
+    /// Forwards them byte by byte, each after a pause.
+    Trickle(Duration),
     /// Sends these bytes instead.
     Replace(Vec<u8>),
 }
@@ -106,8 +106,8 @@ fn forward(
                 thread::sleep(delay);
                 to.write_all(&buffer[..read])
             }
-            Replies::Trickle => buffer[..read].iter().try_for_each(|byte| {
-                thread::sleep(Duration::from_millis(10));
+            Replies::Trickle(pause) => buffer[..read].iter().try_for_each(|byte| {
+                thread::sleep(pause);
                 to.write_all(&[*byte])
             }),
             Replies::Replace(other) => to.write_all(&other),

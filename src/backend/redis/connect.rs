@@ -28,9 +28,7 @@ pub(super) fn client(url: &str) -> Result<Client, ConnectError> {
     if matches!(info.addr(), ConnectionAddr::TcpTls { .. }) {
         ensure_crypto_provider();
     }
-    // The connect timeout applies to each message of the handshake, so it has none that is not needed.
-    let redis = info.redis_settings().clone().set_skip_set_lib_name();
-    Client::open(info.set_redis_settings(redis)).map_err(invalid)
+    Client::open(info).map_err(invalid)
 }
 
 /// Creates a client of another address with all other settings of `client`.

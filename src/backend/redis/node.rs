@@ -3,9 +3,10 @@
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use redis::{Client, Cmd, Connection, RedisError, RedisResult, Value, cmd};
+use redis::{Client, Cmd, RedisError, RedisResult, Value, cmd};
 
 use super::connect;
+use super::wire::Wire;
 use crate::backend::BackendError;
 use crate::lock::lock;
 
@@ -23,7 +24,7 @@ pub(super) struct Node {
     sentinels: Vec<Client>,
     /// The name of the master in the configuration of the sentinels.
     service: String,
-    idle: Mutex<Vec<Connection>>,
+    idle: Mutex<Vec<Wire>>,
 }
 
 impl Node {
@@ -97,7 +98,7 @@ impl Node {
         drop(idle);
     }
 
-    fn open(&self, timeouts: Timeouts) -> Result<Connection, BackendError> {
+    fn open(&self, timeouts: Timeouts) -> Result<Wire, BackendError> {
         let open = || match &*self.sentinels {
             [] => open_on(&self.client, timeouts),
             sentinels => {
@@ -121,7 +122,8 @@ impl Node {
         let mut connection = open_on(sentinel, timeouts)?;
         let mut ask = cmd("SENTINEL");
         ask.arg("GET-MASTER-ADDR-BY-NAME").arg(&self.service);
-        let address: Option<(String, u16)> = ask.query(&mut connection)?;
+        let reply = connection.ask(&ask, Instant::now() + timeouts.response)?;
+        let address: Option<(String, u16)> = redis::from_redis_value(reply)?;
         let (host, port) = address.ok_or_else(|| not_found("the sentinel has no such service"))?;
         connect::with_address(&self.client, host, port)
     }
@@ -144,7 +146,7 @@ const OF_THE_SERVER: [&str; 8] = [
 pub(super) struct Session<'a> {
     node: &'a Node,
     timeouts: Timeouts,
-    connection: Connection,
+    connection: Wire,
     /// The connection was idle before, and the server may have closed it since.
     reused: bool,
 }
@@ -186,7 +188,9 @@ impl Session<'_> {
             count += 1;
         }
         Sent {
-            sent: self.connection.send_packed_command(&packed),
+            sent: self
+                .connection
+                .send(&packed, Instant::now() + self.timeouts.response),
             packed,
             commands: count,
         }
@@ -209,22 +213,18 @@ impl Session<'_> {
             self.node.close_idle();
             self.connection = self.node.open(self.timeouts)?;
             let deadline = Instant::now() + self.timeouts.response;
-            let sent = self.connection.send_packed_command(&packed);
+            let sent = self.connection.send(&packed, deadline);
             replies = sent.and_then(|()| self.receive_until(deadline, commands));
         }
         self.reused = false;
         replies.map_err(|error| self.node.failure_by(error, "no reply"))
     }
 
-    /// Receives all replies by one deadline. A pipeline of the redis crate waits for the timeout again for each reply
-    /// after the first one that did not come.
+    /// Receives all replies by one deadline.
     fn receive_until(&mut self, deadline: Instant, commands: usize) -> RedisResult<Vec<Value>> {
         let mut replies = Vec::with_capacity(commands);
         for _ in 0..commands {
-            if Instant::now() > deadline {
-                return Err(std::io::Error::from(std::io::ErrorKind::TimedOut).into());
-            }
-            replies.push(self.connection.recv_response()?);
+            replies.push(self.connection.receive(deadline)?);
         }
         Ok(replies)
     }
@@ -245,11 +245,8 @@ pub(super) fn error_reply(reply: &Value) -> Option<RedisError> {
     }
 }
 
-fn open_on(client: &Client, timeouts: Timeouts) -> RedisResult<Connection> {
-    let connection = client.get_connection_with_timeout(timeouts.connect)?;
-    connection.set_read_timeout(Some(timeouts.response))?;
-    connection.set_write_timeout(Some(timeouts.response))?;
-    Ok(connection)
+fn open_on(client: &Client, timeouts: Timeouts) -> RedisResult<Wire> {
+    Wire::open(client, Instant::now() + timeouts.connect)
 }
 
 fn not_found(message: &'static str) -> RedisError {

@@ -367,8 +367,7 @@ fn one_of_many_concurrent_claims_wins() {
 #[test]
 fn the_documented_permissions_suffice() {
     let cluster = Cluster::start();
-    let commands =
-        "set get del pexpireat pexpiretime ping watch unwatch multi exec scan cluster|slots asking";
+    let commands = "set getrange del pexpireat pexpiretime ping watch unwatch multi exec scan cluster|slots asking";
     for number in 0..3 {
         let mut user = redis::cmd("ACL");
         user.arg("SETUSER")
