@@ -57,6 +57,74 @@ fn the_workflow_span_of_temporal_joins_the_instance_of_the_workflow_code() {
     );
 }
 
+/// An interceptor of Temporal's SDK is polled once outside of `RunWorkflow`, and handlers go on inside it.
+fn handler(id: &str, replaying: bool) -> Span {
+    info_span!(
+        "handler",
+        workflow.instance_id = id,
+        workflow.run_id = "run 1",
+        workflow.replaying = replaying,
+    )
+}
+
+#[test]
+fn the_workflow_span_of_temporal_joins_the_instance_of_a_span_that_is_entered_in_it() {
+    for replaying in [false, true] {
+        in_both_modes_of(
+            || knowing(Engine::Temporal),
+            |worker| {
+                let stored = stored_first(worker, "order");
+                let handler = handler("order", replaying);
+                handler.in_scope(|| ());
+                run_workflow().in_scope(|| handler.in_scope(|| step("update")));
+                drop(handler);
+
+                assert_joined(&worker.span("RunWorkflow:Order"), &stored);
+                if !replaying {
+                    assert_nested(&worker.span("update"), &worker.span("handler"));
+                }
+                assert_eq!(worker.storage.stats().adopted, 1, "{replaying}");
+            },
+        );
+    }
+}
+
+#[test]
+fn a_span_that_awaits_its_own_id_does_not_join_the_instance_of_a_span_that_is_entered_in_it() {
+    in_both_modes_of(
+        || knowing(Engine::Temporal),
+        |worker| {
+            let handler = handler("another order", false);
+            handler.in_scope(|| ());
+            run_activity().in_scope(|| handler.in_scope(|| ()));
+            drop(handler);
+
+            let span = worker.span("RunActivity:charge");
+            assert_root(&span);
+            assert_ne!(
+                worker.trace_of("handler"),
+                worker.trace_of("RunActivity:charge")
+            );
+            assert_eq!(worker.storage.stats().adopted, 0);
+        },
+    );
+}
+
+#[test]
+fn an_ordinary_span_that_is_entered_in_a_held_one_starts_it_undecided() {
+    in_both_modes_of(
+        || knowing(Engine::Temporal),
+        |worker| {
+            let ordinary = info_span!("ordinary");
+            ordinary.in_scope(|| ());
+            run_workflow().in_scope(|| ordinary.in_scope(|| ()));
+
+            assert_root(&worker.span("RunWorkflow:Order"));
+            assert_eq!(worker.storage.stats().adopted, 0);
+        },
+    );
+}
+
 #[test]
 fn the_activity_span_of_temporal_joins_its_workflow() {
     in_both_modes_of(
