@@ -79,6 +79,11 @@ impl Way {
         }
     }
 
+    /// Before and after.
+    fn is_drawn(self) -> bool {
+        matches!(self, Self::Plain | Self::Interceptor)
+    }
+
     fn has_interceptor(self) -> bool {
         matches!(self, Self::Interceptor | Self::OneTrace)
     }
@@ -102,7 +107,9 @@ fn main() -> Result<()> {
         eprintln!("engine-temporal: an order with: {}", way.name());
         counts.push(check(way, &run(way, temporal_test_server)?)?);
     }
-    println!("{}", counts.join(" / "));
+    for counts in counts {
+        println!("{counts}");
+    }
     Ok(())
 }
 

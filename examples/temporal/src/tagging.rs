@@ -26,6 +26,7 @@ use temporalio_sdk::workflow_interceptors::{
     WorkflowInterceptorConstructor, WorkflowInterceptorContext, WorkflowInterceptorFuture,
     WorkflowNext,
 };
+use tracing::instrument::Instrumented;
 use tracing::{Instrument as _, Span, info_span};
 
 /// Tags all that a worker with these options runs.
@@ -170,22 +171,22 @@ fn spanned<'a, T: 'a>(
     polls_before: u32,
     call: impl Future<Output = T> + 'a,
 ) -> WorkflowInterceptorFuture<'a, T> {
+    let call: LocalBoxFuture<'a, T> = Box::pin(call);
     WorkflowInterceptorFuture::new(Spanned {
-        call: Box::pin(call),
+        call: call.instrument(Span::none()),
         open: Some(Box::new(open)),
-        span: Span::none(),
         replaying: false,
         polls_before,
         workflow,
     })
 }
 
+type LocalBoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
+
 /// A call into the workflow's code, in a span.
 struct Spanned<'a, T> {
-    /// Dropped before the span: it may have spans open inside.
-    call: Pin<Box<dyn Future<Output = T> + 'a>>,
+    call: Instrumented<LocalBoxFuture<'a, T>>,
     open: Option<Box<dyn FnOnce(bool) -> Span + 'a>>,
-    span: Span,
     /// Said of the latest poll.
     replaying: bool,
     /// How many polls go by before the span opens.
@@ -200,17 +201,16 @@ impl<T> Future for Spanned<'_, T> {
         let this = &mut *self;
         if this.polls_before > 0 {
             this.polls_before -= 1;
-            return this.call.as_mut().poll(cx);
+        } else {
+            let replaying = this.workflow.is_replaying_history_events();
+            if let Some(open) = this.open.take() {
+                *this.call.span_mut() = open(replaying);
+            } else if this.replaying && !replaying {
+                // From here on the workflow does what it has not done before.
+                this.call.span().record("workflow.replaying", false);
+            }
+            this.replaying = replaying;
         }
-        let replaying = this.workflow.is_replaying_history_events();
-        if let Some(open) = this.open.take() {
-            this.span = open(replaying);
-        } else if this.replaying && !replaying {
-            // From here on the workflow does what it has not done before.
-            this.span.record("workflow.replaying", false);
-        }
-        this.replaying = replaying;
-        let _entered = this.span.enter();
-        this.call.as_mut().poll(cx)
+        Pin::new(&mut this.call).poll(cx)
     }
 }
