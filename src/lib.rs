@@ -97,7 +97,8 @@
 //! - **The engine opens a span around user code without an id**: a span named in an [`Engine`] preset or by
 //!   [`adopt_spans`](WorkflowContextStorageBuilder::adopt_spans) is held until its first child, and joins the child's
 //!   instance. A child that waits for its own id is held with it, and so is a second span of the engine: all start together,
-//!   outermost first, once the instance is known.
+//!   outermost first, once the instance is known. A span with a run id that was opened elsewhere and is entered in it counts as
+//!   a child does; with a backend, any tagged span.
 //! - **A span is held**: `tracing::Span::current().context()` and [`WorkflowContext::current`] start it at once, but
 //!   `opentelemetry::Context::current()` does not see it yet. Code that injects headers by the latter directly within such
 //!   a span, before any child, sends the outer context; and a context attached by hand there is beneath the span
