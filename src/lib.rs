@@ -203,8 +203,9 @@
 //! - With a backend, one process claims the end there: the root is exported exactly once, and at most once if that process
 //!   dies between its claim and the export.
 //! - A new run or generation ends the root of the one before, with the status `continued`; each is linked to the other.
-//! - An instance that memory forgets, and that the backend no longer has, was `abandoned`: its root ends with its last span.
-//!   Only instances that a living process has seen are exported so.
+//! - An instance that memory forgets, and that the backend no longer has, was `abandoned`: its root ends with its last span. That
+//!   of an instance whose processes have all died is exported by a process that uses the same backend: four times in an idle time
+//!   one of them scans the backend, once it has opened a root itself. Nobody does if that takes longer than seven idle times.
 //! - Two processes that open an instance at the same moment may allocate two roots. The loser's is exported as `superseded`,
 //!   linked to the winner's. `write_through` and derived ids leave one.
 //! - A context stored by a call has no root.
