@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 use crate::support::*;
 use tracing_workflow_context::backend::{StorageBackend, Write, WriteOutcome};
 use tracing_workflow_context::testing::check_backend;
-use tracing_workflow_context::{Form, PostgresBackend};
+use tracing_workflow_context::{ConnectError, Form, PostgresBackend, StorageError};
 
 mod faults;
 mod interop;
@@ -269,23 +269,59 @@ fn connecting_needs_no_reachable_server() {
     assert!(nobody.write_all(&[]).is_ok());
     assert!(!format!("{nobody:?} {error:?} {error}").contains("secret"));
 
-    for url in [
-        "",
-        "127.0.0.1:5432",
-        "http://127.0.0.1/",
-        "host=127.0.0.1 password=secret",
-        "postgres://",
-        "postgres:///orders",
-        "postgres://u:secret@127.0.0.1:port/orders",
-        "postgres://u:secret@127.0.0.1/orders?unknown=1",
-        "postgres://u:sec@ret?secret=1@127.0.0.1/orders",
-        "postgres://u:secret@127.0.0.1/orders?sslmode=perhaps",
+    for (url, wrong) in [
+        ("", "scheme"),
+        ("127.0.0.1:5432", "scheme"),
+        ("http://127.0.0.1/", "scheme"),
+        ("host=127.0.0.1 password=secret", "scheme"),
+        ("postgres://", "host"),
+        ("postgres:///orders", "host"),
+        ("postgres://u:secret@", "host"),
+        ("postgres://u:secret@[::1/orders", "host"),
+        ("postgres://u:secret/orders", "port"),
+        ("postgres://u:secret@127.0.0.1:port/orders", "port"),
+        ("postgres://u:secret@127.0.0.1/%ff", "percent-encoding"),
+        (
+            "postgres://u:secret@127.0.0.1/orders?unknown=1",
+            "parameters",
+        ),
+        (
+            "postgres://u:secret@127.0.0.1/orders?sslmode=perhaps",
+            "parameters",
+        ),
+        ("postgres://u:secret@127.0.0.1/orders?sslmode", "parameters"),
+        // The client would take a part of the password for a host, a user or a parameter.
+        (
+            "postgres://u:sec@ret?secret=1@127.0.0.1/orders",
+            "user or password",
+        ),
+        (
+            "postgres://127.0.0.1/orders?user=u&password=sec@ret",
+            "user or password",
+        ),
+        (
+            "postgres://127.0.0.1/orders?user=u&password=top&secret=1",
+            "parameters",
+        ),
+        // It could never connect to these.
+        (
+            "postgres://u:secret@127.0.0.1,127.0.0.2/orders?port=5433",
+            "port",
+        ),
+        ("postgres://u:secret@a,b/orders?hostaddr=127.0.0.1", "host"),
     ] {
         let error = PostgresBackend::connect(url).unwrap_err();
-        let cause = error.source().expect("the error of the backend");
+        let ConnectError::InvalidUrl { part, .. } = error else {
+            panic!("{error:?}")
+        };
+        assert_eq!(part, wrong, "{url}");
+        let cause = error.source().expect("a reason");
         let text = format!("{error} {error:?} {cause} {:?}", cause.source());
         assert!(text.contains("postgres://user@127.0.0.1"), "{url}: {text}");
         assert!(!text.contains("sec"), "{url}: {text}");
+        let error = StorageError::from(error);
+        let text = format!("{} {error:?}", error.source().expect("the same error"));
+        assert!(text.contains(wrong) && !text.contains("sec"), "{text}");
     }
 }
 
