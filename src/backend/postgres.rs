@@ -174,8 +174,8 @@ impl PostgresBackend {
     }
 
     /// Creates the table as `UNLOGGED`, if it is created: writes cost less, since they are not written to the log of the
-    /// server. But the table is empty after a crash of the server, and on its replicas. Then instances that continue on
-    /// another worker begin a new trace.
+    /// server. But the table is empty after a crash of the server and after a failover, and a standby cannot read it. Then
+    /// instances that continue on another worker begin a new trace.
     ///
     /// By default, `false`.
     #[must_use]
