@@ -57,7 +57,39 @@ fn postgres_fulfils_the_contract_with_json() {
 fn postgres_behind_pgbouncer_fulfils_the_contract() {
     let server = PostgresServer::start();
     let pooler = PgBouncer::before(&server, 3);
+    server.sql("CREATE SCHEMA \"of JSON\"");
     assert_fulfils_the_contract(Form::Binary, || backend_at(pooler.url()));
+    assert_fulfils_the_contract(Form::Json, || backend_at(pooler.url()).schema("of JSON"));
+    // Its connections, which others use too, are as they were.
+    for setting in ["statement_timeout", "transaction_isolation"] {
+        let show = format!("SHOW {setting}");
+        assert_eq!(pooler.sql(&show), server.sql(&show));
+    }
+    assert_eq!(
+        pooler.sql("SELECT count(*) FROM pg_prepared_statements"),
+        "0"
+    );
+}
+
+#[test]
+fn a_server_is_reached_by_its_socket() {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    let directory = Directory::new();
+    let all = std::fs::Permissions::from_mode(0o777);
+    std::fs::set_permissions(directory.path(), all).expect("a directory");
+    let path = directory.path().display().to_string();
+    let server = PostgresServer::start_with(&[&format!("unix_socket_directories={path}")]);
+    let (encoded, port) = (path.replace('/', "%2F"), server.port());
+    for url in [
+        format!("postgres://postgres@{encoded}:{port}/postgres"),
+        format!("postgres:///postgres?user=postgres&host={path}&port={port}"),
+    ] {
+        let backend = backend_at(&url);
+        backend.write_all(&[claim("id", &record(PARENT))]).unwrap();
+        assert!(backend.get("id").unwrap().is_some());
+        assert!(format!("{backend:?}").contains(&path), "{backend:?}");
+    }
 }
 
 /// The server of another user's database, with other defaults.
@@ -234,6 +266,49 @@ fn a_group_is_written_in_few_transactions() {
     // The claims, the expiries, the look for expired rows, and the question itself.
     let used = transactions() - before;
     assert!(used <= 4, "{used} transactions");
+}
+
+/// A statement can write to a row once.
+#[test]
+fn a_key_may_repeat_in_a_group() {
+    let server = PostgresServer::start();
+    let backend = backend(&server);
+    let of = |n: u8| record(&format!("00-0af7651916cd43dd8448eb211c80319c-{n:016x}-01"));
+    let put = |n| Write::Put("id".to_owned(), of(n));
+    let mut writes: Vec<_> = (0..900).map(|n| claim(&n.to_string(), &of(9))).collect();
+    writes.extend([claim("id", &of(1)), put(2), put(3), claim("id", &of(4))]);
+    writes.extend([Write::Remove("id".to_owned()), claim("id", &of(5)), put(6)]);
+    let outcomes = backend.write_all(&writes).unwrap();
+    let found: Vec<_> = outcomes.iter().map(|o| o.existing().is_some()).collect();
+    let expected: Vec<_> = (0..907).map(|at| at == 903).collect();
+    assert_eq!(found, expected);
+    let existing = outcomes[903].existing().expect("what was put before");
+    assert_eq!(existing.context.span_id(), of(3).context.span_id());
+    let stored = backend.get("id").unwrap().expect("the last one");
+    assert_eq!(stored.context.span_id(), of(6).context.span_id());
+}
+
+#[test]
+fn a_scan_has_no_transaction_open_while_it_visits() {
+    let server = PostgresServer::start();
+    let backend = backend(&server);
+    let ids: Vec<_> = (0..2500).map(|n| n.to_string()).collect();
+    let claims: Vec<_> = ids.iter().map(|id| claim(id, &record(PARENT))).collect();
+    backend.write_all(&claims).unwrap();
+    let mut seen = Vec::new();
+    let scanned = backend.scan(&mut |key, _| {
+        if seen.len() % 500 == 0 {
+            let open = "SELECT count(*) FROM pg_stat_activity \
+                WHERE application_name = 'tracing-workflow-context' AND xact_start IS NOT NULL";
+            assert_eq!(server.sql(open), "0");
+        }
+        seen.push(key.to_owned());
+    });
+    scanned.unwrap();
+    seen.sort();
+    let mut ids = ids;
+    ids.sort();
+    assert_eq!(seen, ids);
 }
 
 #[test]

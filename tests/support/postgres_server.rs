@@ -167,23 +167,7 @@ impl PostgresServer {
 
     /// Runs SQL as the superuser. Returns its rows, or the error that the server answers.
     pub(crate) fn try_sql(&self, sql: &str) -> Result<String, String> {
-        let output = Command::new(program("psql"))
-            .args([
-                "-XAtq",
-                "-v",
-                "ON_ERROR_STOP=1",
-                "-d",
-                &self.url(),
-                "-c",
-                sql,
-            ])
-            .output()
-            .expect("psql can be run");
-        if !output.status.success() {
-            return Err(String::from_utf8_lossy(&output.stderr).into_owned());
-        }
-        let rows = String::from_utf8(output.stdout).expect("text");
-        Ok(rows.trim_end().to_owned())
+        psql(&self.url(), sql)
     }
 
     /// Runs SQL in a transaction that lasts until the result is dropped.
@@ -295,6 +279,12 @@ impl PgBouncer {
     pub(crate) fn url(&self) -> &str {
         &self.url
     }
+
+    /// Runs SQL on one of its connections to the server.
+    #[track_caller]
+    pub(crate) fn sql(&self, sql: &str) -> String {
+        psql(&self.url, sql).unwrap_or_else(|error| panic!("{sql}: {error}"))
+    }
 }
 
 impl Drop for PgBouncer {
@@ -302,6 +292,18 @@ impl Drop for PgBouncer {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
+}
+
+fn psql(url: &str, sql: &str) -> Result<String, String> {
+    let output = Command::new(program("psql"))
+        .args(["-XAtq", "-v", "ON_ERROR_STOP=1", "-d", url, "-c", sql])
+        .output()
+        .expect("psql can be run");
+    if !output.status.success() {
+        return Err(String::from_utf8_lossy(&output.stderr).into_owned());
+    }
+    let rows = String::from_utf8(output.stdout).expect("text");
+    Ok(rows.trim_end().to_owned())
 }
 
 fn try_start(directory: &Directory, port: u16, settings: &[String], room: Room) -> Option<Child> {

@@ -102,6 +102,18 @@ fn a_pooler_whose_server_is_stopped() {
 }
 
 #[test]
+fn a_pooler_whose_server_is_frozen() {
+    let (server, _) = server();
+    let pooler = PgBouncer::before(&server.lock().unwrap(), 3);
+    let (freeze, thaw) = (
+        || server.lock().unwrap().freeze(),
+        || server.lock().unwrap().thaw(),
+    );
+    under_load("pooled", hasty(pooler.url()), other(&server), freeze, thaw)
+        .assert_never_waits_for(TIMEOUT, "pooled");
+}
+
+#[test]
 fn a_connection_closed_by_the_server_is_replaced() {
     let mut server = PostgresServer::start();
     let backend = backend(&server);
@@ -124,14 +136,24 @@ fn a_connection_closed_by_the_server_is_replaced() {
 #[test]
 fn a_connection_that_is_killed_at_work() {
     let server = PostgresServer::start();
-    let backend = backend(&server);
-    StorageBackend::connect(&backend).unwrap();
+    assert_survives_killed_connections(&server, &backend(&server));
+}
+
+#[test]
+fn a_connection_of_a_pooler_that_is_killed_at_work() {
+    let server = PostgresServer::start();
+    let pooler = PgBouncer::before(&server, 3);
+    assert_survives_killed_connections(&server, &backend_at(pooler.url()));
+}
+
+fn assert_survives_killed_connections(server: &PostgresServer, backend: &PostgresBackend) {
+    StorageBackend::connect(backend).unwrap();
     std::thread::scope(|scope| {
         let killing = scope.spawn(|| {
             for _ in 0..20 {
                 server.sql(
                     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
-                     WHERE application_name = 'tracing-workflow-context'",
+                     WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()",
                 );
             }
         });
