@@ -378,6 +378,10 @@ fn connecting_needs_no_reachable_server() {
             "postgres://127.0.0.1/orders?user=u&password=top&secret=1",
             "parameters",
         ),
+        (
+            "postgres://127.0.0.1/orders?user=u&pass%77ord=top&secret=1",
+            "parameters",
+        ),
         // It could never connect to these.
         (
             "postgres://u:secret@127.0.0.1,127.0.0.2/orders?port=5433",

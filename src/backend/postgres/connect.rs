@@ -136,11 +136,12 @@ fn refused_by_parser(url: &str, error: tokio_postgres::Error) -> ConnectError {
     if reason.is::<Utf8Error>() {
         return invalid("percent-encoding", reason);
     }
+    // What follows an & in a password seems to be another parameter. The word may be encoded.
+    let may_repeat_password = url.contains("password") || url.contains('%');
     match reason.to_string() {
         text if text.contains("`host`") => invalid("host", reason),
         text if text.contains("`port`") => invalid("port", reason),
-        // What follows an & in a password seems to be another parameter.
-        text if text.contains("unknown") && url.contains("password=") => {
+        text if text.contains("unknown") && may_repeat_password => {
             invalid("parameters", "one of them is unknown")
         }
         _ => invalid("parameters", reason),
