@@ -26,6 +26,8 @@ pub(crate) mod redb;
 #[cfg(feature = "redis")]
 pub(crate) mod redis;
 pub(crate) mod scanner;
+#[cfg(any(feature = "postgres", feature = "redis"))]
+pub(crate) mod url;
 pub(crate) mod write_queue;
 pub(crate) mod writer;
 

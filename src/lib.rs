@@ -265,7 +265,9 @@ pub use backend::postgres::PostgresBackend;
 #[cfg(feature = "redb")]
 pub use backend::redb::{OpenError, RedbBackend, RedbSync};
 #[cfg(feature = "redis")]
-pub use backend::redis::{ConnectError, RedisBackend};
+pub use backend::redis::RedisBackend;
+#[cfg(any(feature = "postgres", feature = "redis"))]
+pub use backend::url::ConnectError;
 pub use clock::Clock;
 pub use context::WorkflowContext;
 pub use decision::relation::{Continuation, Relation};
