@@ -24,6 +24,9 @@
 //! | a backend that answers too late or not at all: all workers of a run agree in the end | `misses` |
 //! | every `StorageBackend` fulfils the written contract | `store_contract` |
 //! | `peek` starts nothing, and replays are hidden from logs by `log_filter` | `logs` |
+//! | a span with `workflow.observing` is not moved, and records nothing | `observing` |
+//! | what docs/GUIDE.md quotes of `explain`, each symptom provoked | `symptoms` |
+//! | the recipes of docs/GUIDE.md: logs, requests, child processes, messages | `recipes` |
 //! | feature `durable-root`: a workflow is one root, whole, exported once | `durable_root` |
 //! | feature `redb`: contexts survive the process | `restart` |
 //! | feature `redis`, `redis-tls`: contexts on a server or Cluster that many machines share | `redis` |
@@ -58,11 +61,13 @@ mod logs;
 mod metrics;
 mod misses;
 mod model;
+mod observing;
 mod panics;
 mod policy;
 #[cfg(feature = "postgres")]
 mod postgres;
 mod propagation;
+mod recipes;
 #[cfg(feature = "redis")]
 mod redis;
 mod replay;
@@ -72,5 +77,6 @@ mod runs;
 mod shared;
 mod stacking;
 mod store_contract;
+mod symptoms;
 mod trace_forest;
 mod tracer_provider;
