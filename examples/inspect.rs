@@ -20,8 +20,10 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use serde_json::json;
-use tracing_workflow_context::WorkflowContextStorage;
 use tracing_workflow_context::backend::{Record, StorageBackend};
+use tracing_workflow_context::{
+    PostgresBackend, RedbBackend, RedisBackend, WorkflowContextStorage,
+};
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -106,7 +108,7 @@ fn unescaped(text: &str) -> String {
     unescape.collect()
 }
 
-/// Calls back with every instance of a store.
+/// Returns the instances of a store, sorted by their ids.
 fn instances(backend: &dyn StorageBackend, options: &Options) -> Result<Vec<(String, Record)>> {
     let mut found = Vec::new();
     backend.scan(&mut |key, record| {
@@ -188,23 +190,14 @@ fn main() -> Result<()> {
     let options = Options::parse(env::args().skip(1))?;
     let store = options.store.as_str();
     match store.split_once("://") {
-        #[cfg(feature = "redis")]
-        Some(("redis", _)) => inspect(
-            tracing_workflow_context::RedisBackend::connect(store)?,
-            &options,
-        ),
-        #[cfg(feature = "postgres")]
-        Some(("postgres" | "postgresql", _)) => inspect(
-            tracing_workflow_context::PostgresBackend::connect(store)?,
-            &options,
-        ),
-        #[cfg(feature = "redb")]
-        None if Path::new(store).is_file() => inspect(
-            tracing_workflow_context::RedbBackend::open(store)?,
-            &options,
-        ),
+        Some(("redis", _)) => inspect(RedisBackend::connect(store)?, &options),
+        Some(("postgres" | "postgresql", _)) => inspect(PostgresBackend::connect(store)?, &options),
+        Some((scheme, _)) => {
+            Err(format!("{scheme}: a store is a file, redis:// or postgres://").into())
+        }
+        // A missing file would be created.
         None if !Path::new(store).is_file() => Err(format!("there is no file {store}").into()),
-        _ => Err(format!("{store}: build with --features redb,redis,postgres").into()),
+        None => inspect(RedbBackend::open(store)?, &options),
     }
 }
 
