@@ -51,6 +51,8 @@ pub(crate) enum Moment {
     Late,
     /// It is re-executed, and a stand-in takes its place.
     Replay,
+    /// It starts, and only looks at the instance.
+    Observe,
 }
 
 /// The fate of a tagged span: its parent, its links, and its part in the records.
@@ -120,6 +122,7 @@ pub(crate) fn decide(
     match arrival.moment {
         Moment::Start | Moment::StartAfterReplay => {}
         Moment::Replay => return Decision::replayed(known.map(|_| stored)),
+        Moment::Observe => return Decision::observed(Some(stored), is_nested, relations),
         Moment::Late => {
             let decision = Decision::late(stored, known.is_some(), is_nested, relations);
             return match decision.record {
@@ -181,6 +184,7 @@ pub(crate) fn decide(
 fn decide_first(arrival: &Arrival<'_>, relations: &Relations) -> Decision {
     match (arrival.moment, arrival.parent_instance) {
         (Moment::Replay, _) => Decision::replayed(None),
+        (Moment::Observe, _) => Decision::observed(None, false, relations),
         // A child workflow inside its parent's trace keeps its natural parent.
         (Moment::Start | Moment::StartAfterReplay, Some(parent))
             if !arrival.is_in_trace_of(parent) =>
@@ -299,6 +303,24 @@ impl Decision {
                 None => Parent::Natural,
             },
             outcome: Outcome::Replayed,
+            record: Record::No,
+            ..Self::first(stored)
+        }
+    }
+
+    /// The span only looks at the instance: nothing of either changes but for a link.
+    fn observed(stored: Option<WorkflowContext>, is_nested: bool, relations: &Relations) -> Self {
+        let is_linked = relations.get(Relation::Observed).links() && !is_nested && stored.is_some();
+        let continuation = match is_linked {
+            true => Continuation::Link,
+            false => Continuation::Keep,
+        };
+        Self {
+            outcome: Outcome::Related(Relation::Observed, continuation),
+            links: Links {
+                to_natural: None,
+                to_stored: is_linked.then_some(Relation::Observed),
+            },
             record: Record::No,
             ..Self::first(stored)
         }

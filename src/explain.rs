@@ -146,7 +146,7 @@ pub enum Absence {
     Completed,
     /// `cleanup` was called.
     CleanedUp,
-    /// Its spans were replays, or had no valid span context: the provider is shut down, or the tracer does nothing.
+    /// Its spans were replays, only look at it (`workflow.observing`), or had no valid span context: the provider is shut down, or the tracer does nothing.
     NotRecorded,
     /// Its spans belong to other instances, which they name in id fields that rank higher.
     Outranked,
@@ -166,7 +166,7 @@ impl fmt::Display for Absence {
             Self::Evicted => "evicted: memory held more than max_instances",
             Self::Completed => "completed: its grace after a terminal workflow.status is over",
             Self::CleanedUp => "cleaned up by a call",
-            Self::NotRecorded => "its spans were replays, or had no valid span context",
+            Self::NotRecorded => "its spans were replays, only look at it, or had no valid span context",
             Self::Outranked => "its spans name another instance in an id field that ranks higher",
             Self::BackendDown => "the backend, which may know it, does not answer",
             Self::InvalidId => "the id is empty or too long",

@@ -22,8 +22,8 @@ use self::meaning::{Meaning, Meanings, target_in};
 pub(crate) use self::meaning::{Owner, ReservedFields, Scope};
 use self::names::FieldNames;
 pub(crate) use self::names::{
-    AGENT_NAME, GEN_AI_AGENT_NAME, GENERATION, INSTANCE_ID, NAME, PENDING, PROCESSES, RELATION,
-    RESUMED, RESUMES, RUN_ID, SPANS, STATUS,
+    AGENT_NAME, GEN_AI_AGENT_NAME, GENERATION, INSTANCE_ID, NAME, OBSERVING, PENDING, PROCESSES,
+    RELATION, RESUMED, RESUMES, RUN_ID, SPANS, STATUS,
 };
 use self::value::{EndStatus, printed, truth};
 use self::visit::{HasValue, IdentityVisitor, IsThere, IsThereAt, QueueVisitor};
@@ -99,6 +99,7 @@ impl Fields {
                 .into_iter()
                 .for_each(|name| meanings.add(name, meaning, Scope::NONE));
         }
+        meanings.add(OBSERVING.into(), Meaning::Observing, Scope::NONE);
         Self {
             meanings,
             engine_spans: Vec::new(),
@@ -271,7 +272,8 @@ impl Fields {
         events.find_map(|event| self.end_of(&event.attributes))
     }
 
-    /// Reads the ids from a span that is being created, or from what is recorded on one.
+    /// Reads the ids from a span that is being created, or from what is recorded on one. A span that only looks at an instance
+    /// has none.
     pub(crate) fn ids(&self, owner: Owner<'_>, record: impl Fn(&mut dyn Visit)) -> Ids {
         let mut visitor = IdentityVisitor {
             meanings: &self.meanings,
@@ -280,6 +282,12 @@ impl Fields {
         };
         record(&mut visitor);
         let mut ids = visitor.ids;
+        if ids.observing {
+            return Ids {
+                observing: true,
+                ..Ids::default()
+            };
+        }
         if let (Some(form), Some(id)) = (self.meanings.form(ids.rank), &ids.instance_id) {
             let queue = form.queue.and_then(|name| {
                 let mut visitor = QueueVisitor { name, queue: None };
@@ -291,6 +299,12 @@ impl Fields {
             ids.instance_id = is_valid.then(|| id.into());
         }
         ids
+    }
+
+    /// Returns `true` for a span that is being created, and only looks at the instance that it names.
+    pub(crate) fn is_observing(&self, attributes: &span::Attributes<'_>) -> bool {
+        let is_declared = attributes.metadata().fields().field(OBSERVING).is_some();
+        is_declared && self.ids_of(attributes).observing
     }
 
     /// Reads the ids from a span that is being created.
@@ -380,6 +394,8 @@ pub(crate) struct Tag<'a> {
     pub(crate) replaying: Option<bool>,
     /// The span is real, and what it opens is replayed.
     pub(crate) replaying_children: Option<bool>,
+    /// The span only looks at the instance.
+    observing: Option<bool>,
     /// A terminal status.
     pub(crate) end: Option<EndStatus>,
     /// An id longer than [`MAX_INSTANCE_ID_BYTES`](crate::MAX_INSTANCE_ID_BYTES), which is ignored.
@@ -390,8 +406,25 @@ pub(crate) struct Tag<'a> {
 }
 
 impl<'a> Tag<'a> {
+    /// Returns the ids, unless the span only looks at the instance.
     #[inline]
     pub(crate) fn names(&self) -> Option<Names<'_>> {
+        match self.is_observing() {
+            true => None,
+            false => self.all_names(),
+        }
+    }
+
+    /// Returns the ids if the span only looks at the instance.
+    pub(crate) fn observed(&self) -> Option<Names<'_>> {
+        self.all_names().filter(|_| self.is_observing())
+    }
+
+    pub(crate) fn is_observing(&self) -> bool {
+        self.observing == Some(true)
+    }
+
+    fn all_names(&self) -> Option<Names<'_>> {
         Some(Names {
             instance_id: self.instance_id.as_deref()?,
             run_id: self.run_id.as_deref(),
@@ -419,6 +452,7 @@ impl<'a> Tag<'a> {
             Meaning::ReplayingChildren => {
                 self.replaying_children = truth(value).or(self.replaying_children);
             }
+            Meaning::Observing => self.observing = truth(value).or(self.observing),
             Meaning::Status => self.end = EndStatus::read(value).or(self.end),
             Meaning::InstanceId { rank } => {
                 let Some(id) = self.id(form(rank, printed(value))) else {

@@ -42,6 +42,9 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
+//! The [`guide`](https://docs.rs/tracing-workflow-context/latest/tracing_workflow_context/guide/index.html) has recipes, tests and
+//! symptoms on one page.
+//!
 //! # How it works
 //!
 //! The layer wraps the OpenTelemetry layer, and the tracer in it wraps yours. tracing-opentelemetry asks the tracer for a
@@ -71,6 +74,7 @@
 //! | `workflow.run_id` | a span | the run of that instance, for engines that use an id again: each run has a trace of its own |
 //! | `workflow.parent_instance_id` | the first span of an instance | the instance that started it, whose trace it continues |
 //! | `workflow.replaying` | a span | `true`: the code has run before, and nothing is exported. As the span starts; if it is recorded after the start, for what opens beneath |
+//! | `workflow.observing` | a span | `true`: it only looks at the instance, as the handler of a status request does. It stays where it is, with a link to the instance's context, and records, ends and adopts nothing. As the span starts |
 //! | `workflow.status` | a span or an event in it | `completed`, `success`, `failed`, `failure`, `error`, `terminated`, `canceled`, `cancelled`, `cancellation`, `timed_out` or `timeout`, in any letter case, alone or as in `Failed { .. }` and `Failed(..)`: the instance is complete |
 //! | `workflow.resumed` | written | on the first span in this process whose context another process recorded, and on a resumed agent's |
 //! | `workflow.resumed_after` | written | beside it, the seconds since that recording |
@@ -241,6 +245,12 @@ mod decision;
 mod error;
 mod explain;
 mod fields;
+// The blocks of the page need these features.
+#[cfg(any(
+    not(doctest),
+    all(feature = "durable-root", feature = "redb", feature = "testing")
+))]
+pub mod guide;
 mod layer;
 mod lock;
 #[cfg(feature = "metrics")]
@@ -288,8 +298,10 @@ pub use storage::global::{
 };
 pub use traceparent::ParseContextError;
 pub use tracer::{WorkflowSpan, WorkflowTracer, WorkflowTracerProvider};
+pub use tracing_opentelemetry;
+pub use tracing_opentelemetry::OpenTelemetrySpanExt;
 
-#[cfg(doctest)]
+#[cfg(all(doctest, feature = "testing"))]
 #[doc = include_str!("../README.md")]
 struct ReadMeDoctests;
 

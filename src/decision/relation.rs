@@ -6,6 +6,7 @@
 ///
 /// | relation | when | by default |
 /// |---|---|---|
+/// | `Observed` | the span has `workflow.observing = true` | [`Link`](Continuation::Link), if a context is stored in another trace |
 /// | `Child` | nothing is stored for it, but for its `workflow.parent_instance_id`, in another trace than the natural parent's | [`ParentAndLink`](Continuation::ParentAndLink) |
 /// | `Polled` | nothing is stored, and the natural parent is in the trace of a live [poller](crate::WorkflowContextStorageBuilder::poller_spans) | [`NewRoot`](Continuation::NewRoot) |
 /// | `First` | nothing is stored, and there is another natural parent | [`Keep`](Continuation::Keep) |
@@ -19,7 +20,7 @@
 ///
 /// A first span without a natural parent is a root, whatever the settings. A poller's trace counts as no natural parent
 /// for all relations but `Polled` and `SameTrace`. For `First` and `Polled` nothing is stored, so only `Keep`, `NewRoot`
-/// and `NewRootAndLink` are possible, and the link is to the natural parent.
+/// and `NewRootAndLink` are possible, and the link is to the natural parent. For `Observed` and `Late`, only `Keep` and `Link`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Relation {
@@ -43,6 +44,8 @@ pub enum Relation {
     Late,
     /// The stored trace has reached `max_age` or `max_spans`.
     Expired,
+    /// The span only looks at the instance: `workflow.observing = true`.
+    Observed,
 }
 
 /// The action taken for the spans of a [`Relation`].
@@ -86,7 +89,7 @@ impl Continuation {
 }
 
 impl Relation {
-    const COUNT: usize = 10;
+    const COUNT: usize = 11;
 
     /// Returns the value of the attribute `workflow.relation`, which every link of this crate carries.
     #[must_use]
@@ -102,6 +105,7 @@ impl Relation {
             Self::NewRun => "new_run",
             Self::Late => "late",
             Self::Expired => "expired",
+            Self::Observed => "observed",
         }
     }
 }
@@ -123,6 +127,7 @@ impl Default for Relations {
         continuations[Relation::NewRun as usize] = Continuation::NewRootAndLink;
         continuations[Relation::Late as usize] = Continuation::Link;
         continuations[Relation::Expired as usize] = Continuation::NewRootAndLink;
+        continuations[Relation::Observed as usize] = Continuation::Link;
         Self {
             continuations,
             resampled: [false; Relation::COUNT],

@@ -34,6 +34,8 @@ pub(crate) struct Ids {
     pub(super) rank: u16,
     pub(super) run_id: Option<Box<str>>,
     pub(super) parent_instance_id: Option<Box<str>>,
+    /// The span only looks at the instance that it names.
+    pub(crate) observing: bool,
 }
 
 impl Ids {

@@ -9,12 +9,16 @@ use super::identity::IdForm;
 /// The meaning of a field. Ranks are positions in the builder's order: of several ids on one span the lowest counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Meaning {
-    InstanceId { rank: u16 },
+    InstanceId {
+        rank: u16,
+    },
     RunId,
     ParentInstanceId,
     Replaying,
     ReplayingChildren,
     Status,
+    /// Its span only looks at the instance that it names. Known as a span starts, so no span waits for it.
+    Observing,
 }
 
 /// The engine, by its number in one storage, whose targets have a span of theirs; or none.
@@ -194,7 +198,7 @@ impl ReservedFields {
             Some(Meaning::Replaying) => Self::REPLAYING,
             Some(Meaning::ReplayingChildren) => Self::REPLAYING_CHILDREN,
             Some(Meaning::Status) => Self::STATUS,
-            None => Self::NONE,
+            Some(Meaning::Observing) | None => Self::NONE,
         }
     }
 

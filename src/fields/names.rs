@@ -10,6 +10,8 @@ pub(crate) const INSTANCE_ID: &str = "workflow.instance_id";
 pub(crate) const RUN_ID: &str = "workflow.run_id";
 pub(crate) const PARENT_INSTANCE_ID: &str = "workflow.parent_instance_id";
 pub(crate) const REPLAYING: &str = "workflow.replaying";
+/// As long as `workflow.replaying`, so that no further attribute is looked at because of it (`Meanings::may_have`).
+pub(crate) const OBSERVING: &str = "workflow.observing";
 pub(crate) const STATUS: &str = "workflow.status";
 /// On the first span of an instance: the name of its own span.
 pub(crate) const NAME: &str = "workflow.name";
@@ -74,6 +76,7 @@ impl FieldNames {
             (PARENT_INSTANCE_ID, PARENT_INSTANCE_ID_FIELDS),
             (STATUS, STATUS_FIELDS),
             (REPLAYING, REPLAY_FIELD),
+            (OBSERVING, "the layer, which reads it"),
             (RESUMED, "the layer, which writes it"),
             (RELATION, "the layer, which writes it"),
         ];

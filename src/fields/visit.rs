@@ -26,6 +26,11 @@ impl IdentityVisitor<'_> {
             }
             Some(Meaning::RunId) => &mut ids.run_id,
             Some(Meaning::ParentInstanceId) => &mut ids.parent_instance_id,
+            Some(Meaning::Observing) => {
+                let text = read(value);
+                ids.observing = text.is_some_and(|text| text.eq_ignore_ascii_case("true"));
+                return;
+            }
             _ => return,
         };
         let id = read(value).filter(|id| InvalidInstanceId::check(id).is_ok());

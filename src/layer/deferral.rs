@@ -42,7 +42,8 @@ where
         ctx: Context<'_, S>,
     ) {
         let (role, declares) = (callsite.role(), callsite.declares());
-        let may_be_held = awaits.has_id() || role == Role::Engine;
+        let may_be_held =
+            (awaits.has_id() || role == Role::Engine) && !self.shared.fields.is_observing(attrs);
         let nested = self.nested(attrs, &ctx);
         let attrs = nested.as_ref().unwrap_or(attrs);
         let mark = Mark {

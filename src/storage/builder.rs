@@ -575,6 +575,14 @@ impl WorkflowContextStorageBuilder {
                 why: "the parent of a span that has started can no longer change, only Keep and Link are left",
             });
         }
+        let observed = relations.get(Relation::Observed);
+        if !matches!(observed, Continuation::Keep | Continuation::Link) {
+            return Err(BuildError::ImpossibleRelation {
+                relation: Relation::Observed,
+                continuation: observed,
+                why: "a span that only looks at an instance keeps its parent, only Keep and Link are left",
+            });
+        }
         for relation in [Relation::First, Relation::Polled] {
             let continuation = relations.get(relation);
             if !matches!(
@@ -596,6 +604,7 @@ impl WorkflowContextStorageBuilder {
             Relation::Foreign,
             Relation::Child,
             Relation::Late,
+            Relation::Observed,
         ];
         match within_a_trace
             .into_iter()

@@ -12,7 +12,7 @@ use super::replays::Replay;
 use super::span::{Unexported, WorkflowSpan};
 use super::watch::{Memo, Unnamed, Watch};
 use super::{Origin, WorkflowTracer, without_span};
-use crate::decision::Moment;
+use crate::decision::{Decision, Moment};
 use crate::explain::author::Author;
 use crate::fields::identity::{Identity, Names};
 use crate::fields::{Owner, Scope};
@@ -151,9 +151,12 @@ where
             false => Scope::NONE,
         };
         let may_name_itself = adopted.as_ref().is_some_and(|offer| offer.may_name_itself);
-        let adopted = adopted.map(|offer| offer.identity);
+        let is_observing = tag.is_observing();
+        let adopted = (adopted.filter(|_| !is_observing)).map(|offer| offer.identity);
         let events = builder.events.as_deref();
-        let told_end = (tag.end).or_else(|| shared.fields.end_in(events.unwrap_or_default()));
+        let told_end = (tag.end)
+            .or_else(|| shared.fields.end_in(events.unwrap_or_default()))
+            .filter(|_| !is_observing);
         let replays_beneath = tag.replaying_children == Some(true);
         // An engine that runs code again in several real spans, one inside the other, has a flag for each.
         let has_own_flag = tag.replaying_children.is_some();
@@ -195,6 +198,7 @@ where
                 run_id: tag.run_id.as_deref().map(Box::from),
                 parent_instance_id: tag.parent_instance_id.as_deref().map(Box::from),
                 owes_id: may_name_itself,
+                is_observing,
                 author: Author::from_span(&builder),
                 told_end,
             })
@@ -202,7 +206,15 @@ where
         if let Some(beneath) = beneath {
             beneath.replay.give_events(&mut builder.events);
         }
+        let observed = tag.observed().map(|names| {
+            let key = shared.key(names.instance_id, names.run_id);
+            (key.hash, self.place(key, None, parent, Moment::Observe))
+        });
         let mut started = match own.or(adopted.as_ref().map(Identity::names)) {
+            None if is_observing => {
+                let memo = Memo::new(None, unnamed);
+                self.start_observing(builder, parent, observed, memo, mark)
+            }
             None => {
                 let is_poller = shared.fields.is_poller(&builder);
                 let mut memo = Memo::new(None, unnamed);
@@ -232,6 +244,30 @@ where
                 watch.set_new_work(span.span_context());
             }
             watch.replay_beneath(span.span_context(), replays_beneath);
+        }
+        started
+    }
+
+    /// Starts a span that only looks at an instance: it keeps its parent, and gets a link at most.
+    fn start_observing(
+        &self,
+        mut builder: SpanBuilder,
+        parent: &Context,
+        observed: Option<(u64, Decision)>,
+        memo: Box<Memo>,
+        mark: Mark,
+    ) -> WorkflowSpan<T::Span> {
+        let shared = &self.shared;
+        let natural = parent.span().span_context().clone();
+        if let Some((_, decision)) = &observed {
+            self.annotate(&mut builder, decision, &natural);
+        }
+        let name = builder.name.clone();
+        let mut started = WorkflowSpan::start(&*self.inner, builder, parent, shared);
+        let watch = || Watch::new(shared, None, Some(memo), mark.awaits, Scope::NONE);
+        if let (Some((span, _)), Some((instance, decision))) = (started.watch(watch), observed) {
+            let own = span.span_context();
+            shared.note_decision(instance, name, own, &natural, decision.outcome, false);
         }
         started
     }

@@ -66,6 +66,8 @@ pub(super) struct Unnamed {
     pub(super) parent_instance_id: Option<Box<str>>,
     /// The id of the instance that it was adopted into becomes an attribute when it ends, unless it names itself.
     pub(super) owes_id: bool,
+    /// The span only looks at the instance that it names.
+    pub(super) is_observing: bool,
     pub(super) author: Author,
     /// A terminal status that was told, and counts for the instance that it names later.
     pub(super) told_end: Option<EndStatus>,
@@ -230,6 +232,11 @@ impl Watch {
     /// An instance id was recorded after the start. The first one counts, unless the field of this one ranks higher; one that
     /// a span was only adopted into gives way to its own.
     fn learn_id<S: Span>(&mut self, span: &mut S, id: &str, rank: u16) {
+        let unnamed = self.memo.as_ref().and_then(|memo| memo.unnamed.as_ref());
+        if unnamed.is_some_and(|unnamed| unnamed.is_observing) {
+            let stored = self.shared.tier.peek(id);
+            return self.link(span, stored.as_ref(), Relation::Observed);
+        }
         let hash = self.shared.key(id, None).hash;
         let unnamed = self.memo.as_mut().and_then(|memo| memo.unnamed.take());
         let is_named = unnamed.is_none();

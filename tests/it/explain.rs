@@ -282,7 +282,7 @@ fn an_instance_with_replays_only_is_not_recorded() {
     let (worker, _clock) = worker();
     let replayed = || info_span!("step", workflow.instance_id = ID, workflow.replaying = true);
     worker.run(|| replayed().in_scope(|| {}));
-    let text = "its spans were replays, or had no valid span context";
+    let text = "its spans were replays, only look at it, or had no valid span context";
     assert_gone(
         &worker,
         Absence::NotRecorded,
@@ -293,7 +293,7 @@ fn an_instance_with_replays_only_is_not_recorded() {
 
 #[test]
 fn an_instance_whose_spans_have_invalid_contexts_is_not_recorded() {
-    let text = "its spans were replays, or had no valid span context";
+    let text = "its spans were replays, only look at it, or had no valid span context";
     let decision = "not recorded, it has no valid span context (no natural parent)";
 
     let (worker, _clock) = worker();

@@ -25,6 +25,9 @@
 //! | a backend that answers too late or not at all: all workers of a run agree in the end | `misses` |
 //! | every `StorageBackend` fulfils the written contract | `store_contract` |
 //! | `peek` starts nothing, and replays are hidden from logs by `log_filter` | `logs` |
+//! | a span with `workflow.observing` is not moved, and records nothing | `observing` |
+//! | what docs/GUIDE.md quotes of `explain`, each symptom provoked | `symptoms` |
+//! | the recipes of docs/GUIDE.md: logs, requests, child processes, messages | `recipes` |
 //! | feature `durable-root`: a workflow is one root, whole, exported once | `durable_root` |
 //! | feature `redb`: contexts survive the process | `restart` |
 //! | feature `redis`, `redis-tls`: contexts on a server or Cluster that many machines share | `redis` |
@@ -59,11 +62,13 @@ mod logs;
 mod metrics;
 mod misses;
 mod model;
+mod observing;
 mod panics;
 mod policy;
 #[cfg(feature = "postgres")]
 mod postgres;
 mod propagation;
+mod recipes;
 #[cfg(feature = "redis")]
 mod redis;
 mod refresh;
@@ -74,5 +79,6 @@ mod runs;
 mod shared;
 mod stacking;
 mod store_contract;
+mod symptoms;
 mod trace_forest;
 mod tracer_provider;

@@ -530,3 +530,44 @@ impl StorageBackend for Shared {
         10
     }
 }
+
+/// The names that Prometheus gives the instruments: unit annotations in braces are left out, counters end in `_total`.
+fn prometheus_names() -> BTreeSet<String> {
+    let name = |(name, kind, ..): &(&str, Kind, &str, &[Series])| {
+        let total = if *kind == Kind::Counter { "_total" } else { "" };
+        name.replace('.', "_") + total
+    };
+    INSTRUMENTS.iter().map(name).collect()
+}
+
+/// Returns the names of metrics, and of labels, in queries.
+fn named_in(queries: &str) -> BTreeSet<String> {
+    let is_part = |c: char| c.is_ascii_alphanumeric() || c == '_';
+    let words = queries.split(|c| !is_part(c));
+    let named = words.filter(|word| word.starts_with("workflow_context_"));
+    named.map(str::to_owned).collect()
+}
+
+#[test]
+fn the_dashboard_and_the_alerts_use_the_names_that_are_exported() {
+    let labels = ["workflow_context_reason", "workflow_context_result"].map(str::to_owned);
+    let known: BTreeSet<_> = prometheus_names().into_iter().chain(labels).collect();
+
+    let dashboard = include_str!("../../docs/dashboards/grafana.json");
+    let json: serde_json::Value = serde_json::from_str(dashboard).expect("valid JSON");
+    let panels = json["panels"].as_array().expect("panels");
+    let targets = (panels.iter()).flat_map(|panel| panel["targets"].as_array().expect("targets"));
+    let queries: Vec<_> = targets
+        .map(|target| target["expr"].as_str().expect("a query"))
+        .collect();
+    assert_eq!(
+        named_in(&queries.join("\n")),
+        known,
+        "the dashboard shows everything"
+    );
+
+    let alerts = named_in(include_str!("../../docs/dashboards/alerts.yml"));
+    let unknown: Vec<_> = alerts.difference(&known).collect();
+    assert!(unknown.is_empty(), "{unknown:?}");
+    assert!(alerts.len() > 5);
+}

@@ -1,0 +1,291 @@
+//! Looks into a store: lists its instances, or explains one and prints the URL of its trace.
+//!
+//! ```text
+//! cargo run --example inspect --features redb,redis,postgres -- <store> [<instance id>] [<options>]
+//!
+//! <store>             a file of RedbBackend, redis://.. or postgres://..
+//! --namespace <name>  that of the workers' builder
+//! --jaeger <url>      the UI in which the trace is to be seen, such as http://localhost:16686;
+//! --phoenix <url>     http://localhost:6006;
+//! --tempo <url>       Grafana with a data source named `tempo`, http://localhost:3000;
+//! --url <template>    or any other, with {trace} where the trace id belongs
+//! --json              one JSON object a line
+//! ```
+//!
+//! A file has one owner: stop the worker, or look at a copy.
+
+use std::env;
+use std::error::Error;
+use std::path::Path;
+use std::time::{Duration, SystemTime};
+
+use serde_json::json;
+use tracing_workflow_context::backend::{Record, StorageBackend};
+use tracing_workflow_context::{
+    PostgresBackend, RedbBackend, RedisBackend, WorkflowContextStorage,
+};
+
+type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+/// The separators of a backend's keys: see `src/backend/keys.rs`.
+const SEPARATOR: char = '\u{1f}';
+const NAMESPACE_END: char = '\u{1d}';
+const ESCAPE: char = '\u{1e}';
+
+struct Options {
+    store: String,
+    id: Option<String>,
+    namespace: String,
+    template: Option<String>,
+    json: bool,
+}
+
+impl Options {
+    fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Self> {
+        let (mut plain, mut namespace, mut template, mut json) =
+            (vec![], String::new(), None, false);
+        while let Some(argument) = arguments.next() {
+            let mut value = || arguments.next().ok_or(format!("{argument} needs a value"));
+            match argument.as_str() {
+                "--json" => json = true,
+                "--namespace" => namespace = value()?,
+                "--url" => template = Some(value()?),
+                "--jaeger" => template = Some(value()? + "/trace/{trace}"),
+                "--phoenix" => template = Some(value()? + "/redirects/traces/{trace}"),
+                // Grafana takes the state of its Explore page as JSON, percent-encoded.
+                "--tempo" => {
+                    template = Some(
+                        value()?
+                            + "/explore?left=%7B%22datasource%22%3A%22tempo%22%2C%22queries%22%3A%5B%7B%22refId%22%3A%22A\
+                               %22%2C%22queryType%22%3A%22traceql%22%2C%22query%22%3A%22{trace}%22%7D%5D%7D",
+                    );
+                }
+                _ if argument.starts_with("--") => {
+                    return Err(format!("no such option: {argument}").into());
+                }
+                _ => plain.push(argument),
+            }
+        }
+        let mut plain = plain.into_iter();
+        Ok(Self {
+            store: plain
+                .next()
+                .ok_or("usage: inspect <store> [<instance id>] [--json] [--jaeger <url>] ..")?,
+            id: plain.next(),
+            namespace,
+            template,
+            json,
+        })
+    }
+
+    /// Returns the URL of a trace.
+    fn url(&self, record: &Record) -> Option<String> {
+        let trace = record.context.trace_id().to_string();
+        Some(self.template.as_ref()?.replace("{trace}", &trace))
+    }
+
+    /// Returns the instance whose latest context is under a key of the chosen namespace.
+    fn instance_of(&self, key: &str) -> Option<String> {
+        let key = match (key.split_once(NAMESPACE_END), self.namespace.as_str()) {
+            (None, "") => key,
+            (Some((namespace, key)), wanted) if unescaped(namespace) == wanted => key,
+            _ => return None,
+        };
+        (!key.contains(SEPARATOR)).then(|| unescaped(key))
+    }
+}
+
+fn unescaped(text: &str) -> String {
+    let mut chars = text.chars();
+    let unescape = std::iter::from_fn(|| match chars.next()? {
+        ESCAPE => match chars.next()? {
+            ' ' => Some(SEPARATOR),
+            '-' => Some(NAMESPACE_END),
+            c => Some(c),
+        },
+        c => Some(c),
+    });
+    unescape.collect()
+}
+
+/// Returns the instances of a store, sorted by their ids.
+fn instances(backend: &dyn StorageBackend, options: &Options) -> Result<Vec<(String, Record)>> {
+    let mut found = Vec::new();
+    backend.scan(&mut |key, record| {
+        if let Some(id) = options.instance_of(key) {
+            if options.id.as_ref().is_none_or(|wanted| *wanted == id) {
+                found.push((id, record));
+            }
+        }
+    })?;
+    found.sort_by(|one, other| one.0.cmp(&other.0));
+    Ok(found)
+}
+
+fn inspect(backend: impl StorageBackend, options: &Options) -> Result<()> {
+    let found = instances(&backend, options)?;
+    for (id, record) in &found {
+        if options.json {
+            println!("{}", as_json(id, record, options.url(record)));
+        } else {
+            println!("{}", as_line(id, record, options.url(record)));
+        }
+    }
+    let Some(id) = &options.id else {
+        return Ok(());
+    };
+    if found.is_empty() {
+        return Err(format!("{id:?} is not in the store, or has expired").into());
+    }
+    if !options.json {
+        let mut storage = WorkflowContextStorage::builder()
+            .backend(backend)
+            .lookup_budget(Duration::from_secs(5));
+        if !options.namespace.is_empty() {
+            storage = storage.namespace(options.namespace.clone());
+        }
+        let storage = storage.build()?;
+        storage.get(id)?; // into memory, which is what is explained
+        println!("\n{}", storage.explain(id));
+    }
+    Ok(())
+}
+
+fn as_line(id: &str, record: &Record, url: Option<String>) -> String {
+    let cx = &record.context;
+    let age = SystemTime::now().duration_since(cx.recorded_at());
+    let age = age.unwrap_or_default().as_secs();
+    let mut line = format!("{id:?}  trace {}  {age} s old", cx.trace_id());
+    if let Some(run) = &record.run_id {
+        line += &format!("  run {run:?}");
+    }
+    if let Some(root) = &record.root {
+        line += &format!(
+            "  workflow {:?} with {} spans so far",
+            root.name, root.spans
+        );
+    }
+    url.map_or(line.clone(), |url| format!("{line}  {url}"))
+}
+
+fn as_json(id: &str, record: &Record, url: Option<String>) -> serde_json::Value {
+    let seconds = |time: SystemTime| {
+        let since = time.duration_since(SystemTime::UNIX_EPOCH);
+        since.unwrap_or_default().as_secs()
+    };
+    json!({
+        "instance_id": id,
+        "run_id": record.run_id,
+        "traceparent": record.context.traceparent(),
+        "trace_id": record.context.trace_id().to_string(),
+        "generation": record.generation,
+        "recorded_at": seconds(record.context.recorded_at()),
+        "expires_at": seconds(record.expires_at),
+        "workflow": record.root.as_ref().map(|root| &root.name),
+        "url": url,
+    })
+}
+
+fn main() -> Result<()> {
+    let options = Options::parse(env::args().skip(1))?;
+    let store = options.store.as_str();
+    match store.split_once("://") {
+        Some(("redis", _)) => inspect(RedisBackend::connect(store)?, &options),
+        Some(("postgres" | "postgresql", _)) => inspect(PostgresBackend::connect(store)?, &options),
+        Some((scheme, _)) => {
+            Err(format!("{scheme}: a store is a file, redis:// or postgres://").into())
+        }
+        // A missing file would be created.
+        None if !Path::new(store).is_file() => Err(format!("there is no file {store}").into()),
+        None => inspect(RedbBackend::open(store)?, &options),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tracing_workflow_context::{MemoryBackend, WorkflowContext};
+
+    use super::*;
+
+    fn options(arguments: &[&str]) -> Options {
+        Options::parse(arguments.iter().map(|argument| (*argument).to_owned())).unwrap()
+    }
+
+    /// A store with an instance that has a run, and one of a namespace.
+    fn store() -> MemoryBackend {
+        let backend = MemoryBackend::new();
+        let traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+        let context = || WorkflowContext::parse(traceparent, "").unwrap();
+        for (namespace, id) in [
+            (None, "order-42"),
+            (None, "order\u{1f}7"),
+            (Some("shop"), "cart-1"),
+        ] {
+            let mut storage = WorkflowContextStorage::builder().backend(backend.clone());
+            if let Some(namespace) = namespace {
+                storage = storage.namespace(namespace);
+            }
+            let storage = storage.build().unwrap();
+            storage.store(id, context()).unwrap();
+            storage.flush().unwrap();
+        }
+        backend
+    }
+
+    #[test]
+    fn lists_the_instances_of_one_namespace() {
+        let ids = |options: &Options| {
+            let found = instances(&store(), options).unwrap();
+            found.into_iter().map(|(id, _)| id).collect::<Vec<_>>()
+        };
+        assert_eq!(ids(&options(&["file"])), ["order\u{1f}7", "order-42"]);
+        assert_eq!(ids(&options(&["file", "--namespace", "shop"])), ["cart-1"]);
+        assert_eq!(ids(&options(&["file", "order-42"])), ["order-42"]);
+    }
+
+    #[test]
+    fn an_instance_has_the_url_of_its_trace() {
+        let at = |ui: &[&str]| {
+            let options = options(&[&["file", "order-42"], ui].concat());
+            let found = instances(&store(), &options).unwrap();
+            options.url(&found[0].1).unwrap()
+        };
+        let trace = "0af7651916cd43dd8448eb211c80319c";
+        assert_eq!(
+            at(&["--jaeger", "http://localhost:16686"]),
+            format!("http://localhost:16686/trace/{trace}")
+        );
+        assert_eq!(
+            at(&["--phoenix", "http://localhost:6006"]),
+            format!("http://localhost:6006/redirects/traces/{trace}")
+        );
+        assert_eq!(at(&["--url", "see:{trace}!"]), format!("see:{trace}!"));
+        let tempo = at(&["--tempo", "http://localhost:3000"]);
+        assert!(
+            tempo.contains(&format!("%22query%22%3A%22{trace}%22")),
+            "{tempo}"
+        );
+        assert!(!tempo.contains([' ', '"', '\n']), "{tempo}");
+    }
+
+    #[test]
+    fn json_and_lines_have_the_trace() {
+        let options = options(&["file", "order-42", "--json"]);
+        assert!(options.json);
+        let (id, record) = instances(&store(), &options).unwrap().remove(0);
+        let json = as_json(&id, &record, options.url(&record));
+        assert_eq!(json["instance_id"], "order-42");
+        assert_eq!(json["trace_id"], "0af7651916cd43dd8448eb211c80319c");
+        assert_eq!(json["url"], serde_json::Value::Null);
+        let line = as_line(&id, &record, Some("there".to_owned()));
+        assert!(line.starts_with("\"order-42\"  trace 0af7651916cd43dd8448eb211c80319c"));
+        assert!(line.ends_with("  there"), "{line}");
+    }
+
+    #[test]
+    fn an_instance_is_explained_and_an_unknown_one_an_error() {
+        inspect(store(), &options(&["file", "order-42"])).unwrap();
+        let unknown = inspect(store(), &options(&["file", "order-43"])).unwrap_err();
+        assert!(unknown.to_string().contains("order-43"), "{unknown}");
+    }
+}
