@@ -15,7 +15,7 @@ use crate::pipe::{OF, RUN};
 const ROOT: &str = "place order";
 
 /// What runs in the order's first run or before, and in its child workflow, each once. `call_bank(1)` died with its worker.
-const FIRST_RUN: [&str; 18] = [
+const FIRST_RUN: [&str; 19] = [
     ROOT,
     "order(1)",
     "await reserve",
@@ -26,6 +26,7 @@ const FIRST_RUN: [&str; 18] = [
     "pack",
     "await wrap",
     "call_packer",
+    "check_address",
     "send_to",
     "await look_up_address",
     "call_map",

@@ -3,6 +3,7 @@
 //! Each workflow and handler opens one span, and what it does for its trace are the fields on that: none, the id alone, or all
 //! of them.
 
+use std::error::Error;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -73,6 +74,19 @@ impl Order {
     pub fn approve(&mut self, ctx: &mut SyncWorkflowContext<Self>) {
         let _span = span!("approve", ctx.info()).entered();
         self.is_approved = true;
+    }
+
+    #[update_validator(send_to)]
+    fn check_address(
+        &self,
+        ctx: &WorkflowContextView,
+        address: &String,
+    ) -> Result<(), Box<dyn Error + Send + Sync>> {
+        let _span = span!("check_address", ctx.clone()).entered();
+        match address.is_empty() {
+            true => Err("the address is empty".into()),
+            false => Ok(()),
+        }
     }
 
     /// A handler that goes on after others have had their turn.

@@ -94,9 +94,11 @@ impl WorkflowInterceptor for TagWorkflow {
             let name = of.workflow_type();
             call_span!("ExecuteWorkflow", name, of, &self.parent, replaying)
         };
-        // The SDK polls this once outside of its span `RunWorkflow`, which does not reach the workflow's code yet.
+        // The SDK's first poll is outside of its span `RunWorkflow`, and does not reach the workflow's code yet.
         spanned(workflow, open, 1, async move { next.run(input).await })
     }
+
+    // The first poll of a handler may reach its code: the span is open by then, so it is beside `RunWorkflow`.
 
     fn handle_signal<'a>(
         &'a self,
