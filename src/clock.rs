@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
+use crate::caught::caught;
 use crate::lock::lock;
 
 /// The length of a tick. Durations measured in ticks are accurate to two of them.
@@ -131,7 +132,8 @@ fn run() {
         };
         let now = NOW.load(Relaxed);
         for subscriber in subscribers {
-            subscriber.on_tick(now);
+            // One subscriber that panics, by a clock of the user's, must not stop the others.
+            let _ = caught(|| subscriber.on_tick(now));
         }
     }
 }
