@@ -10,7 +10,7 @@ use std::time::SystemTime;
 
 use foldhash::fast::RandomState;
 
-use crate::backend::{Record, Write};
+use crate::backend::{BackendError, Record, Write};
 use crate::context::trace_state_bytes;
 
 /// The largest number of writes in a queue. Beyond it the oldest is dropped.
@@ -217,6 +217,13 @@ pub(super) fn bytes_of(write: &Write) -> usize {
         Write::Expire(..) | Write::Remove(_) => 0,
     };
     size_of::<Write>() + size_of::<(u64, usize)>() + write.key().len() + of_record
+}
+
+/// Returns the cause of dropped writes if the backend has not failed: it is too slow.
+pub(super) fn overflow() -> BackendError {
+    let message =
+        format!("more than {MAX_WRITES} writes or {MAX_BYTES} bytes waited for the backend");
+    BackendError::new(message, None)
 }
 
 /// Returns `true` if one write can do what two on one key do. An expiry after a claim moves the record that the claim

@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 use super::breaker::{Backoff, Breaker};
 use super::guard::Guarded;
 use super::write_queue::{
-    Callbacks, FollowUp, InFlight, Known, Lost, MAX_BYTES, MAX_WRITES, OnWinner, WriteQueue,
-    bytes_of,
+    Callbacks, FollowUp, InFlight, Known, Lost, MAX_WRITES, OnWinner, WriteQueue, bytes_of,
+    overflow,
 };
 use crate::backend::{BackendError, Record, Write, WriteOutcome};
 use crate::error::StorageError;
@@ -476,7 +476,7 @@ impl ThreadState<'_> {
                 (None, ..) => Err(StorageError::NotWritten {
                     dropped,
                     refused,
-                    cause: self.first_failure.clone().unwrap_or_else(too_much),
+                    cause: self.first_failure.clone().unwrap_or_else(overflow),
                 }),
             });
         }
@@ -623,11 +623,4 @@ impl ThreadState<'_> {
             self.held_until = Some(self.held_backoff.next_attempt());
         }
     }
-}
-
-/// Returns the cause of dropped writes if the backend has not failed: it is too slow.
-fn too_much() -> BackendError {
-    let message =
-        format!("more than {MAX_WRITES} writes or {MAX_BYTES} bytes waited for the backend");
-    BackendError::new(message, None)
 }
