@@ -253,6 +253,7 @@ mod storage;
 pub mod testing;
 mod traceparent;
 mod tracer;
+mod tracestate;
 mod warnings;
 
 #[cfg(any(feature = "postgres", feature = "redis"))]

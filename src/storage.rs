@@ -282,6 +282,7 @@ impl WorkflowContextStorage {
         let context = span
             .and_then(|span| WorkflowContext::from_span(&span, self.shared.clock.now()))
             .ok_or(CreateResumedError::NoRecordingSpan)?
+            .with_whole_state_of(&parent)
             .into_resumed();
         self.shared.tier.store(&instance_id, context.clone());
         Ok(context)

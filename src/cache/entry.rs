@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use opentelemetry::TraceId;
-use opentelemetry::trace::TraceState;
 
 use super::inline_str::InlineStr;
 use crate::context::{Packed, WorkflowContext};
@@ -14,6 +13,7 @@ use crate::explain::Summary;
 use crate::explain::author::Writer;
 use crate::explain::trail::Event;
 use crate::root::open::OpenRoot;
+use crate::tracestate::Tracestate;
 
 /// The number of runs that are kept besides the latest, for their late spans.
 const OLDER_RUNS: usize = 8;
@@ -59,7 +59,7 @@ const NAMED: u8 = 4;
 /// The parts that most runs do not have.
 #[derive(Default)]
 pub(super) struct Rare {
-    trace_state: Option<Arc<TraceState>>,
+    trace_state: Option<Arc<Tracestate>>,
     /// Set later if the context was stored without a run id, by the first span with one.
     run_id: Option<InlineStr>,
     /// Oldest first, at most [`OLDER_RUNS`]. Empty except in the latest run.
@@ -78,7 +78,10 @@ const ROOT_BYTES: usize = 768;
 impl Rare {
     /// Returns about how many bytes it takes, with what it points to.
     fn size(&self) -> usize {
-        let state = |state: &Arc<TraceState>| state.into_iter().fold(64, add_member);
+        let state = |state: &Arc<Tracestate>| {
+            let members = state.otel().into_iter();
+            members.fold(80 + state.extra_bytes(), add_member)
+        };
         let older = self.older.iter().map(|run| size_of::<Run>() + run.size());
         size_of::<Self>()
             + self.trace_state.as_ref().map_or(0, state)

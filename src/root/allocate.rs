@@ -71,7 +71,7 @@ impl Roots {
         let state = own.trace_state().clone();
         let context = SpanContext::new(own.trace_id(), own.span_id(), flags, false, state);
         Some(Allocated {
-            context: WorkflowContext::from_span(&context, now)?,
+            context: WorkflowContext::from_span(&context, now)?.with_whole_state_of(parent),
             span: RootSpan {
                 parent_span_id: natural.is_valid().then(|| natural.span_id()),
                 ..RootSpan::new(own.span_id(), name, now)
