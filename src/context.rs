@@ -263,28 +263,27 @@ impl WorkflowContext {
 
     /// Returns the context of the span of an OpenTelemetry context.
     pub(crate) fn from_context(cx: &Context) -> Option<Self> {
-        let read = Self::try_from(cx.span().span_context()).ok()?;
-        Some(read.with_whole_state_of(cx))
+        let mut read = Self::try_from(cx.span().span_context()).ok()?;
+        read.take_whole_state_of(cx);
+        Some(read)
     }
 
     /// Gives this back the members that OpenTelemetry's type refused, if it is beneath a context that had some.
     #[inline]
-    pub(crate) fn with_whole_state_of(self, cx: &Context) -> Self {
-        match cx.get::<WholeState>() {
-            Some(whole) => self.with_whole_state(whole),
-            None => self,
+    pub(crate) fn take_whole_state_of(&mut self, cx: &Context) {
+        if let Some(whole) = cx.get::<WholeState>() {
+            self.take_whole_state(whole);
         }
     }
 
     #[cold]
-    fn with_whole_state(mut self, whole: &WholeState) -> Self {
+    fn take_whole_state(&mut self, whole: &WholeState) {
         let state = self.trace_state.as_deref().map(Tracestate::otel);
         // A sampler may have changed it.
         let is_unchanged = state.unwrap_or(&TraceState::NONE) == whole.state.otel();
         if is_unchanged && self.trace_id == whole.trace_id {
             self.trace_state = Some(whole.state.clone());
         }
-        self
     }
 
     #[inline]

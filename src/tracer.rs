@@ -390,8 +390,9 @@ where
         recording: Recording<'_>,
         parent: &Context,
     ) -> Option<Outcome> {
-        let context = WorkflowContext::from_span(span.span_context(), self.shared.clock.now())?;
-        let context = context.with_whole_state_of(parent);
+        let now = self.shared.clock.now();
+        let mut context = WorkflowContext::from_span(span.span_context(), now)?;
+        context.take_whole_state_of(parent);
         match recording.finish(context, None) {
             Ok(late_winner) => {
                 watch.expect_late_winner(late_winner);

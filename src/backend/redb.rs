@@ -4,19 +4,21 @@ mod open;
 #[cfg(test)]
 mod power_cut;
 mod scratch;
+mod unsynced;
 
 use std::fmt;
 use std::io;
 use std::ops::Bound;
 use std::path::Path;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant, SystemTime};
 
 use redb::{Database, Durability, ReadableDatabase, ReadableTable, Table};
 
 use self::open::{Disk, RECORDS, close, guarded};
+use self::unsynced::{Changes, Unsynced};
 use super::codec;
 use crate::backend::{BackendError, Record, StorageBackend, Write, WriteOutcome};
 use crate::lock::lock;
@@ -31,7 +33,7 @@ const PAGE: usize = 1024;
 const SWEPT: usize = 64;
 const SWEPT_PER_WRITE: usize = 4;
 
-/// The longest time that [`RedbSync::Eventual`] keeps a write in memory alone.
+/// The longest time that [`RedbSync::Eventual`] keeps a write in memory alone, and the pause after a failed sync.
 const EVENTUALLY: Duration = Duration::from_secs(1);
 
 /// A backend in one file, which survives restarts: a [redb] database.
@@ -76,7 +78,7 @@ const EVENTUALLY: Duration = Duration::from_secs(1);
 /// |---|---|---|
 /// | flushed writes | nothing | nothing, if fsync is honoured |
 /// | other writes, [`RedbSync::Group`] | those still queued in the storage | the same |
-/// | other writes, [`RedbSync::Eventual`] | those of the last second | the same |
+/// | other writes, [`RedbSync::Eventual`] | those of the last second, or since the disk fails | the same |
 ///
 /// No lock is held while code of the caller runs.
 ///
@@ -96,7 +98,8 @@ pub enum RedbSync {
     #[default]
     Group,
     /// All writes are synced once a second, and by each flush. For a disk on which syncing is slow or causes wear: a
-    /// crash of the process loses the writes of up to a second, unless they were flushed.
+    /// crash of the process loses the writes of up to a second, unless they were flushed. Until a sync has succeeded they
+    /// stay in memory too, up to 16 MiB, and are written again after a failure, such as that of a full disk.
     Eventual,
 }
 
@@ -128,7 +131,8 @@ impl RedbBackend {
             database: Mutex::new(Some(Arc::new(database))),
             malformed: Counter::default(),
             swept: Mutex::default(),
-            pending: Mutex::default(),
+            writing: Mutex::default(),
+            unsynced: Mutex::default(),
         });
         let syncer = match sync {
             RedbSync::Group => None,
@@ -158,16 +162,11 @@ struct Shared {
     malformed: Counter,
     /// The last key that a sweep has checked.
     swept: Mutex<Vec<u8>>,
-    pending: Mutex<Pending>,
-}
-
-/// The state of syncing, with [`RedbSync::Eventual`].
-#[derive(Debug, Default)]
-struct Pending {
-    /// Some writes are not synced yet.
-    writes: bool,
-    /// Some writes were lost, and no `flush` has reported it yet.
-    lost: bool,
+    /// Held while a group is written or synced, so that `unsynced` has the order of the transactions. Taken before the other
+    /// locks.
+    writing: Mutex<()>,
+    /// With [`RedbSync::Eventual`]. Taken after the other locks.
+    unsynced: Mutex<Unsynced>,
 }
 
 /// The thread that syncs once a second, as long as there are writes.
@@ -208,11 +207,18 @@ impl Shared {
         if let Some(database) = &*database {
             return Ok(database.clone());
         }
-        let opened = self.disk.open_database().map_err(|error| {
+        let refused = |source| {
             let message = "the database file failed before, and cannot be opened again";
-            BackendError::new(message, Some(Box::new(error)))
-        })?;
-        Ok(database.insert(Arc::new(opened)).clone())
+            BackendError::new(message, Some(source))
+        };
+        let opened = self.disk.open_database();
+        let opened = Arc::new(opened.map_err(|error| refused(Box::new(error)))?);
+        // What was not synced went with the database that failed, or the last sync did, wholly or in part.
+        if let Err(error) = guarded(|| lock(&self.unsynced).redo(&opened)) {
+            close([Some(opened)]);
+            return Err(refused(Box::new(error)));
+        }
+        Ok(database.insert(opened).clone())
     }
 
     /// Closes a database that has failed, unless another thread has done so already. redb refuses all further work on
@@ -221,10 +227,6 @@ impl Shared {
         let mut database = lock(&self.database);
         let closed = database.take_if(|database| Arc::ptr_eq(database, &failed));
         drop(database);
-        if closed.is_some() {
-            let mut pending = self.pending();
-            pending.lost |= std::mem::take(&mut pending.writes);
-        }
         close([Some(failed), closed]);
     }
 
@@ -234,46 +236,63 @@ impl Shared {
         writes: &[Write],
     ) -> Result<Vec<WriteOutcome>, redb::Error> {
         let mut transaction = database.begin_write()?;
-        if self.sync == RedbSync::Eventual {
+        let is_synced = self.sync == RedbSync::Group || lock(&self.unsynced).is_full();
+        if !is_synced {
             transaction.set_durability(Durability::None)?;
         }
         let now = SystemTime::now();
         let mut records = transaction.open_table(RECORDS)?;
-        let outcomes = writes
-            .iter()
-            .map(|write| self.write_one(&mut records, write, now))
-            .collect::<Result<_, _>>()?;
+        let mut outcomes = Vec::with_capacity(writes.len());
+        let mut changes = Changes::new();
+        for write in writes {
+            let (outcome, change) = self.write_one(&mut records, write, now)?;
+            outcomes.push(outcome);
+            if let Some(value) = change.filter(|_| !is_synced) {
+                changes.push((
+                    write.key().as_bytes().into(),
+                    value.map(Vec::into_boxed_slice),
+                ));
+            }
+        }
         self.sweep(&mut records, SWEPT + SWEPT_PER_WRITE * writes.len(), now)?;
         drop(records);
         transaction.commit()?;
+        match is_synced {
+            true => lock(&self.unsynced).clear(),
+            false => lock(&self.unsynced).add(changes),
+        }
         Ok(outcomes)
     }
+
+    /// Carries out a write. Returns the new value of its key too, if it changes it; `None` in it if it removes the key.
 
     fn write_one(
         &self,
         records: &mut Records<'_>,
         write: &Write,
         now: SystemTime,
-    ) -> Result<WriteOutcome, redb::Error> {
+    ) -> Result<(WriteOutcome, Option<Option<Vec<u8>>>), redb::Error> {
         let key = write.key().as_bytes();
-        match write {
-            Write::Put(_, record) => drop(records.insert(key, &*codec::encode(record))?),
-            Write::Remove(_) => drop(records.remove(key)?),
-            Write::Expire(_, at) => {
-                if let Some(record) = self.live(records, key, now)? {
-                    let moved = Record {
-                        expires_at: *at,
-                        ..record
-                    };
-                    records.insert(key, &*codec::encode(&moved))?;
-                }
+        let value = match write {
+            Write::Put(_, record) => codec::encode(record),
+            Write::Remove(_) => {
+                records.remove(key)?;
+                return Ok((WriteOutcome::Done, Some(None)));
             }
-            Write::PutIfAbsent(_, record) => match self.live(records, key, now)? {
-                Some(existing) => return Ok(WriteOutcome::Existing(existing)),
-                None => drop(records.insert(key, &*codec::encode(record))?),
+            Write::Expire(_, at) => match self.live(records, key, now)? {
+                Some(record) => codec::encode(&Record {
+                    expires_at: *at,
+                    ..record
+                }),
+                None => return Ok((WriteOutcome::Done, None)),
             },
-        }
-        Ok(WriteOutcome::Done)
+            Write::PutIfAbsent(_, record) => match self.live(records, key, now)? {
+                Some(existing) => return Ok((WriteOutcome::Existing(existing), None)),
+                None => codec::encode(record),
+            },
+        };
+        records.insert(key, &*value)?;
+        Ok((WriteOutcome::Done, Some(Some(value))))
     }
 
     /// Reads a record that has not expired.
@@ -338,29 +357,20 @@ impl Shared {
         })
     }
 
-    fn pending(&self) -> MutexGuard<'_, Pending> {
-        lock(&self.pending)
-    }
-
     fn flush(&self) -> Result<(), BackendError> {
         if self.sync == RedbSync::Group {
             return Ok(());
         }
-        // Taken before syncing: writes that come meanwhile set it again.
-        let has_writes = std::mem::take(&mut self.pending().writes);
-        if has_writes {
-            let synced = self.with(|database| Ok(database.begin_write()?.commit()?));
-            if synced.is_err() {
-                self.pending().lost = true;
-            }
+        let _writing = lock(&self.writing);
+        if lock(&self.unsynced).is_empty() {
+            return Ok(());
         }
-        match std::mem::take(&mut self.pending().lost) {
-            false => Ok(()),
-            true => Err(BackendError::new(
-                "writes since the last flush were lost",
-                None,
-            )),
-        }
+        // A database that has failed is opened again, and has all of them then.
+        self.with(|database| {
+            database.begin_write()?.commit()?;
+            lock(&self.unsynced).clear();
+            Ok(())
+        })
     }
 
     fn sync_until_closed(&self, wakes: &Receiver<()>) {
@@ -369,9 +379,11 @@ impl Shared {
             let left = || deadline.saturating_duration_since(Instant::now());
             // More writes end no wait: they are synced together with the first one.
             while wakes.recv_timeout(left()).is_ok() {}
-            if self.flush().is_err() {
-                // There is no caller to tell: the next `flush` reports it.
-                self.pending().lost = true;
+            // There is no caller to tell of a failure: the writes stay unsynced, and the next `flush` meets it too.
+            while self.flush().is_err() {
+                if let Err(RecvTimeoutError::Disconnected) = wakes.recv_timeout(EVENTUALLY) {
+                    return;
+                }
             }
         }
     }
@@ -390,9 +402,9 @@ impl StorageBackend for RedbBackend {
             return Ok(Vec::new());
         }
         let shared = &*self.shared;
+        let _writing = lock(&shared.writing);
         let outcomes = shared.with(|database| shared.write(database, writes))?;
         if let Some(syncer) = &self.syncer {
-            shared.pending().writes = true;
             // A full channel has woken the thread already.
             let _ = syncer.written.try_send(());
         }

@@ -685,6 +685,38 @@ fn eventual_sync_writes_within_a_second() {
     println!("on the disk within {:?}", start.elapsed());
 }
 
+/// Needs root on Linux, to mount a small file system; `a_full_disk_costs_no_write_that_was_answered` simulates the same.
+#[test]
+fn a_disk_that_was_full_has_all_that_was_written_once_a_flush_succeeds() {
+    for sync in SYNCS {
+        let directory = Directory::new();
+        let Some(mount) = Mount::tmpfs(directory.path(), "size=2m") else {
+            println!("skipped: no file system can be mounted");
+            return;
+        };
+        let path = directory.file("contexts");
+        let backend = RedbBackend::open_with(&path, sync).unwrap();
+        let (mut answered, mut failed) = (Vec::new(), 0);
+        for n in 0..15 {
+            let spans = 1 + 1_000 * n..1 + 1_000 * (n + 1);
+            match backend.write(&puts(spans.clone())) {
+                Ok(_) => answered.push(spans),
+                Err(_) => failed += 1,
+            }
+            failed += usize::from(backend.flush().is_err());
+        }
+        assert!(failed > 0 && !answered.is_empty(), "{sync:?}: {failed}");
+        mount.change("size=64m");
+        backend.flush().unwrap();
+        drop(backend);
+        let backend = RedbBackend::open(&path).unwrap();
+        for span in answered.into_iter().flatten() {
+            let found = backend.get(&span.to_string()).unwrap();
+            assert_eq!(found.as_ref().map(span_of), Some(span), "{sync:?}");
+        }
+    }
+}
+
 /// Kills a writing process many times, and checks the file after each kill.
 #[test]
 fn kill_9_at_any_moment_loses_nothing_that_was_flushed_and_the_file_always_opens() {
