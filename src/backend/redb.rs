@@ -17,7 +17,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use redb::{Database, Durability, ReadableDatabase, ReadableTable, Table};
 
-use self::open::{Disk, RECORDS, close, guarded};
+use self::open::{Disk, Identity, RECORDS, close, guarded, identity};
 use self::unsynced::{Changes, Unsynced};
 use super::codec;
 use crate::backend::{BackendError, Record, StorageBackend, Write, WriteOutcome};
@@ -63,14 +63,15 @@ const EVENTUALLY: Duration = Duration::from_secs(1);
 ///
 /// # The file
 ///
-/// It is created if it is missing or empty. Any other file that this crate has not written is refused, and stays
-/// unchanged to the last byte. Each opening checks the whole file, which also repairs it after a crash, and compacts it
+/// It is created if it is missing, readable by its owner alone, and not where a symbolic link leads to nothing. Any other
+/// file that is not empty, and that this crate has not written, is refused and stays unchanged to the last byte. Each opening checks the whole file, which also repairs it after a crash, and compacts it
 /// if it is larger than 4 MiB and less than half of it is in use.
 ///
 /// An expired record is no longer returned. Later writes, each of which checks a few records, free its space for other
 /// records in the file.
 ///
-/// If reading or writing fails, the file is closed, and opened again by the next call.
+/// If reading or writing fails, the file is closed, and opened again by the next call. If it is deleted or replaced while
+/// it is open, each flush fails until the backend is created anew (on Unix).
 ///
 /// # What can be lost
 ///
@@ -126,6 +127,7 @@ impl RedbBackend {
     fn open_on(disk: Disk, sync: RedbSync) -> Result<Self, OpenError> {
         let database = disk.open_database()?;
         let shared = Arc::new(Shared {
+            file: identity(&disk.path),
             disk,
             sync,
             database: Mutex::new(Some(Arc::new(database))),
@@ -156,6 +158,8 @@ impl Drop for RedbBackend {
 
 struct Shared {
     disk: Disk,
+    /// The file that was opened first.
+    file: Option<Identity>,
     sync: RedbSync,
     /// `None` after a failure, until the file is opened again.
     database: Mutex<Option<Arc<Database>>>,
@@ -211,6 +215,7 @@ impl Shared {
             let message = "the database file failed before, and cannot be opened again";
             BackendError::new(message, Some(source))
         };
+        self.check_file()?;
         let opened = self.disk.open_database();
         let opened = Arc::new(opened.map_err(|error| refused(Box::new(error)))?);
         // What was not synced went with the database that failed, or the last sync did, wholly or in part.
@@ -219,6 +224,16 @@ impl Shared {
             return Err(refused(Box::new(error)));
         }
         Ok(database.insert(opened).clone())
+    }
+
+    /// Fails if the path leads to another file by now, or to none: what was written to the first one is lost with it.
+    fn check_file(&self) -> Result<(), BackendError> {
+        if self.file.is_some() && identity(&self.disk.path) != self.file {
+            let path = self.disk.path.display();
+            let message = format!("{path}: the database file was deleted or replaced while open");
+            return Err(BackendError::new(message, None));
+        }
+        Ok(())
     }
 
     /// Closes a database that has failed, unless another thread has done so already. redb refuses all further work on
@@ -358,6 +373,7 @@ impl Shared {
     }
 
     fn flush(&self) -> Result<(), BackendError> {
+        self.check_file()?;
         if self.sync == RedbSync::Group {
             return Ok(());
         }

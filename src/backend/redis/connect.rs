@@ -1,6 +1,8 @@
 //! Clients from URLs and addresses; they connect to nothing yet.
 
-use redis::{Client, ConnectionAddr, IntoConnectionInfo, RedisError, RedisResult};
+use redis::{
+    Client, ConnectionAddr, ConnectionInfo, ErrorKind, IntoConnectionInfo, RedisError, RedisResult,
+};
 
 /// Why a [`RedisBackend`](super::RedisBackend) could not be created.
 #[derive(Debug, thiserror::Error)]
@@ -23,7 +25,7 @@ pub(super) fn client(url: &str) -> Result<Client, ConnectError> {
     let invalid = |source: RedisError| ConnectError::InvalidUrl {
         source: source.into(),
     };
-    let info = url.into_connection_info().map_err(invalid)?;
+    let info = connection_info(url).map_err(invalid)?;
     #[cfg(feature = "redis-tls")]
     if matches!(info.addr(), ConnectionAddr::TcpTls { .. }) {
         ensure_crypto_provider();
@@ -31,6 +33,23 @@ pub(super) fn client(url: &str) -> Result<Client, ConnectError> {
     // The connect timeout applies to each message of the handshake, so it has none that is not needed.
     let redis = info.redis_settings().clone().set_skip_set_lib_name();
     Client::open(info.set_redis_settings(redis)).map_err(invalid)
+}
+
+/// Parses a URL. Refuses what the client would refuse later, and repeats no part of it.
+fn connection_info(url: &str) -> RedisResult<ConnectionInfo> {
+    let refused = |reason| RedisError::from((ErrorKind::InvalidClientConfig, reason));
+    let info = url
+        .into_connection_info()
+        .map_err(|error| match error.detail() {
+            Some(_) => refused("invalid value of a parameter, such as an unknown protocol"),
+            None => error,
+        })?;
+    match info.addr() {
+        ConnectionAddr::TcpTls { insecure: true, .. } => Err(refused(
+            "the fragment #insecure is not supported: certificates are always verified",
+        )),
+        _ => Ok(info),
+    }
 }
 
 /// Creates a client of another address with all other settings of `client`.
