@@ -1,12 +1,16 @@
-//! What a backend costs the thread that records, what redb costs behind it, and what a new process waits for.
+//! What a backend costs the thread that records, what redb costs behind it, what a new process waits for, and how redb,
+//! Redis and PostgreSQL compare.
 //!
-//! `cargo bench --bench backends --features redb,testing [-- [--csv <file>] [--instances <n>] [<case>...]]`, the cases
-//! being `record`, `write` and `restart`. `--instances` is how many the file has that is opened again.
+//! `cargo bench --bench backends --all-features [-- [--csv <file>] [--instances <n>] [<case>...]]`, the cases being
+//! `record`, `write`, `restart` and `servers`. `--instances` is how many the file has that is opened again. `servers` starts
+//! a Redis and a PostgreSQL server of its own on loopback, as the tests do.
 
 #![allow(clippy::print_stdout, reason = "the terminal is where the numbers go")]
 
 #[path = "support/report.rs"]
 mod report;
+#[path = "support/servers.rs"]
+mod servers;
 
 use std::hint::black_box;
 use std::path::{Path, PathBuf};
@@ -45,6 +49,9 @@ fn main() {
     }
     if bench.wants("restart") {
         restart(&mut bench, &directory);
+    }
+    if bench.wants("servers") {
+        servers::servers(&mut bench, &directory.0);
     }
 }
 

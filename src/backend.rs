@@ -25,6 +25,9 @@ pub(crate) mod reader;
 pub(crate) mod redb;
 #[cfg(feature = "redis")]
 pub(crate) mod redis;
+pub(crate) mod scanner;
+#[cfg(any(feature = "postgres", feature = "redis"))]
+pub(crate) mod url;
 pub(crate) mod write_queue;
 pub(crate) mod writer;
 

@@ -97,7 +97,8 @@
 //! - **The engine opens a span around user code without an id**: a span named in an [`Engine`] preset or by
 //!   [`adopt_spans`](WorkflowContextStorageBuilder::adopt_spans) is held until its first child, and joins the child's
 //!   instance. A child that waits for its own id is held with it, and so is a second span of the engine: all start together,
-//!   outermost first, once the instance is known.
+//!   outermost first, once the instance is known. A span with a run id that was opened elsewhere and is entered in it counts as
+//!   a child does; with a backend, any tagged span.
 //! - **A span is held**: `tracing::Span::current().context()` and [`WorkflowContext::current`] start it at once, but
 //!   `opentelemetry::Context::current()` does not see it yet. Code that injects headers by the latter directly within such
 //!   a span, before any child, sends the outer context; and a context attached by hand there is beneath the span
@@ -202,8 +203,9 @@
 //! - With a backend, one process claims the end there: the root is exported exactly once, and at most once if that process
 //!   dies between its claim and the export.
 //! - A new run or generation ends the root of the one before, with the status `continued`; each is linked to the other.
-//! - An instance that memory forgets, and that the backend no longer has, was `abandoned`: its root ends with its last span.
-//!   Only instances that a living process has seen are exported so.
+//! - An instance that memory forgets, and that the backend no longer has, was `abandoned`: its root ends with its last span. That
+//!   of an instance whose processes have all died is exported by a process that uses the same backend: four times in an idle time
+//!   one of them scans the backend, once it has opened a root itself. Nobody does if that takes longer than seven idle times.
 //! - Two processes that open an instance at the same moment may allocate two roots. The loser's is exported as `superseded`,
 //!   linked to the winner's. `write_through` and derived ids leave one.
 //! - A context stored by a call has no root.
@@ -264,7 +266,9 @@ pub use backend::postgres::PostgresBackend;
 #[cfg(feature = "redb")]
 pub use backend::redb::{OpenError, RedbBackend, RedbSync};
 #[cfg(feature = "redis")]
-pub use backend::redis::{ConnectError, RedisBackend};
+pub use backend::redis::RedisBackend;
+#[cfg(any(feature = "postgres", feature = "redis"))]
+pub use backend::url::ConnectError;
 pub use clock::Clock;
 pub use context::WorkflowContext;
 pub use decision::relation::{Continuation, Relation};

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use super::guard::Guarded;
 use super::reader::{OnLate, Reader};
+use super::scanner::Scanner;
 use super::write_queue::{Known, OnWinner};
 use super::writer::Writer;
 use crate::backend::{BackendError, Record, StorageBackend, Write};
@@ -58,7 +59,10 @@ pub(crate) struct Client {
     budgets: Budgets,
     /// Unset once the backend has been connected to, or a span or call has waited for that in vain.
     is_connecting: Arc<AtomicBool>,
-    /// Disconnected once both threads have ended.
+    is_closing: Arc<AtomicBool>,
+    /// What scanners get a copy of; `None` once this is dropped.
+    alive: Option<SyncSender<Infallible>>,
+    /// Disconnected once both threads and all scanners have ended.
     ended: Mutex<Receiver<Infallible>>,
 }
 
@@ -80,6 +84,8 @@ impl Client {
             reader,
             budgets,
             is_connecting,
+            is_closing: Arc::default(),
+            alive: Some(alive.clone()),
             ended: Mutex::new(ended),
         };
         spawn(
@@ -169,6 +175,15 @@ impl Client {
         loaded.is_ok()
     }
 
+    /// Returns what walks through the backend on a thread of the caller's.
+    pub(crate) fn scanner(&self) -> Option<Scanner> {
+        Some(Scanner {
+            backend: self.backend.clone(),
+            is_closing: self.is_closing.clone(),
+            _alive: self.alive.clone()?,
+        })
+    }
+
     /// Waits until everything queued by now is written and flushed, or an attempt has failed.
     pub(crate) fn flush(&self) -> Result<(), BackendError> {
         self.writer.flush()
@@ -247,6 +262,8 @@ fn spawn(
 impl Drop for Client {
     /// Writes and flushes what is queued, unless that takes too long.
     fn drop(&mut self) {
+        self.is_closing.store(true, Relaxed);
+        self.alive = None;
         self.reader.close();
         self.writer.close();
         let _ = lock(&self.ended).recv_timeout(CLOSE_PATIENCE);

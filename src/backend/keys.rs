@@ -6,6 +6,7 @@
 //! | `{id}` U+001F `{run id}` | the latest context of one run |
 //! | `{id}` U+001F U+001F `{span id}` `{run id}` | the trace that follows the one of that span, claimed by the first worker that opens it |
 //! | `{id}` U+001F U+001F U+001F `{span id}` `{part}` | a part of the instance's own span, which has that span id |
+//! | U+001F `sweep` | who looks for abandoned instances; no id is empty |
 //!
 //! In an instance id, U+001F is escaped as U+001E and a space, U+001D as U+001E and a hyphen, and U+001E as two of it. A run id
 //! that begins with U+001F or U+001E gets one U+001E in front. With a namespace, that, escaped as an instance id is, and U+001D
@@ -55,15 +56,20 @@ pub(crate) fn instance_part(key: &str) -> &str {
     key.split(SEPARATOR).next().unwrap_or(key)
 }
 
+/// The key by whose first writer a sweep is claimed.
+pub(crate) const SWEEP_KEY: &str = "\u{1f}sweep";
+
 /// Returns the instance id if the key is that of an instance's latest context, and of no namespace.
 pub(crate) fn instance_of(key: &str) -> Option<Cow<'_, str>> {
-    if key.contains([SEPARATOR, NAMESPACE_END]) {
-        return None;
+    (!key.contains([SEPARATOR, NAMESPACE_END])).then(|| unescaped(key))
+}
+
+/// Returns the instance id as it was before it was escaped.
+fn unescaped(part: &str) -> Cow<'_, str> {
+    if !part.contains(ESCAPE) {
+        return part.into();
     }
-    if !key.contains(ESCAPE) {
-        return Some(key.into());
-    }
-    let mut chars = key.chars();
+    let mut chars = part.chars();
     let unescape = std::iter::from_fn(|| match chars.next()? {
         ESCAPE => match chars.next()? {
             ' ' => Some(SEPARATOR),
@@ -72,7 +78,7 @@ pub(crate) fn instance_of(key: &str) -> Option<Cow<'_, str>> {
         },
         c => Some(c),
     });
-    Some(unescape.collect())
+    unescape.collect()
 }
 
 /// Returns the key of a run's latest context.
@@ -99,6 +105,17 @@ pub(crate) fn claim_key(id: &str, run_id: Option<&str>, followed: SpanId) -> Str
 pub(crate) fn root_key(id: &str, root: SpanId, part: impl std::fmt::Display) -> String {
     let instance = instance_key(id);
     format!("{instance}{SEPARATOR}{SEPARATOR}{SEPARATOR}{root}{part}")
+}
+
+/// Returns the instance id, the root's span id and the place if the key is that of one process's part of a root, and of no
+/// namespace.
+pub(crate) fn root_part(key: &str) -> Option<(Cow<'_, str>, SpanId, u32)> {
+    let (id, rest) = key.split_once(SEPARATOR)?;
+    let rest = rest.strip_prefix("\u{1f}\u{1f}")?;
+    let (root, place) = rest.split_at_checked(16)?;
+    let root = SpanId::from_hex(root).ok()?;
+    let is_known = !id.contains(NAMESPACE_END);
+    is_known.then_some((unescaped(id), root, place.parse().ok()?))
 }
 
 #[cfg(test)]
@@ -136,10 +153,15 @@ mod tests {
             let latest = instance_key(&id);
             prop_assert!(instance_of(&latest).is_some_and(|found| found == id));
             let root = root_key(&id, SpanId::from(1), 2);
+            prop_assert_eq!(root_part(&root), Some(((&*id).into(), SpanId::from(1), 2)));
+            let end = root_key(&id, SpanId::from(1), "end");
+            prop_assert_eq!(root_part(&end), None);
             prop_assert_ne!(&root, &claim_key(&id, Some(&run_id), SpanId::from(1)));
             prop_assert_ne!(&root, &run_key(&id, &run_id));
-            for other in [root, run_key(&id, &run_id), claim_key(&id, Some(&run_id), SpanId::from(1))] {
+            prop_assert_eq!(instance_of(&root), None);
+            for other in [run_key(&id, &run_id), claim_key(&id, Some(&run_id), SpanId::from(1))] {
                 prop_assert_eq!(instance_of(&other), None);
+                prop_assert_eq!(root_part(&other), None);
             }
         }
     }

@@ -21,8 +21,8 @@ use self::server::{Server, Timeouts};
 use self::table::{Name, Table};
 use super::form::Form;
 use super::outcomes::fail_later_writes;
+use super::url::ConnectError;
 use crate::backend::{BackendError, Record, StorageBackend, Write, WriteOutcome};
-use crate::error::StorageError;
 
 const SCHEMA: &str = "public";
 const TABLE: &str = "workflow_contexts";
@@ -130,15 +130,16 @@ pub struct PostgresBackend {
 
 impl PostgresBackend {
     /// Creates a backend on the database of a URL: `postgres://user:password@host:port/database`, of which only the host
-    /// is required. Special characters of user and password have to be percent-encoded.
+    /// is required. Special characters of user and password have to be percent-encoded. The directory of a Unix socket
+    /// is a host too: `postgres://user@%2Frun%2Fpostgresql/database`, or `postgres:///database?host=/run/postgresql`.
     ///
     /// It connects when a storage is built with it, see [above](Self#when-the-server-is-down).
     ///
     /// # Errors
     ///
-    /// If the text is no such URL, or asks for TLS without the feature `postgres-tls`. The message does not repeat it,
-    /// since it may contain a password. A server that is down is no error here.
-    pub fn connect(url: &str) -> Result<Self, StorageError> {
+    /// [`ConnectError::InvalidUrl`], also if the URL asks for TLS without the feature `postgres-tls`. A server that is
+    /// down is no error here.
+    pub fn connect(url: &str) -> Result<Self, ConnectError> {
         let target = Target::parse(url)?;
         Ok(Self {
             server: Arc::new(Server::new(target)),
@@ -173,8 +174,8 @@ impl PostgresBackend {
     }
 
     /// Creates the table as `UNLOGGED`, if it is created: writes cost less, since they are not written to the log of the
-    /// server. But the table is empty after a crash of the server, and on its replicas. Then instances that continue on
-    /// another worker begin a new trace.
+    /// server. But the table is empty after a crash of the server and after a failover, and a standby cannot read it. Then
+    /// instances that continue on another worker begin a new trace.
     ///
     /// By default, `false`.
     #[must_use]
@@ -192,7 +193,8 @@ impl PostgresBackend {
         self
     }
 
-    /// Sets the longest wait for a connection, from the name of the host to the end of the login.
+    /// Sets the longest wait for a connection, from the name of the host to the end of the login. A `connect_timeout` of
+    /// the URL has no effect.
     ///
     /// By default, 1 second; at least 1 millisecond.
     #[must_use]

@@ -190,6 +190,13 @@ impl Syncer {
     }
 }
 
+/// What a write has changed under its key.
+enum Change {
+    Nothing,
+    Removed,
+    Value(Vec<u8>),
+}
+
 type Records<'txn> = Table<'txn, &'static [u8], &'static [u8]>;
 
 impl Shared {
@@ -262,11 +269,13 @@ impl Shared {
         for write in writes {
             let (outcome, change) = self.write_one(&mut records, write, now)?;
             outcomes.push(outcome);
-            if let Some(value) = change.filter(|_| !is_synced) {
-                changes.push((
-                    write.key().as_bytes().into(),
-                    value.map(Vec::into_boxed_slice),
-                ));
+            let value = match change {
+                Change::Nothing => continue,
+                Change::Removed => None,
+                Change::Value(value) => Some(value.into_boxed_slice()),
+            };
+            if !is_synced {
+                changes.push((write.key().as_bytes().into(), value));
             }
         }
         self.sweep(&mut records, SWEPT + SWEPT_PER_WRITE * writes.len(), now)?;
@@ -279,35 +288,36 @@ impl Shared {
         Ok(outcomes)
     }
 
-    /// Carries out a write. Returns the new value of its key too, if it changes it; `None` in it if it removes the key.
-
+    /// Carries out a write.
     fn write_one(
         &self,
         records: &mut Records<'_>,
         write: &Write,
         now: SystemTime,
-    ) -> Result<(WriteOutcome, Option<Option<Vec<u8>>>), redb::Error> {
+    ) -> Result<(WriteOutcome, Change), redb::Error> {
         let key = write.key().as_bytes();
         let value = match write {
             Write::Put(_, record) => codec::encode(record),
             Write::Remove(_) => {
                 records.remove(key)?;
-                return Ok((WriteOutcome::Done, Some(None)));
+                return Ok((WriteOutcome::Done, Change::Removed));
             }
             Write::Expire(_, at) => match self.live(records, key, now)? {
                 Some(record) => codec::encode(&Record {
                     expires_at: *at,
                     ..record
                 }),
-                None => return Ok((WriteOutcome::Done, None)),
+                None => return Ok((WriteOutcome::Done, Change::Nothing)),
             },
             Write::PutIfAbsent(_, record) => match self.live(records, key, now)? {
-                Some(existing) => return Ok((WriteOutcome::Existing(existing), None)),
+                Some(existing) => {
+                    return Ok((WriteOutcome::Existing(existing), Change::Nothing));
+                }
                 None => codec::encode(record),
             },
         };
         records.insert(key, &*value)?;
-        Ok((WriteOutcome::Done, Some(Some(value))))
+        Ok((WriteOutcome::Done, Change::Value(value)))
     }
 
     /// Reads a record that has not expired.

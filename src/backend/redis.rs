@@ -20,10 +20,9 @@ use self::connect::client;
 use self::node::{Node, Session, Timeouts};
 use super::form::Form;
 use super::outcomes::fail_later_writes;
+use super::url::ConnectError;
 use crate::backend::{BackendError, Record, StorageBackend, Write, WriteOutcome};
 use crate::stats::Counter;
-
-pub use self::connect::ConnectError;
 
 const KEY_PREFIX: &str = "workflow-context:";
 const TIMEOUT: Duration = Duration::from_secs(1);

@@ -38,7 +38,8 @@ pub enum Engine {
     Duroxide,
     /// Restate through `restate-sdk`.
     Restate,
-    /// Temporal through `temporalio-sdk`.
+    /// Temporal through `temporalio-sdk`. Its activities alone name the run: put `workflow.run_id` on the spans of workflows, or
+    /// take the interceptor in `examples/temporal/src/tagging.rs`.
     Temporal,
     /// DBOS through `dbos`.
     Dbos,

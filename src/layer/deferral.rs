@@ -200,7 +200,8 @@ where
             return;
         }
         // Contexts are a stack: held spans beneath must be attached first.
-        self.release(None, None, &ctx);
+        let identity = self.identity_of_entered(id, &ctx);
+        self.release(None, identity, &ctx);
         if entered.is_some() {
             self.activation
                 .observe(|| self.inner.on_enter(id, ctx.clone()));
@@ -208,6 +209,25 @@ where
         } else {
             self.inner.on_enter(id, ctx);
         }
+    }
+
+    /// Returns the instance of a span that is entered inside held spans of engines, which never name one: what they run belongs
+    /// to it, though it was opened elsewhere. It is known of spans with a run id or with a backend.
+    fn identity_of_entered(&self, id: &span::Id, ctx: &Context<'_, S>) -> Option<Identity> {
+        let held = self.pending_spans.held();
+        let names_itself = |id| self.pending(id, ctx, Pending::may_name_itself) != Some(false);
+        if held.is_empty() || held.iter().any(names_itself) {
+            return None;
+        }
+        let storage = StorageId::new(&self.shared);
+        let mut identity = None;
+        self.with_started(id, ctx, |cx| {
+            let ask = || {
+                cx.span().is_recording();
+            };
+            identity = handoff::ask_for_identity(storage, ask);
+        });
+        identity
     }
 
     #[inline(never)]

@@ -140,6 +140,10 @@ impl Pending {
         is_held.then(|| self.ids())??.identity()
     }
 
+    pub(super) fn may_name_itself(&self) -> bool {
+        self.may_name_itself
+    }
+
     /// Makes the span one that is not held when it is entered. Returns `true` if it would have been.
     pub(super) fn set_free(&self) -> bool {
         !self.is_free.swap(true, Relaxed)

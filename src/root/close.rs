@@ -7,25 +7,21 @@
 //!
 //! If the process dies between its claim and the export, the root is exported by nobody.
 
-use std::cell::Cell;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::{AcqRel, Release};
-use std::thread;
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
-use opentelemetry::trace::{Event, Link, SpanBuilder, SpanContext, Status, TraceContextExt as _};
+use opentelemetry::trace::{
+    Event, Link, SpanBuilder, SpanContext, Status, TraceContextExt as _, TraceState,
+};
 use opentelemetry::{Context, KeyValue};
 
 use super::allocate::identifying_attributes;
 use super::ids::{self, Purpose, Request};
-use super::state::{Due, Ending, Part, Place, Progress, Roots, Stage};
-use crate::backend::client::Client;
+use super::state::{Ending, Part, Place, Progress, Roots, Stage};
 use crate::backend::keys::{instance_key, root_key, run_key};
-use crate::backend::reader::OnLate;
 use crate::backend::write_queue::{FollowUp, OnWinner};
 use crate::backend::{Record, RootSpan, Write};
 use crate::caught::caught;
-use crate::clock::OnTick;
 use crate::context::WorkflowContext;
 use crate::fields;
 use crate::fields::value::EndStatus;
@@ -34,19 +30,17 @@ use crate::own_spans::End;
 
 /// The most processes of one instance that are told apart, and the most hand-overs that become events.
 const MAX_PLACES: u32 = 64;
+pub(super) const FIRST_PLACE: u32 = 1;
 const MAX_RESUMED_EVENTS: usize = 32;
 
 /// The lifetime of a part, in idle times: nobody refreshes the part of a process that has died.
-const PART_LIFETIME: u32 = 8;
+pub(super) const PART_LIFETIME: u32 = 8;
 
 /// The number of spans in a record that is no part: the first place that was free at the end.
-const SHUT: u64 = u64::MAX;
+pub(super) const SHUT: u64 = u64::MAX;
 
 /// The part of a key that stands for the end.
 const END: &str = "end";
-
-/// The time after which a forgotten root is looked at again while the backend does not answer.
-const RETRY: Duration = Duration::from_secs(5);
 
 /// The sum over all processes.
 struct Total {
@@ -59,13 +53,17 @@ struct Total {
 /// Asks for a place in the backend, where the part of this process is kept.
 pub(super) fn ask_for_place(part: &Arc<Part>) {
     if let Some(client) = part.roots.client() {
-        let (write, on_winner) = ask(part.clone(), 1);
+        let (write, on_winner) = ask(part.clone(), FIRST_PLACE);
         client.claim(write, on_winner);
     }
 }
 
 fn ask(part: Arc<Part>, place: u32) -> (Write, OnWinner) {
-    let write = Write::PutIfAbsent(part.place_key(place), part.record_now(0));
+    let write = {
+        let now = part.roots.clock.now();
+        let record = part.as_part(place, &lock(&part.progress), 0, now);
+        Write::PutIfAbsent(part.place_key(place), record)
+    };
     let on_winner = move |there: Record| {
         let (is_own, root) = (part.is_own(&there), there.root);
         let root = root.filter(|root| root.spans != SHUT);
@@ -82,7 +80,7 @@ fn ask(part: Arc<Part>, place: u32) -> (Write, OnWinner) {
                 progress.place = Place::Taken(place);
                 progress.spans += root.spans;
                 progress.last_end = progress.last_end.max(root.last_end);
-                let record = part.as_record(&progress, progress.spans, now);
+                let record = part.as_part(place, &progress, progress.spans, now);
                 drop(progress);
                 let write = Write::Put(part.place_key(place), record);
                 let on_winner = None;
@@ -109,7 +107,7 @@ pub(super) fn write_part(part: &Arc<Part>, place: u32) {
         let now = part.roots.clock.now();
         // Sent under the lock, so that no later state is overwritten by an earlier one. Sending waits for no lock.
         let progress = lock(&part.progress);
-        let record = part.as_record(&progress, progress.spans, now);
+        let record = part.as_part(place, &progress, progress.spans, now);
         client.write(Write::Put(part.place_key(place), record));
     }
 }
@@ -117,16 +115,18 @@ pub(super) fn write_part(part: &Arc<Part>, place: u32) {
 /// Claims the end, and exports the root if no other process has done so.
 pub(super) fn close(part: &Arc<Part>) {
     let own = Total::of_own(part);
-    let is_superseded = lock(&part.progress)
-        .ending
-        .is_some_and(|ending| ending.status == EndStatus::Superseded);
+    let (is_superseded, place) = {
+        let progress = lock(&part.progress);
+        let status = progress.ending.map(|ending| ending.status);
+        (status == Some(EndStatus::Superseded), progress.place)
+    };
     match part.roots.client() {
         Some(client) if !is_superseded => {
             let write = Write::PutIfAbsent(part.key(END), part.record_now(SHUT));
             let part = part.clone();
             let on_winner = move |there: Record| {
                 if part.is_own(&there) {
-                    sum_up(part, own, 1)
+                    sum_up(part, own, FIRST_PLACE)
                 } else {
                     lock(&part.progress).stage = Stage::Closed;
                     Vec::new()
@@ -135,7 +135,14 @@ pub(super) fn close(part: &Arc<Part>) {
             client.claim(write, Box::new(on_winner));
         }
         // Nobody else has this root.
-        _ => export(part, &own),
+        client => {
+            if let (Some(client), true) = (client, place != Place::None) {
+                // Nor shall anybody find its part, and take it for abandoned.
+                let end = part.record_now(SHUT);
+                client.write(Write::PutIfAbsent(part.key(END), end));
+            }
+            export(part, &own);
+        }
     }
 }
 
@@ -157,7 +164,7 @@ fn sum_up(part: Arc<Part>, mut total: Total, place: u32) -> Vec<FollowUp> {
         if !is_own {
             total.add(&root);
         }
-        if place > 1 {
+        if place > FIRST_PLACE {
             total.resumed_at.push(root.started_at);
         }
         let mut next = sum_up(part.clone(), total, place + 1);
@@ -204,6 +211,9 @@ fn export(part: &Part, total: &Total) {
     };
     let roots = &part.roots;
     let Ending { status, at } = ending;
+    if status == EndStatus::Abandoned {
+        roots.warn_without_end(1);
+    }
     let own = part.context.to_span_context();
     let span = &part.span;
     let parent = match span.parent_span_id {
@@ -280,22 +290,29 @@ impl Part {
         record.context.span_id() == self.roots.token
     }
 
+    /// Returns a record that claims a key of the root.
     fn record_now(&self, spans: u64) -> Record {
         let now = self.roots.clock.now();
         self.as_record(&lock(&self.progress), spans, now)
     }
 
-    /// Returns the record of this process's part.
+    /// Returns the record of this process's part. The one in the first place has the whole root: it is still found when
+    /// the record of the instance has expired.
+    fn as_part(&self, place: u32, progress: &Progress, spans: u64, now: SystemTime) -> Record {
+        let mut record = self.as_record(progress, spans, now);
+        if place == FIRST_PLACE {
+            record.context = self.token(self.context.to_span_context().trace_state().clone(), now);
+            record.run_id = self.run_id.as_deref().map(str::to_owned);
+            if let Some(root) = &mut record.root {
+                root.started_at = self.span.started_at;
+                root.parent_span_id = self.span.parent_span_id;
+                root.links.clone_from(&self.span.links);
+            }
+        }
+        record
+    }
+
     fn as_record(&self, progress: &Progress, spans: u64, now: SystemTime) -> Record {
-        let own = self.context.to_span_context();
-        let token = SpanContext::new(
-            own.trace_id(),
-            self.roots.token,
-            own.trace_flags(),
-            false,
-            Default::default(),
-        );
-        let context = WorkflowContext::from_span(&token, now);
         let root = RootSpan {
             last_end: progress.last_end,
             spans,
@@ -306,8 +323,7 @@ impl Part {
             )
         };
         Record {
-            // Neither id is zero.
-            context: context.unwrap_or_else(|| self.context.clone()),
+            context: self.token(TraceState::NONE, now),
             run_id: None,
             generation: self.generation,
             expires_at: self.roots.part_expiry(now),
@@ -315,8 +331,17 @@ impl Part {
         }
     }
 
+    /// Returns the root's context with the token of this process as its span id.
+    fn token(&self, state: TraceState, now: SystemTime) -> WorkflowContext {
+        let own = self.context.to_span_context();
+        let flags = own.trace_flags();
+        let token = SpanContext::new(own.trace_id(), self.roots.token, flags, false, state);
+        // Neither id is zero.
+        WorkflowContext::from_span(&token, now).unwrap_or_else(|| self.context.clone())
+    }
+
     /// The key under which the instance's record is found.
-    fn record_key(&self) -> String {
+    pub(super) fn record_key(&self) -> String {
         match &self.run_id {
             Some(run_id) => run_key(&self.id, run_id),
             None => instance_key(&self.id),
@@ -335,80 +360,5 @@ impl Roots {
         let idle = self.backing.get().map(|backing| backing.idle);
         let lifetime = idle.unwrap_or_default().saturating_mul(PART_LIFETIME);
         crate::clock::after(now, lifetime)
-    }
-
-    /// Exports the roots that memory has forgotten, if no other process uses them.
-    pub(crate) fn work_off(&self) {
-        let now = self.clock.now();
-        let due: Vec<_> = {
-            let mut all = lock(&self.due);
-            let (due, rest) = std::mem::take(&mut *all)
-                .into_iter()
-                .partition(|due| due.at <= now);
-            *all = rest;
-            due
-        };
-        for Due { part, .. } in due {
-            if let Some(at) = self.look_at(&part, now) {
-                self.add_due(Due { part, at });
-            }
-        }
-    }
-
-    /// Ends a forgotten root, or returns the time at which it is to be looked at again.
-    fn look_at(&self, part: &Arc<Part>, now: SystemTime) -> Option<SystemTime> {
-        let is_over = lock(&part.progress).ending.is_some();
-        if let Some(client) = self.client().filter(|_| !is_over) {
-            let is_late = Cell::new(client.is_down());
-            Client::begin();
-            let on_late = || -> OnLate {
-                is_late.set(true);
-                Box::new(|_| ())
-            };
-            let there = client.get(&part.record_key(), on_late);
-            if is_late.get() {
-                return Some(now + RETRY);
-            }
-            let is_it = |root: &RootSpan| root.span_id == part.span.span_id;
-            if let Some(there) = there.filter(|there| there.expires_at > now) {
-                if there.root.as_deref().is_some_and(is_it) {
-                    // It may be in use elsewhere.
-                    return Some(there.expires_at + Duration::from_millis(1));
-                }
-            }
-        }
-        {
-            let progress = &mut *lock(&part.progress);
-            if progress.stage != Stage::Open {
-                return None;
-            }
-            progress.stage = Stage::Closing;
-            let (status, at) = (EndStatus::Abandoned, now);
-            progress.ending.get_or_insert(Ending { status, at });
-        }
-        self.warn_without_end(1);
-        close(part);
-        None
-    }
-}
-
-impl OnTick for Roots {
-    /// Exporting runs foreign code, which must not hold up the ticking thread.
-    fn on_tick(&self, _: u32) {
-        if lock(&self.due).is_empty() || self.is_working.swap(true, AcqRel) {
-            return;
-        }
-        let Some(roots) = self.own.upgrade() else {
-            return;
-        };
-        let thread = thread::Builder::new().name("workflow-context-roots".to_owned());
-        let spawned = thread.spawn(move || {
-            // A panicking clock must not be the last thing that this is used for.
-            let _ = caught(|| roots.work_off());
-            roots.is_working.store(false, Release);
-        });
-        if spawned.is_err() {
-            self.is_working.store(false, Release);
-        }
     }
 }

@@ -163,51 +163,58 @@ mod pieces {
             attributes: &[KeyValue],
             links: &[Link],
         ) -> SamplingResult {
-            let inner = || {
-                self.inner.should_sample(
-                    parent_context,
-                    trace_id,
-                    name,
-                    span_kind,
-                    attributes,
-                    links,
-                )
-            };
-            if !is_asked() {
-                return inner();
+            if is_asked() {
+                let inner = || {
+                    self.inner.should_sample(
+                        parent_context,
+                        trace_id,
+                        name,
+                        span_kind,
+                        attributes,
+                        links,
+                    )
+                };
+                return answer(&inner);
             }
-            // Taken before the inner sampler runs, which may open spans of its own.
-            let _ = IS_ASKED.try_with(|asked| asked.set(false));
-            let request = REQUEST.try_with(|it| it.borrow_mut().take());
-            let answer = ANSWER.try_with(std::cell::Cell::get).unwrap_or_default();
-            let (is_sampled, result) = match request.ok().flatten().map(|it| it.purpose) {
-                None => return inner(),
-                Some(Purpose::Export(trace_state)) => {
-                    let result = SamplingResult {
-                        decision: SamplingDecision::RecordAndSample,
-                        attributes: Vec::new(),
-                        trace_state,
-                    };
-                    (true, result)
-                }
-                Some(Purpose::Probe) => {
-                    let decided = inner();
-                    let is_sampled = decided.decision == SamplingDecision::RecordAndSample;
-                    let result = SamplingResult {
-                        decision: SamplingDecision::Drop,
-                        attributes: Vec::new(),
-                        ..decided
-                    };
-                    (is_sampled, result)
-                }
-            };
-            let _ = ANSWER.try_with(|it| {
-                it.set(Answer {
-                    is_sampled: Some(is_sampled),
-                    ..answer
-                });
-            });
-            result
+            self.inner
+                .should_sample(parent_context, trace_id, name, span_kind, attributes, links)
         }
+    }
+
+    /// Decides for a span of this crate's own. Out of the way of ordinary spans, which would pay for its stack frame.
+    #[cold]
+    fn answer(inner: &dyn Fn() -> SamplingResult) -> SamplingResult {
+        // Taken before the inner sampler runs, which may open spans of its own.
+        let _ = IS_ASKED.try_with(|asked| asked.set(false));
+        let request = REQUEST.try_with(|it| it.borrow_mut().take());
+        let answer = ANSWER.try_with(std::cell::Cell::get).unwrap_or_default();
+        let (is_sampled, result) = match request.ok().flatten().map(|it| it.purpose) {
+            None => return inner(),
+            Some(Purpose::Export(trace_state)) => {
+                let result = SamplingResult {
+                    decision: SamplingDecision::RecordAndSample,
+                    attributes: Vec::new(),
+                    trace_state,
+                };
+                (true, result)
+            }
+            Some(Purpose::Probe) => {
+                let decided = inner();
+                let is_sampled = decided.decision == SamplingDecision::RecordAndSample;
+                let result = SamplingResult {
+                    decision: SamplingDecision::Drop,
+                    attributes: Vec::new(),
+                    ..decided
+                };
+                (is_sampled, result)
+            }
+        };
+        let _ = ANSWER.try_with(|it| {
+            it.set(Answer {
+                is_sampled: Some(is_sampled),
+                ..answer
+            });
+        });
+        result
     }
 }

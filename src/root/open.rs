@@ -1,8 +1,8 @@
 //! A root whose end has not been told: what this process knows of its spans.
 
 use std::fmt;
+use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
 use opentelemetry::trace::SpanContext;
@@ -37,25 +37,9 @@ impl OpenRoot {
         context: WorkflowContext,
         span: RootSpan,
     ) -> Arc<Self> {
-        let progress = Progress {
-            stage: Stage::New,
-            first_seen: roots.clock.now(),
-            last_end: span.started_at,
-            spans: 0,
-            open: 0,
-            place: Place::None,
-            ending: None,
-            links: Vec::new(),
-        };
-        Arc::new(Self(Arc::new(Part {
-            roots: roots.clone(),
-            id: id.into(),
-            run_id: run_id.map(Box::from),
-            generation,
-            context,
-            span,
-            progress: Mutex::new(progress),
-        })))
+        let stage = Stage::New;
+        let part = Part::new(roots, id, run_id, generation, context, span, stage);
+        Arc::new(Self(Arc::new(part)))
     }
 
     /// Returns the root as a backend keeps it beside the context of the instance.

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::hash::{BuildHasher as _, RandomState};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::{Duration, SystemTime};
 
@@ -20,7 +20,7 @@ use crate::stats::Counters;
 use crate::warnings::Warnings;
 
 /// The most forgotten roots that wait to be looked at.
-const MAX_DUE: usize = 64 * 1024;
+pub(super) const MAX_DUE: usize = 64 * 1024;
 
 /// The number of roots at which it is worth a warning that none has ended.
 const MANY_OPEN: u64 = 256;
@@ -55,6 +55,8 @@ pub(crate) struct Roots {
     pub(super) due: Mutex<Vec<Due>>,
     /// A thread works on what is due.
     pub(super) is_working: AtomicBool,
+    /// The tick at which to sweep again.
+    pub(super) next_sweep: AtomicU32,
 }
 
 /// The backend in which the roots of all processes meet.
@@ -94,6 +96,7 @@ impl Roots {
             backing: OnceLock::new(),
             due: Mutex::default(),
             is_working: AtomicBool::new(false),
+            next_sweep: AtomicU32::new(0),
         });
         let weak = Arc::downgrade(&roots);
         crate::clock::subscribe(weak);
@@ -172,6 +175,38 @@ pub(crate) struct Part {
     pub(super) context: WorkflowContext,
     pub(super) span: RootSpan,
     pub(super) progress: Mutex<Progress>,
+}
+
+impl Part {
+    pub(super) fn new(
+        roots: &Arc<Roots>,
+        id: &str,
+        run_id: Option<&str>,
+        generation: u32,
+        context: WorkflowContext,
+        span: RootSpan,
+        stage: Stage,
+    ) -> Self {
+        let progress = Progress {
+            stage,
+            first_seen: roots.clock.now(),
+            last_end: span.started_at,
+            spans: 0,
+            open: 0,
+            place: Place::None,
+            ending: None,
+            links: Vec::new(),
+        };
+        Self {
+            roots: roots.clone(),
+            id: id.into(),
+            run_id: run_id.map(Box::from),
+            generation,
+            context,
+            span,
+            progress: Mutex::new(progress),
+        }
+    }
 }
 
 pub(super) struct Progress {

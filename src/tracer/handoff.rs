@@ -13,6 +13,7 @@
 //! | `TIMES` | layer, `on_close` of a span that was held | span, `set_attribute` and `end` | one close |
 //! | `ASKING`, `ANSWER` | tracer, `build_with_context` | the parent, `is_recording` | one question |
 //! | `IS_TAGGED` | a tagged span, `is_recording` | tracer, for a first span | one question |
+//! | `ASKING_IDENTITY`, `IDENTITY` | layer, `on_enter` inside a held span | a tagged span, `is_recording` | one question |
 //! | `MUST_NOT_ASK` | span, `end` | tracer | one export |
 //! | `HAS_PANICKED` | ordinary span, `end` | layer, `on_close` | one close |
 //!
@@ -71,6 +72,8 @@ thread_local! {
     static ASKING: Cell<Option<StorageId>> = const { Cell::new(None) };
     static ANSWER: RefCell<Option<Replay>> = const { RefCell::new(None) };
     static IS_TAGGED: Cell<bool> = const { Cell::new(false) };
+    static ASKING_IDENTITY: Cell<Option<StorageId>> = const { Cell::new(None) };
+    static IDENTITY: RefCell<Option<Identity>> = const { RefCell::new(None) };
     static MUST_NOT_ASK: Cell<bool> = const { Cell::new(false) };
     static HAS_PANICKED: Cell<bool> = const { Cell::new(false) };
 }
@@ -328,6 +331,22 @@ pub(super) fn ask_whether_tagged(ask: impl FnOnce()) -> bool {
 #[inline]
 pub(super) fn answer_tagged() {
     let _ = IS_TAGGED.try_with(|is_tagged| is_tagged.set(true));
+}
+
+/// Asks the span whose `is_recording` is called by `ask` of which instance of the storage it is.
+pub(crate) fn ask_for_identity(storage: StorageId, ask: impl FnOnce()) -> Option<Identity> {
+    if MUST_NOT_ASK.get() {
+        return None;
+    }
+    scoped::with(&ASKING_IDENTITY, Some(storage), ask);
+    IDENTITY.try_with(|identity| identity.take()).ok()?
+}
+
+/// Answers, as a span of the storage, if that is what is asked.
+pub(super) fn answer_identity(storage: StorageId, identity: Option<&Identity>) {
+    if ASKING_IDENTITY.get() == Some(storage) {
+        let _ = IDENTITY.try_with(|answer| answer.replace(identity.cloned()));
+    }
 }
 
 /// Runs code that may start spans beneath one that OpenTelemetry has locked on this thread: asking would deadlock.

@@ -233,7 +233,9 @@ impl StandIn {
     }
 
     pub(super) fn is_recording(&self) -> bool {
-        handoff::answer_replay(StorageId::new(&self.shared), &self.replay);
+        let storage = StorageId::new(&self.shared);
+        handoff::answer_replay(storage, &self.replay);
+        handoff::answer_identity(storage, self.identity.as_ref());
         self.observes
     }
 

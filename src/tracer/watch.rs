@@ -6,7 +6,7 @@ use std::time::SystemTime;
 use opentelemetry::trace::{Span, SpanContext};
 use opentelemetry::{KeyValue, SpanId, TraceId};
 
-use super::handoff::{self, Mark};
+use super::handoff::{self, Mark, StorageId};
 use super::live_ids::Live;
 use super::replay::ReplaysBeneath;
 use super::rooted::{Rooted, allocate_late};
@@ -137,9 +137,11 @@ impl Watch {
         if self.instance.is_some() {
             handoff::answer_tagged();
         }
-        let memo = self.memo.as_ref();
-        if let Some(beneath) = memo.and_then(|memo| memo.replays_beneath.as_ref()) {
-            beneath.answer();
+        if let Some(memo) = self.memo.as_ref() {
+            handoff::answer_identity(StorageId::new(&self.shared), memo.identity());
+            if let Some(beneath) = memo.replays_beneath.as_ref() {
+                beneath.answer();
+            }
         }
         self.observes
     }

@@ -1,5 +1,6 @@
 //! Feature `durable-root`: a workflow has a span of its own, from its first sight to its end, exported once.
 
+mod abandoned;
 mod derived;
 mod suspended;
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 use crate::support::*;
 use tracing_workflow_context::backend::{StorageBackend, Write, WriteOutcome};
 use tracing_workflow_context::testing::check_backend;
-use tracing_workflow_context::{Form, PostgresBackend};
+use tracing_workflow_context::{ConnectError, Form, PostgresBackend, StorageError};
 
 mod faults;
 mod interop;
@@ -57,7 +57,39 @@ fn postgres_fulfils_the_contract_with_json() {
 fn postgres_behind_pgbouncer_fulfils_the_contract() {
     let server = PostgresServer::start();
     let pooler = PgBouncer::before(&server, 3);
+    server.sql("CREATE SCHEMA \"of JSON\"");
     assert_fulfils_the_contract(Form::Binary, || backend_at(pooler.url()));
+    assert_fulfils_the_contract(Form::Json, || backend_at(pooler.url()).schema("of JSON"));
+    // Its connections, which others use too, are as they were.
+    for setting in ["statement_timeout", "transaction_isolation"] {
+        let show = format!("SHOW {setting}");
+        assert_eq!(pooler.sql(&show), server.sql(&show));
+    }
+    assert_eq!(
+        pooler.sql("SELECT count(*) FROM pg_prepared_statements"),
+        "0"
+    );
+}
+
+#[test]
+fn a_server_is_reached_by_its_socket() {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    let directory = Directory::new();
+    let all = std::fs::Permissions::from_mode(0o777);
+    std::fs::set_permissions(directory.path(), all).expect("a directory");
+    let path = directory.path().display().to_string();
+    let server = PostgresServer::start_with(&[&format!("unix_socket_directories={path}")]);
+    let (encoded, port) = (path.replace('/', "%2F"), server.port());
+    for url in [
+        format!("postgres://postgres@{encoded}:{port}/postgres"),
+        format!("postgres:///postgres?user=postgres&host={path}&port={port}"),
+    ] {
+        let backend = backend_at(&url);
+        backend.write_all(&[claim("id", &record(PARENT))]).unwrap();
+        assert!(backend.get("id").unwrap().is_some());
+        assert!(format!("{backend:?}").contains(&path), "{backend:?}");
+    }
 }
 
 /// The server of another user's database, with other defaults.
@@ -236,6 +268,49 @@ fn a_group_is_written_in_few_transactions() {
     assert!(used <= 4, "{used} transactions");
 }
 
+/// A statement can write to a row once.
+#[test]
+fn a_key_may_repeat_in_a_group() {
+    let server = PostgresServer::start();
+    let backend = backend(&server);
+    let of = |n: u8| record(&format!("00-0af7651916cd43dd8448eb211c80319c-{n:016x}-01"));
+    let put = |n| Write::Put("id".to_owned(), of(n));
+    let mut writes: Vec<_> = (0..900).map(|n| claim(&n.to_string(), &of(9))).collect();
+    writes.extend([claim("id", &of(1)), put(2), put(3), claim("id", &of(4))]);
+    writes.extend([Write::Remove("id".to_owned()), claim("id", &of(5)), put(6)]);
+    let outcomes = backend.write_all(&writes).unwrap();
+    let found: Vec<_> = outcomes.iter().map(|o| o.existing().is_some()).collect();
+    let expected: Vec<_> = (0..907).map(|at| at == 903).collect();
+    assert_eq!(found, expected);
+    let existing = outcomes[903].existing().expect("what was put before");
+    assert_eq!(existing.context.span_id(), of(3).context.span_id());
+    let stored = backend.get("id").unwrap().expect("the last one");
+    assert_eq!(stored.context.span_id(), of(6).context.span_id());
+}
+
+#[test]
+fn a_scan_has_no_transaction_open_while_it_visits() {
+    let server = PostgresServer::start();
+    let backend = backend(&server);
+    let ids: Vec<_> = (0..2500).map(|n| n.to_string()).collect();
+    let claims: Vec<_> = ids.iter().map(|id| claim(id, &record(PARENT))).collect();
+    backend.write_all(&claims).unwrap();
+    let mut seen = Vec::new();
+    let scanned = backend.scan(&mut |key, _| {
+        if seen.len() % 500 == 0 {
+            let open = "SELECT count(*) FROM pg_stat_activity \
+                WHERE application_name = 'tracing-workflow-context' AND xact_start IS NOT NULL";
+            assert_eq!(server.sql(open), "0");
+        }
+        seen.push(key.to_owned());
+    });
+    scanned.unwrap();
+    seen.sort();
+    let mut ids = ids;
+    ids.sort();
+    assert_eq!(seen, ids);
+}
+
 #[test]
 fn workers_that_write_the_same_keys_do_not_wait_for_each_other() {
     let server = PostgresServer::start();
@@ -269,23 +344,63 @@ fn connecting_needs_no_reachable_server() {
     assert!(nobody.write_all(&[]).is_ok());
     assert!(!format!("{nobody:?} {error:?} {error}").contains("secret"));
 
-    for url in [
-        "",
-        "127.0.0.1:5432",
-        "http://127.0.0.1/",
-        "host=127.0.0.1 password=secret",
-        "postgres://",
-        "postgres:///orders",
-        "postgres://u:secret@127.0.0.1:port/orders",
-        "postgres://u:secret@127.0.0.1/orders?unknown=1",
-        "postgres://u:sec@ret?secret=1@127.0.0.1/orders",
-        "postgres://u:secret@127.0.0.1/orders?sslmode=perhaps",
+    for (url, wrong) in [
+        ("", "scheme"),
+        ("127.0.0.1:5432", "scheme"),
+        ("http://127.0.0.1/", "scheme"),
+        ("host=127.0.0.1 password=secret", "scheme"),
+        ("postgres://", "host"),
+        ("postgres:///orders", "host"),
+        ("postgres://u:secret@", "host"),
+        ("postgres://u:secret@[::1/orders", "host"),
+        ("postgres://u:secret/orders", "port"),
+        ("postgres://u:secret@127.0.0.1:port/orders", "port"),
+        ("postgres://u:secret@127.0.0.1/%ff", "percent-encoding"),
+        (
+            "postgres://u:secret@127.0.0.1/orders?unknown=1",
+            "parameters",
+        ),
+        (
+            "postgres://u:secret@127.0.0.1/orders?sslmode=perhaps",
+            "parameters",
+        ),
+        ("postgres://u:secret@127.0.0.1/orders?sslmode", "parameters"),
+        // The client would take a part of the password for a host, a user or a parameter.
+        (
+            "postgres://u:sec@ret?secret=1@127.0.0.1/orders",
+            "user or password",
+        ),
+        (
+            "postgres://127.0.0.1/orders?user=u&password=sec@ret",
+            "user or password",
+        ),
+        (
+            "postgres://127.0.0.1/orders?user=u&password=top&secret=1",
+            "parameters",
+        ),
+        (
+            "postgres://127.0.0.1/orders?user=u&pass%77ord=top&secret=1",
+            "parameters",
+        ),
+        // It could never connect to these.
+        (
+            "postgres://u:secret@127.0.0.1,127.0.0.2/orders?port=5433",
+            "port",
+        ),
+        ("postgres://u:secret@a,b/orders?hostaddr=127.0.0.1", "host"),
     ] {
         let error = PostgresBackend::connect(url).unwrap_err();
-        let cause = error.source().expect("the error of the backend");
+        let ConnectError::InvalidUrl { part, .. } = error else {
+            panic!("{error:?}")
+        };
+        assert_eq!(part, wrong, "{url}");
+        let cause = error.source().expect("a reason");
         let text = format!("{error} {error:?} {cause} {:?}", cause.source());
         assert!(text.contains("postgres://user@127.0.0.1"), "{url}: {text}");
         assert!(!text.contains("sec"), "{url}: {text}");
+        let error = StorageError::from(error);
+        let text = format!("{} {error:?}", error.source().expect("the same error"));
+        assert!(text.contains(wrong) && !text.contains("sec"), "{text}");
     }
 }
 

@@ -7,7 +7,7 @@ use crate::support::*;
 use redis::Commands as _;
 use tracing_workflow_context::backend::{StorageBackend, Write};
 use tracing_workflow_context::testing::check_backend;
-use tracing_workflow_context::{ConnectError, Form, RedisBackend};
+use tracing_workflow_context::{ConnectError, Form, RedisBackend, StorageError};
 
 mod cluster;
 mod faults;
@@ -222,19 +222,35 @@ fn connecting_needs_no_reachable_server() {
     assert!(error.source().is_some());
     assert!(nobody.write_all(&[]).unwrap().is_empty());
 
-    for url in [
-        "",
-        "127.0.0.1:6379",
-        "http://127.0.0.1/",
-        "redis://:secret@/",
-        "redis://127.0.0.1/?protocol=secret",
-        "redis://127.0.0.1/?pass=1&pro%74ocol=3secret",
-        "rediss://:secret@127.0.0.1/#insecure",
-        "redis://127.0.0.1/x",
+    let insecure = match cfg!(feature = "redis-tls") {
+        true => "fragment",
+        false => "scheme",
+    };
+    for (url, wrong) in [
+        ("", "scheme"),
+        ("127.0.0.1:6379", "scheme"),
+        ("http://127.0.0.1/", "scheme"),
+        ("redis://:secret@/", "host"),
+        ("redis://:secret@0.0.0.0/", "host"),
+        ("redis://:sec/ret@127.0.0.1/", "host"),
+        ("redis://:secret@127.0.0.1:port/", "host"),
+        ("redis://:secret@127.0.0.1/x", "database"),
+        ("redis://:secret%ff@127.0.0.1/", "user or password"),
+        ("redis://:secret@127.0.0.1/?protocol=x", "parameters"),
+        ("redis://127.0.0.1/?protocol=secret", "parameters"),
+        ("redis://127.0.0.1/?pass=1&pro%74ocol=3secret", "parameters"),
+        ("rediss://:secret@127.0.0.1/#insecure", insecure),
     ] {
         let error = RedisBackend::connect(url).unwrap_err();
-        assert!(matches!(error, ConnectError::InvalidUrl { .. }));
-        assert!(!format!("{error} {error:?}").contains("secret"));
+        let ConnectError::InvalidUrl { part, .. } = error else {
+            panic!("{error:?}")
+        };
+        assert_eq!(part, wrong, "{url}");
+        let error = StorageError::from(error);
+        let cause = error.source().expect("the same error");
+        let text = format!("{cause} {error:?}");
+        assert!(text.contains("redis://127.0.0.1"), "{url}: {text}");
+        assert!(text.contains(wrong) && !text.contains("sec"), "{text}");
     }
     let with_password = RedisBackend::connect("redis://:secret@127.0.0.1:1/").unwrap();
     assert!(!format!("{with_password:?}").contains("secret"));

@@ -20,8 +20,17 @@ pub(crate) struct PostgresServer {
     port: u16,
     directory: Directory,
     settings: Vec<String>,
-    /// The largest size of a file, in bytes.
-    largest_file: Option<u64>,
+    room: Room,
+}
+
+/// The room on the disk that a server has.
+#[derive(Clone, Copy, Debug)]
+enum Room {
+    Any,
+    /// No file may exceed that many bytes.
+    Files(u64),
+    /// The directory of `small_disk` is a file system of its own of so many bytes, which nobody but the server sees.
+    SmallDisk(u64),
 }
 
 impl PostgresServer {
@@ -31,29 +40,71 @@ impl PostgresServer {
 
     /// Starts a server with these settings, each as in `name=value`.
     pub(crate) fn start_with(settings: &[&str]) -> Self {
-        Self::start_on(settings, None, |_| {})
+        Self::start_on(settings, |_| {})
     }
 
     /// Starts a server none of whose files may exceed that many bytes.
     pub(crate) fn start_with_files_of(bytes: u64) -> Self {
-        Self::start_on(&["autovacuum=off"], Some(bytes), |_| {})
+        Self::start_in(new_data(), &["autovacuum=off"], Room::Files(bytes))
+    }
+
+    /// Starts a server with a tablespace of its own for new tables, on a disk of so many bytes: a tmpfs in a mount namespace
+    /// of the server. That needs root with `CAP_SYS_ADMIN`, or else unprivileged user namespaces. Where it cannot be
+    /// mounted, as in most containers, the limit holds for each file of the server instead, which is told.
+    pub(crate) fn start_on_a_small_disk(bytes: u64) -> Self {
+        let settings = ["autovacuum=off"];
+        let directory = new_data();
+        let disk = directory.file("small disk");
+        std::fs::create_dir(&disk).expect("a directory");
+        own(directory.path());
+        let mut can_mount = on_small_disk(&disk, bytes, &Command::new("true"));
+        match can_mount.output() {
+            Ok(output) if output.status.success() => {
+                let server = Self::start_in(directory, &settings, Room::SmallDisk(bytes));
+                let disk = disk.display();
+                server.sql(&format!("CREATE TABLESPACE small LOCATION '{disk}'"));
+                server.sql("ALTER DATABASE postgres SET default_tablespace = small");
+                server
+            }
+            other => {
+                eprintln!(
+                    "no small disk, so a limit on the size of files stands for it: it cannot be mounted, run as root \
+                     with CAP_SYS_ADMIN, or allow user namespaces: {other:?}"
+                );
+                Self::start_in(directory, &settings, Room::Files(bytes))
+            }
+        }
+    }
+
+    /// Starts a standby of another server, which takes no writes until it is promoted.
+    pub(crate) fn start_standby_of(primary: &Self, settings: &[&str]) -> Self {
+        let directory = Directory::new();
+        own(directory.path());
+        let mut command = as_user(&program("pg_basebackup"));
+        command
+            .arg("--pgdata")
+            .arg(directory.file("data"))
+            .args(["--dbname", &primary.url()])
+            .args(["--write-recovery-conf", "--checkpoint=fast", "--no-sync"]);
+        run(&mut command);
+        Self::start_in(directory, settings, Room::Any)
     }
 
     /// Starts a server after its data directory was changed.
-    pub(crate) fn start_on(
-        settings: &[&str],
-        largest_file: Option<u64>,
-        change: impl FnOnce(&Path),
-    ) -> Self {
+    pub(crate) fn start_on(settings: &[&str], change: impl FnOnce(&Path)) -> Self {
         let directory = new_data();
         change(&directory.file("data"));
         own(directory.path());
+        Self::start_in(directory, settings, Room::Any)
+    }
+
+    fn start_in(directory: Directory, settings: &[&str], room: Room) -> Self {
         let settings: Vec<_> = settings.iter().map(ToString::to_string).collect();
         // Another process may take the port between its choice and its use.
         let (port, process) = (0..10)
             .find_map(|_| {
                 let port = free_port();
-                Some((port, try_start(&directory, port, &settings, largest_file)?))
+                Some((port, try_start(&directory, port, &settings, room)?))
             })
             .expect("postgres starts on one of ten free ports");
         Self {
@@ -61,7 +112,7 @@ impl PostgresServer {
             port,
             directory,
             settings,
-            largest_file,
+            room,
         }
     }
 
@@ -84,12 +135,7 @@ impl PostgresServer {
     }
 
     fn try_start(&self) -> Option<Child> {
-        try_start(
-            &self.directory,
-            self.port,
-            &self.settings,
-            self.largest_file,
-        )
+        try_start(&self.directory, self.port, &self.settings, self.room)
     }
 
     /// Restarts the server with new, empty data.
@@ -115,22 +161,13 @@ impl PostgresServer {
     /// Runs SQL as the superuser, and returns its rows, the columns separated by `|`.
     #[track_caller]
     pub(crate) fn sql(&self, sql: &str) -> String {
-        let output = Command::new(program("psql"))
-            .args([
-                "-XAtq",
-                "-v",
-                "ON_ERROR_STOP=1",
-                "-d",
-                &self.url(),
-                "-c",
-                sql,
-            ])
-            .output()
-            .expect("psql can be run");
-        let error = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{sql}: {error}");
-        let rows = String::from_utf8(output.stdout).expect("text");
-        rows.trim_end().to_owned()
+        let rows = self.try_sql(sql);
+        rows.unwrap_or_else(|error| panic!("{sql}: {error}"))
+    }
+
+    /// Runs SQL as the superuser. Returns its rows, or the error that the server answers.
+    pub(crate) fn try_sql(&self, sql: &str) -> Result<String, String> {
+        psql(&self.url(), sql)
     }
 
     /// Runs SQL in a transaction that lasts until the result is dropped.
@@ -242,6 +279,12 @@ impl PgBouncer {
     pub(crate) fn url(&self) -> &str {
         &self.url
     }
+
+    /// Runs SQL on one of its connections to the server.
+    #[track_caller]
+    pub(crate) fn sql(&self, sql: &str) -> String {
+        psql(&self.url, sql).unwrap_or_else(|error| panic!("{sql}: {error}"))
+    }
 }
 
 impl Drop for PgBouncer {
@@ -251,20 +294,31 @@ impl Drop for PgBouncer {
     }
 }
 
-fn try_start(
-    directory: &Directory,
-    port: u16,
-    settings: &[String],
-    largest_file: Option<u64>,
-) -> Option<Child> {
+fn psql(url: &str, sql: &str) -> Result<String, String> {
+    let output = Command::new(program("psql"))
+        .args(["-XAtq", "-v", "ON_ERROR_STOP=1", "-d", url, "-c", sql])
+        .output()
+        .expect("psql can be run");
+    if !output.status.success() {
+        return Err(String::from_utf8_lossy(&output.stderr).into_owned());
+    }
+    let rows = String::from_utf8(output.stdout).expect("text");
+    Ok(rows.trim_end().to_owned())
+}
+
+fn try_start(directory: &Directory, port: u16, settings: &[String], room: Room) -> Option<Child> {
     let data = directory.file("data");
-    let mut command = match largest_file {
-        None => as_user(&program("postgres")),
-        Some(bytes) => {
+    let mut command = match room {
+        Room::Any => as_user(&program("postgres")),
+        Room::Files(bytes) => {
             let mut command = as_user(Path::new("prlimit"));
             command.arg(format!("--fsize={bytes}"));
             command.arg(program("postgres"));
             command
+        }
+        Room::SmallDisk(bytes) => {
+            let disk = directory.file("small disk");
+            on_small_disk(&disk, bytes, &as_user(&program("postgres")))
         }
     };
     command
@@ -372,6 +426,31 @@ fn as_user(program: &Path) -> Command {
     command.args(["--reuid", USER, "--regid", USER, "--clear-groups", "--"]);
     command.arg(program);
     command
+}
+
+/// Returns a command that runs another one in a mount namespace of its own, in which a directory is a file system of so
+/// many bytes.
+fn on_small_disk(directory: &Path, bytes: u64, command: &Command) -> Command {
+    let mut there = Command::new("unshare");
+    let (own, as_user) = match is_root() {
+        true => (format!("chown {USER} \"$0\""), String::new()),
+        false => {
+            there.args(["--user", "--map-root-user"]);
+            // Only root may mount, as whom PostgreSQL refuses to run: so in a namespace in that one, as the user again.
+            let [user, group] = ["-u", "-g"].map(|of| run(Command::new("id").arg(of)));
+            let [user, group] = [user.trim(), group.trim()];
+            let back = format!("unshare --user --map-user={user} --map-group={group} --");
+            ("true".to_owned(), back)
+        }
+    };
+    let script =
+        format!("mount -t tmpfs -o size={bytes} tmpfs \"$0\" && {own} && exec {as_user} \"$@\"");
+    there
+        .args(["--mount", "sh", "-c", &script])
+        .arg(directory)
+        .arg(command.get_program())
+        .args(command.get_args());
+    there
 }
 
 fn is_root() -> bool {

@@ -1,76 +1,43 @@
-//! A process with the real Temporal worker in it.
+//! A worker process, which works until its input ends.
 
-use crate::{
-    OURS, PLAIN,
-    order::{Order, OrderActivities},
-    pipe::{self, Message, PipeExporter},
-    server::{self, DONE, ORDER, Shift},
-};
-use anyhow::{Context as _, Result, bail};
-use opentelemetry::trace::TracerProvider as _;
-use opentelemetry_sdk::trace::SdkTracerProvider;
-use std::{sync::Arc, time::Duration};
-use temporalio_client::ClientOptions;
-use temporalio_sdk::{Worker, WorkerOptions};
-use tokio::{
-    sync::{Notify, watch},
-    time::timeout,
-};
-use tracing_subscriber::prelude::*;
-use tracing_workflow_context::{Engine, WorkflowContext, WorkflowContextStorage};
+use std::sync::Arc;
 
-/// Nothing here takes a second; a worker that is neither done nor killed by then is stuck.
-const PATIENCE: Duration = Duration::from_secs(30);
+use anyhow::{Context as _, Result};
+use temporalio_sdk::{Runtime, Worker, WorkerOptions};
+use tokio::runtime::Handle;
+use tokio::sync::Notify;
 
-#[tokio::main]
-pub async fn run(layer: &str, shift: Shift, carried: Option<&str>) -> Result<()> {
-    let storage = WorkflowContextStorage::builder()
-        .engine(Engine::Temporal)
-        .build()?;
-    if let Some(context) = carried {
-        storage.store(ORDER, WorkflowContext::parse(context, "")?)?;
-    }
-    let provider = SdkTracerProvider::builder()
-        .with_simple_exporter(PipeExporter)
-        .build();
-    let tracer = provider.tracer("temporal-example");
-    // The whole difference between the two runs. No filter: every span of the SDK comes by.
-    let layer = match layer {
-        PLAIN => tracing_opentelemetry::layer().with_tracer(tracer).boxed(),
-        OURS => storage.layer(tracer).boxed(),
-        unknown => bail!("no such layer: {unknown}"),
-    };
-    tracing_subscriber::registry().with(layer).init();
+use crate::client::{QUEUE, connect};
+use crate::order::{Order, OrderActivities, Pack};
+use crate::{pipe, tagging};
 
+pub async fn work(temporal: &str, with_interceptor: bool) -> Result<()> {
     let hanging = Arc::new(Notify::new());
-    let (answers, mut answered) = watch::channel(0);
-    let core = Arc::new(server::worker(shift, answers)?);
-    let client = ClientOptions::new(core.get_config().namespace.clone()).build();
-    let options = WorkerOptions::new(core.get_config().task_queue.clone())
+    let mut options = WorkerOptions::new(QUEUE)
+        // Nothing is cached: each suspension evicts the workflow, and each resumption replays it from the beginning.
+        .max_cached_workflows(0)
         .register_workflow::<Order>()?
+        .register_workflow::<Pack>()?
         .register_activities(OrderActivities {
             hanging: hanging.clone(),
         })
         .build();
-    let mut worker = Worker::new_from_core_options(core, client, options)?;
+    if with_interceptor {
+        tagging::install(&mut options);
+    }
+    let runtime = Runtime::from_current_tokio(Default::default())?;
+    let mut worker = Worker::new(&runtime, connect(temporal).await?, options)?;
 
     let shut_down = worker.shutdown_handle();
-    let work = async { worker.run().await.context("the worker failed") };
-    let watch = async {
-        tokio::select! {
-            () = hanging.notified() => {
-                let context = storage.get(ORDER)?.map(|context| context.traceparent());
-                pipe::send(&Message::Hanging { context });
-            }
-            done = answered.wait_for(|answers| *answers == DONE) => {
-                done.context("the mocked server is gone")?;
-                shut_down();
-            }
-        }
-        Ok(())
-    };
-    timeout(PATIENCE, async { tokio::try_join!(work, watch) })
-        .await
-        .context("stuck")??;
-    Ok(())
+    let tokio = Handle::current();
+    std::thread::spawn(move || {
+        let _ = std::io::read_to_string(std::io::stdin());
+        let _entered = tokio.enter(); // which the shutdown needs
+        shut_down();
+    });
+    tokio::spawn(async move {
+        hanging.notified().await;
+        println!("{}", pipe::KILL_ME);
+    });
+    worker.run().await.context("the worker failed")
 }

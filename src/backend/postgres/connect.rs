@@ -1,6 +1,7 @@
 //! The servers of a URL, and connections to them.
 
 use std::error::Error;
+use std::str::Utf8Error;
 use std::time::Duration;
 
 use tokio::task::AbortHandle;
@@ -9,7 +10,7 @@ use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
 use tokio_postgres::{Client, Config, NoTls, Socket};
 
 use super::failure::Failure;
-use crate::backend::BackendError;
+use crate::backend::url::ConnectError;
 
 const APPLICATION: &str = env!("CARGO_PKG_NAME");
 
@@ -28,26 +29,20 @@ enum Tls {
 
 impl Target {
     /// Parses a URL. No error repeats it, since it may contain a password.
-    pub(super) fn parse(url: &str) -> Result<Self, BackendError> {
-        if !["postgres://", "postgresql://"]
-            .iter()
-            .any(|scheme| url.starts_with(scheme))
-        {
-            return Err(invalid("it does not begin with postgres://", None));
-        }
-        // The parser would take the rest of the password for a host.
-        if url.matches('@').count() > 1 {
-            return Err(invalid("an @ in it has to be written as %40", None));
+    pub(super) fn parse(url: &str) -> Result<Self, ConnectError> {
+        let schemes = ["postgres://", "postgresql://"];
+        let Some(rest) = schemes.iter().find_map(|scheme| url.strip_prefix(scheme)) else {
+            return Err(invalid("scheme", "it does not begin with postgres://"));
+        };
+        // The parser takes all before the first @ for a user and a password, wherever it is.
+        let (user, others) = rest.split_once('@').unwrap_or_default();
+        if user.contains(['/', '?']) || others.contains('@') {
+            let reason = "@, / and ? in a user or password have to be written as %40, %2F and %3F";
+            return Err(invalid("user or password", reason));
         }
         let config = url.parse::<Config>();
-        let mut config = config.map_err(|error| {
-            let reason = error.into_source();
-            let text = reason.as_ref().map(ToString::to_string);
-            invalid(text.as_deref().unwrap_or("it cannot be parsed"), reason)
-        })?;
-        if config.get_hosts().is_empty() && config.get_hostaddrs().is_empty() {
-            return Err(invalid("it names no host", None));
-        }
+        let mut config = config.map_err(|error| refused_by_parser(url, error))?;
+        check_servers(&config)?;
         let tls = match config.get_ssl_mode() {
             SslMode::Require => required_tls()?,
             _ => {
@@ -115,23 +110,61 @@ fn addresses(config: &Config) -> String {
     names.join(", ")
 }
 
-fn invalid(reason: &str, source: Option<Box<dyn Error + Send + Sync>>) -> BackendError {
-    let message = format!(
-        "invalid URL of a PostgreSQL database, expected a form like postgres://user@127.0.0.1:5432/database: {reason}"
-    );
-    BackendError::new(message, source)
+/// Checks what the client itself would only tell when it connects.
+fn check_servers(config: &Config) -> Result<(), ConnectError> {
+    let [hosts, addresses] = [config.get_hosts().len(), config.get_hostaddrs().len()];
+    let (servers, ports) = (hosts.max(addresses), config.get_ports().len());
+    if servers == 0 {
+        return Err(invalid("host", "it names no host"));
+    }
+    if hosts.min(addresses) > 0 && hosts != addresses {
+        let reason = format!("{hosts} hosts cannot have {addresses} addresses");
+        return Err(invalid("host", reason));
+    }
+    if ports > 1 && ports != servers {
+        let reason =
+            format!("{servers} hosts cannot have {ports} ports, one belongs behind each host");
+        return Err(invalid("port", reason));
+    }
+    Ok(())
+}
+
+fn refused_by_parser(url: &str, error: tokio_postgres::Error) -> ConnectError {
+    let Some(reason) = error.into_source() else {
+        return invalid("form", "it cannot be parsed");
+    };
+    if reason.is::<Utf8Error>() {
+        return invalid("percent-encoding", reason);
+    }
+    // What follows an & in a password seems to be another parameter. The word may be encoded.
+    let may_repeat_password = url.contains("password") || url.contains('%');
+    match reason.to_string() {
+        text if text.contains("`host`") => invalid("host", reason),
+        text if text.contains("`port`") => invalid("port", reason),
+        text if text.contains("unknown") && may_repeat_password => {
+            invalid("parameters", "one of them is unknown")
+        }
+        _ => invalid("parameters", reason),
+    }
+}
+
+fn invalid(part: &'static str, reason: impl Into<Box<dyn Error + Send + Sync>>) -> ConnectError {
+    ConnectError::InvalidUrl {
+        server: "PostgreSQL database",
+        form: "postgres://user@127.0.0.1:5432/database",
+        part,
+        source: reason.into(),
+    }
 }
 
 #[cfg(not(feature = "postgres-tls"))]
-fn required_tls() -> Result<Tls, BackendError> {
-    Err(invalid(
-        "sslmode=require needs the feature postgres-tls",
-        None,
-    ))
+fn required_tls() -> Result<Tls, ConnectError> {
+    let reason = "sslmode=require needs the feature postgres-tls";
+    Err(invalid("parameters", reason))
 }
 
 #[cfg(feature = "postgres-tls")]
-fn required_tls() -> Result<Tls, BackendError> {
+fn required_tls() -> Result<Tls, ConnectError> {
     use std::sync::Arc;
 
     use rustls::crypto::{CryptoProvider, ring};
@@ -144,7 +177,7 @@ fn required_tls() -> Result<Tls, BackendError> {
     let provider = provider.unwrap_or_else(|| Arc::new(ring::default_provider()));
     let config = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
-        .map_err(|error| invalid("TLS cannot be set up", Some(error.into())))?
+        .map_err(|error| invalid("parameters", error))?
         .with_root_certificates(roots)
         .with_no_client_auth();
     Ok(Tls::Rustls(tokio_postgres_rustls::MakeRustlsConnect::new(

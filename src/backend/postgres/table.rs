@@ -17,6 +17,10 @@ use crate::stats::Counter;
 /// The comment of a table of this crate, with the version of its columns.
 const COMMENT: &str = "tracing-workflow-context, format 1";
 
+/// Looks for a table and its comment.
+const LOOK: &str = "SELECT found.oid IS NOT NULL, obj_description(found.oid, 'pg_class') \
+    FROM (SELECT to_regclass($1)::oid AS oid) AS found";
+
 /// The columns of a row that make a record, with 0 seconds if it has expired. Infinite times cannot be subtracted.
 const RECORD: &str = "coalesce(t.record, convert_to(t.context::text, 'UTF8')) AS value, extract(epoch FROM \
     greatest(least(t.expires_at, now() + interval '1000 years'), now()) - now())::float8 AS seconds_left";
@@ -172,11 +176,13 @@ COMMENT ON TABLE {name} IS '{COMMENT}';
     }
 
     /// Makes sure that the table is there, in the right format. Asks the server until it was so once.
-    pub(super) async fn ensure(&self, client: &Client, most: Duration) -> Result<(), Failure> {
+    pub(super) async fn ensure(&self, client: &Arc<Client>, most: Duration) -> Result<(), Failure> {
         if self.is_ready.load(Relaxed) {
             return Ok(());
         }
-        if !self.exists(client).await? {
+        let name = self.name.to_string();
+        let rows = query(client, LOOK, &[(&name, Type::TEXT)], most).await?;
+        if !self.is_in(&rows)? {
             self.create(client, most).await?;
         }
         self.is_ready.store(true, Relaxed);
@@ -188,11 +194,8 @@ COMMENT ON TABLE {name} IS '{COMMENT}';
         self.is_ready.store(false, Relaxed);
     }
 
-    async fn exists(&self, client: &Client) -> Result<bool, Failure> {
-        let look = "SELECT found.oid IS NOT NULL, obj_description(found.oid, 'pg_class') \
-            FROM (SELECT to_regclass($1)::oid AS oid) AS found";
-        let name = self.name.to_string();
-        let rows = client.query_typed(look, &[(&name, Type::TEXT)]).await?;
+    /// Returns whether the answer to [`LOOK`] is this table, or an error if it is another one.
+    fn is_in(&self, rows: &[Row]) -> Result<bool, Failure> {
         let comment = match rows.first() {
             Some(row) if row.get(0) => row.get::<_, Option<&str>>(1).unwrap_or_default(),
             _ => return Ok(false),
@@ -201,8 +204,9 @@ COMMENT ON TABLE {name} IS '{COMMENT}';
             return Ok(true);
         }
         Err(Failure::Table(format!(
-            "table {name} has the comment {comment:?}, but this version of the crate expects {COMMENT:?}: \
-             it is of another version, or of another program"
+            "table {} has the comment {comment:?}, but this version of the crate expects {COMMENT:?}: \
+             it is of another version, or of another program",
+            self.name
         )))
     }
 
@@ -212,7 +216,8 @@ COMMENT ON TABLE {name} IS '{COMMENT}';
         client.batch_execute(&begin(most)).await?;
         client.query_typed(lock, &[(&name, Type::TEXT)]).await?;
         // Another worker may have been faster.
-        if !self.exists(client).await? {
+        let rows = client.query_typed(LOOK, &[(&name, Type::TEXT)]).await?;
+        if !self.is_in(&rows)? {
             let created = client.batch_execute(&self.ddl()).await;
             created.map_err(|error| self.cannot_create(error))?;
         }

@@ -4,25 +4,23 @@ use redis::{
     Client, ConnectionAddr, ConnectionInfo, ErrorKind, IntoConnectionInfo, RedisError, RedisResult,
 };
 
-/// Why a [`RedisBackend`](super::RedisBackend) could not be created.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum ConnectError {
-    /// The text is no URL of a Redis server, or it asks for something that is
-    /// [not supported](super::RedisBackend#not-supported). The message does not repeat it, since it may contain a
-    /// password.
-    #[error("invalid URL of a Redis server, expected a form like redis://127.0.0.1:6379/")]
-    InvalidUrl {
-        /// The reason why it is invalid.
-        source: Box<dyn std::error::Error + Send + Sync>,
-    },
-    /// The list of URLs of a Cluster is empty.
-    #[error("no URL of a Redis Cluster was given, at least one is needed")]
-    NoUrl,
-}
+use crate::backend::url::ConnectError;
+
+const SCHEMES: [&str; 7] = [
+    "redis",
+    "rediss",
+    "valkey",
+    "valkeys",
+    "redis+unix",
+    "valkey+unix",
+    "unix",
+];
 
 pub(super) fn client(url: &str) -> Result<Client, ConnectError> {
     let invalid = |source: RedisError| ConnectError::InvalidUrl {
+        server: "Redis server",
+        form: "redis://127.0.0.1:6379/",
+        part: wrong_part(url, &source.to_string()),
         source: source.into(),
     };
     let info = connection_info(url).map_err(invalid)?;
@@ -50,6 +48,28 @@ fn connection_info(url: &str) -> RedisResult<ConnectionInfo> {
         )),
         _ => Ok(info),
     }
+}
+
+/// Returns the part of a URL that an error of its parser is about.
+fn wrong_part(url: &str, error: &str) -> &'static str {
+    let scheme = url.split_once("://").map(|(scheme, _)| scheme);
+    if scheme.is_none_or(|scheme| !SCHEMES.contains(&scheme)) {
+        return "scheme";
+    }
+    let parts = [
+        ("TLS", "scheme"),
+        ("did not parse", "host"),
+        ("host", "host"),
+        ("address", "host"),
+        ("database", "database"),
+        ("path", "host"),
+        ("Username", "user or password"),
+        ("Password", "user or password"),
+        ("protocol", "parameters"),
+        ("fragment", "fragment"),
+    ];
+    let part = parts.iter().find(|(word, _)| error.contains(word));
+    part.map_or("form", |(_, part)| part)
 }
 
 /// Creates a client of another address with all other settings of `client`.

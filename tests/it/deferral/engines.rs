@@ -1,6 +1,8 @@
 //! Presets for engines. Each span is declared as the engine's crate declares it.
 
 use super::*;
+use tracing_workflow_context::MemoryBackend;
+use tracing_workflow_context::testing::TraceForest;
 
 /// temporalio-sdk 1.1.1, src/workflow_future.rs
 fn run_workflow() -> Span {
@@ -57,6 +59,74 @@ fn the_workflow_span_of_temporal_joins_the_instance_of_the_workflow_code() {
     );
 }
 
+/// An interceptor of Temporal's SDK is polled once outside of `RunWorkflow`, and handlers go on inside it.
+fn handler(id: &str, replaying: bool) -> Span {
+    info_span!(
+        "handler",
+        workflow.instance_id = id,
+        workflow.run_id = "run 1",
+        workflow.replaying = replaying,
+    )
+}
+
+#[test]
+fn the_workflow_span_of_temporal_joins_the_instance_of_a_span_that_is_entered_in_it() {
+    for replaying in [false, true] {
+        in_both_modes_of(
+            || knowing(Engine::Temporal),
+            |worker| {
+                let stored = stored_first(worker, "order");
+                let handler = handler("order", replaying);
+                handler.in_scope(|| ());
+                run_workflow().in_scope(|| handler.in_scope(|| step("update")));
+                drop(handler);
+
+                assert_joined(&worker.span("RunWorkflow:Order"), &stored);
+                if !replaying {
+                    assert_nested(&worker.span("update"), &worker.span("handler"));
+                }
+                assert_eq!(worker.storage.stats().adopted, 1, "{replaying}");
+            },
+        );
+    }
+}
+
+#[test]
+fn a_span_that_awaits_its_own_id_does_not_join_the_instance_of_a_span_that_is_entered_in_it() {
+    in_both_modes_of(
+        || knowing(Engine::Temporal),
+        |worker| {
+            let handler = handler("another order", false);
+            handler.in_scope(|| ());
+            run_activity().in_scope(|| handler.in_scope(|| ()));
+            drop(handler);
+
+            let span = worker.span("RunActivity:charge");
+            assert_root(&span);
+            assert_ne!(
+                worker.trace_of("handler"),
+                worker.trace_of("RunActivity:charge")
+            );
+            assert_eq!(worker.storage.stats().adopted, 0);
+        },
+    );
+}
+
+#[test]
+fn an_ordinary_span_that_is_entered_in_a_held_one_starts_it_undecided() {
+    in_both_modes_of(
+        || knowing(Engine::Temporal),
+        |worker| {
+            let ordinary = info_span!("ordinary");
+            ordinary.in_scope(|| ());
+            run_workflow().in_scope(|| ordinary.in_scope(|| ()));
+
+            assert_root(&worker.span("RunWorkflow:Order"));
+            assert_eq!(worker.storage.stats().adopted, 0);
+        },
+    );
+}
+
 #[test]
 fn the_activity_span_of_temporal_joins_its_workflow() {
     in_both_modes_of(
@@ -77,6 +147,58 @@ fn the_activity_span_of_temporal_joins_its_workflow() {
             assert_eq!(worker.storage.stats().late, 0);
         },
     );
+}
+
+/// Workflow code names the order alone, so spans of a new run stay in the trace before until an activity names the run.
+#[test]
+fn a_run_of_temporal_that_activities_alone_name_has_one_linked_root_for_all_workers() {
+    let backend = MemoryBackend::new();
+    let [a, b] = [(); 2].map(|()| {
+        let builder = patient(backend.clone()).engine(Engine::Temporal);
+        Worker::with_storage(builder.build().expect("valid settings"))
+    });
+    let workflow = |worker: &Worker, name| {
+        worker.run(|| run_workflow().in_scope(|| tagged_step(name, "order")));
+        worker.storage.flush().expect("works");
+    };
+    let activity = |worker: &Worker, name, run: &str| {
+        worker.run(|| {
+            let span = run_activity();
+            span.in_scope(|| {
+                span.record("temporalWorkflowID", "order");
+                span.record("temporalRunID", run);
+                step(name);
+            });
+        });
+        worker.storage.flush().expect("works");
+    };
+    workflow(&a, "1");
+    workflow(&b, "1 on b");
+    activity(&a, "activity 1", "run 1");
+    activity(&b, "activity 1 on b", "run 1");
+    workflow(&a, "2, yet unknown");
+    activity(&a, "activity 2", "run 2");
+    workflow(&a, "2");
+    activity(&b, "activity 2 on b", "run 2");
+    workflow(&b, "2 on b");
+
+    let spans = [a.spans(), b.spans()].concat();
+    let forest = TraceForest::from_spans(&spans);
+    forest.assert_no_orphans().assert_no_duplicates();
+    assert_eq!(forest.trace_count(), 2, "{forest}");
+    let span = |name| forest.find(name).expect(name);
+    let trace = |name| span(name).span_context.trace_id();
+    for name in ["1 on b", "activity 1", "activity 1 on b", "2, yet unknown"] {
+        assert_eq!(trace(name), trace("1"), "{name}\n{forest}");
+    }
+    for name in ["2", "activity 2 on b", "2 on b"] {
+        assert_eq!(trace(name), trace("activity 2"), "{name}\n{forest}");
+    }
+    let root = forest.parent_of(span("activity 2")).expect("nested");
+    assert_root(root);
+    let first = forest.parent_of(span("1")).expect("nested");
+    let expected = ("new_run".to_owned(), ids(&first.span_context));
+    assert_eq!(links(root), [expected]);
 }
 
 #[test]

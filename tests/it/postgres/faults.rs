@@ -102,6 +102,18 @@ fn a_pooler_whose_server_is_stopped() {
 }
 
 #[test]
+fn a_pooler_whose_server_is_frozen() {
+    let (server, _) = server();
+    let pooler = PgBouncer::before(&server.lock().unwrap(), 3);
+    let (freeze, thaw) = (
+        || server.lock().unwrap().freeze(),
+        || server.lock().unwrap().thaw(),
+    );
+    under_load("pooled", hasty(pooler.url()), other(&server), freeze, thaw)
+        .assert_never_waits_for(TIMEOUT, "pooled");
+}
+
+#[test]
 fn a_connection_closed_by_the_server_is_replaced() {
     let mut server = PostgresServer::start();
     let backend = backend(&server);
@@ -124,14 +136,24 @@ fn a_connection_closed_by_the_server_is_replaced() {
 #[test]
 fn a_connection_that_is_killed_at_work() {
     let server = PostgresServer::start();
-    let backend = backend(&server);
-    StorageBackend::connect(&backend).unwrap();
+    assert_survives_killed_connections(&server, &backend(&server));
+}
+
+#[test]
+fn a_connection_of_a_pooler_that_is_killed_at_work() {
+    let server = PostgresServer::start();
+    let pooler = PgBouncer::before(&server, 3);
+    assert_survives_killed_connections(&server, &backend_at(pooler.url()));
+}
+
+fn assert_survives_killed_connections(server: &PostgresServer, backend: &PostgresBackend) {
+    StorageBackend::connect(backend).unwrap();
     std::thread::scope(|scope| {
         let killing = scope.spawn(|| {
             for _ in 0..20 {
                 server.sql(
                     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
-                     WHERE application_name = 'tracing-workflow-context'",
+                     WHERE backend_type = 'client backend' AND pid <> pg_backend_pid()",
                 );
             }
         });
@@ -173,7 +195,7 @@ fn a_server_that_is_restarted_and_empty() {
 
 #[test]
 fn a_wrong_password_is_told_and_not_repeated() {
-    let server = PostgresServer::start_on(&[], None, |data| {
+    let server = PostgresServer::start_on(&[], |data| {
         let rules =
             "host all postgres 127.0.0.1/32 trust\nhost all all 127.0.0.1/32 scram-sha-256\n";
         fs::write(data.join("pg_hba.conf"), rules).expect("a file");
@@ -237,12 +259,24 @@ fn the_server_of_several_that_can_be_written_to_is_used() {
     });
 }
 
-/// A file that may not grow stands for a full disk.
+/// A server on a tablespace of 4 MiB, see [`PostgresServer::start_on_a_small_disk`] for what that needs.
 #[test]
 fn a_full_disk_is_told_and_recovered_from() {
+    let server = PostgresServer::start_on_a_small_disk(4 << 20);
+    assert_a_full_disk_is_told_and_recovered_from(&server);
+}
+
+/// A file that may not grow stands for a full disk, where no small one can be mounted.
+#[test]
+fn a_table_that_cannot_grow_is_told_and_recovered_from() {
     // More than a segment of the log.
     let server = PostgresServer::start_with_files_of(2_500_000);
-    let backend = backend(&server);
+    assert_a_full_disk_is_told_and_recovered_from(&server);
+}
+
+fn assert_a_full_disk_is_told_and_recovered_from(server: &PostgresServer) {
+    server.sql("CREATE TABLE reserve AS SELECT repeat('x', 2000) FROM generate_series(1, 500)");
+    let backend = backend(server);
     backend
         .write_all(&[claim("first", &record(PARENT))])
         .unwrap();
@@ -258,7 +292,143 @@ fn a_full_disk_is_told_and_recovered_from() {
         error.to_string().contains("could not extend file"),
         "{error}"
     );
+    assert!(
+        !error.is_partial(),
+        "the storage keeps what it could not write"
+    );
     assert!(backend.get("first").unwrap().is_some(), "it is still read");
+    // What replaces the table's files needs some room too.
+    server.sql("DROP TABLE reserve");
     server.sql("TRUNCATE workflow_contexts");
     write(50).unwrap();
+}
+
+#[test]
+fn a_disk_that_is_full_for_a_while() {
+    let server = PostgresServer::start_on_a_small_disk(4 << 20);
+    let url = server.url();
+    let server = Mutex::new(server);
+    let fill = || {
+        let server = server.lock().unwrap();
+        server.sql("CREATE TABLE filler (page text)");
+        server.sql("ALTER TABLE filler ALTER page SET STORAGE PLAIN");
+        // Until not even one more page fits.
+        for rows in [100, 10, 1] {
+            let page = format!(
+                "INSERT INTO filler SELECT repeat('x', 8000) FROM generate_series(1, {rows})"
+            );
+            while server.try_sql(&page).is_ok() {}
+        }
+    };
+    let make_room = || drop(server.lock().unwrap().sql("DROP TABLE filler"));
+    under_load("full", hasty(&url), other(&server), fill, make_room)
+        .assert_never_waits_for(TIMEOUT, "full");
+}
+
+/// A streaming standby takes no writes until it is promoted. Meanwhile spans find what it has, and the rest waits.
+#[test]
+fn a_standby_is_read_and_is_written_to_once_it_is_promoted() {
+    let primary = PostgresServer::start();
+    let on_primary = backend(&primary);
+    on_primary
+        .write_all(&[claim("early", &record(PARENT))])
+        .unwrap();
+    let standby = PostgresServer::start_standby_of(&primary, &[]);
+    assert_eq!(standby.sql("SELECT pg_is_in_recovery()"), "t");
+
+    let worker = Worker::with_storage(patient(backend(&standby)).build().expect("sound settings"));
+    let step = |id: &str| {
+        worker.run(|| tracing::info_span!("step", workflow.instance_id = id).in_scope(|| {}));
+        worker.spans().pop().expect("a span")
+    };
+    let parent = record(PARENT).context;
+    assert_eq!(step("early").span_context.trace_id(), parent.trace_id());
+    // What the primary commits is streamed to it.
+    on_primary
+        .write_all(&[claim("streamed", &record(PARENT))])
+        .unwrap();
+    wait_until("it is streamed", || {
+        backend(&standby).get("streamed").unwrap().is_some()
+    });
+
+    let late = step("late").span_context.trace_id();
+    assert!(worker.storage.flush().is_err());
+    let error = backend(&standby).write(&[claim("id", &record(PARENT))]);
+    let text = error.unwrap_err().to_string();
+    let address = format!("127.0.0.1:{}", standby.port());
+    assert!(
+        text.contains("read-only") && text.contains(&address),
+        "{text}"
+    );
+    assert!(worker.storage.stats().backend_errors > 0);
+    assert_eq!(step("late").span_context.trace_id(), late, "memory has it");
+    assert!(on_primary.get("late").unwrap().is_none());
+
+    standby.sql("SELECT pg_promote()");
+    wait_until("what waited is written", || worker.storage.flush().is_ok());
+    let written = backend(&standby).get("late").unwrap().expect("a record");
+    assert_eq!(written.context.trace_id(), late);
+    assert_eq!(worker.storage.stats().dropped_writes, 0);
+}
+
+/// What a storage meets whose URL names a primary and its standby.
+#[test]
+fn a_primary_whose_standby_is_promoted() {
+    let primary = PostgresServer::start();
+    let standby = PostgresServer::start_standby_of(&primary, &[]);
+    let url = format!(
+        "postgres://postgres@127.0.0.1:{},127.0.0.1:{}/postgres?target_session_attrs=read-write",
+        primary.port(),
+        standby.port()
+    );
+    let primary = Mutex::new(primary);
+    under_load(
+        "failed over",
+        hasty(&url),
+        || backend_at(&url),
+        || primary.lock().unwrap().stop(),
+        || drop(standby.sql("SELECT pg_promote()")),
+    )
+    .assert_never_waits_for(TIMEOUT, "failed over");
+    assert_ne!(standby.sql("SELECT count(*) FROM workflow_contexts"), "0");
+}
+
+#[test]
+fn a_standby_without_the_table_says_so() {
+    let primary = PostgresServer::start();
+    // No standby can do what that asks for.
+    let settings = ["default_transaction_isolation=serializable"];
+    let standby = PostgresServer::start_standby_of(&primary, &settings);
+    let on_standby = backend(&standby);
+    for _ in 0..2 {
+        let text = on_standby.get("id").unwrap_err().to_string();
+        assert!(text.contains("is missing"), "{text}");
+        assert!(text.contains("PostgresBackend::ddl"), "{text}");
+    }
+    let on_primary = backend(&primary);
+    on_primary
+        .write_all(&[claim("id", &record(PARENT))])
+        .unwrap();
+    wait_until("it is streamed", || {
+        on_standby.get("id").is_ok_and(|found| found.is_some())
+    });
+}
+
+/// Replicas do not get the rows of an unlogged table.
+#[test]
+fn an_unlogged_table_is_empty_after_a_failover() {
+    let primary = PostgresServer::start();
+    let unlogged = |server| backend(server).unlogged(true);
+    unlogged(&primary)
+        .write_all(&[claim("id", &record(PARENT))])
+        .unwrap();
+    let standby = PostgresServer::start_standby_of(&primary, &[]);
+    let on_standby = unlogged(&standby);
+    let error = on_standby.get("id").unwrap_err();
+    assert!(error.to_string().contains("unlogged"), "{error}");
+    standby.sql("SELECT pg_promote()");
+    assert!(on_standby.get("id").unwrap().is_none());
+    on_standby
+        .write_all(&[claim("id", &record(PARENT))])
+        .unwrap();
 }

@@ -208,6 +208,56 @@ fn expired_rows_are_deleted_beside_later_writes() {
     rows_become("100");
 }
 
+#[test]
+fn one_worker_at_a_time_deletes_expired_rows() {
+    let server = PostgresServer::start();
+    let backend = backend(&server);
+    let mut passing = record(PARENT);
+    passing.expires_at = SystemTime::now() - Duration::from_secs(1);
+    let passing: Vec<_> = (0..1000).map(|n| claim(&n.to_string(), &passing)).collect();
+    backend.write_all(&passing).unwrap();
+    let nobody: Vec<_> = (0..1000)
+        .map(|n| Write::Remove(format!("nobody {n}")))
+        .collect();
+    let count = || server.sql("SELECT count(*) FROM workflow_contexts");
+
+    // As another worker has it while it deletes. Nobody waits for it.
+    let turn = r#"SELECT pg_advisory_xact_lock(hashtextextended('purge "public"."workflow_contexts"', 0))"#;
+    let others = server.transaction(turn);
+    for _ in 0..5 {
+        backend.write_all(&nobody).unwrap();
+    }
+    assert_eq!(count(), "1000");
+    drop(others);
+    wait_until("expired rows are deleted", || {
+        backend.write_all(&nobody).unwrap();
+        count() == "0"
+    });
+}
+
+/// Who asks for a key that is taken writes no row.
+#[test]
+fn claims_that_lose_leave_no_dead_rows() {
+    let server = PostgresServer::start_with(&["autovacuum=off"]);
+    let [one, other] = [0, 1].map(|_| backend(&server));
+    let claims: Vec<_> = (0..500)
+        .map(|n| claim(&n.to_string(), &record(PARENT)))
+        .collect();
+    one.write_all(&claims).unwrap();
+    let lost = other.write_all(&claims).unwrap();
+    assert!(lost.iter().all(|outcome| outcome.existing().is_some()));
+    other
+        .write_all(&[claim("the last", &record(PARENT))])
+        .unwrap();
+    drop((one, other));
+    // The server's counters come late.
+    wait_until("the claims are counted", || {
+        server.sql(
+            "SELECT n_tup_ins, n_tup_upd, n_tup_del, n_dead_tup FROM pg_stat_user_tables WHERE relname = 'workflow_contexts'",
+        ) == "501|0|0|0"
+    });
+}
+
 /// An index on the expiry would make each move of it write to every index.
 #[test]
 fn a_moved_expiry_writes_to_no_index() {

@@ -13,7 +13,7 @@ fn a_server_is_trusted_by_its_certificate() {
     let directory = Directory::new();
     let authority = [0, 1].map(|n| make_authority(&directory.file(&n.to_string())));
     let certificate = |name: &str| fs::read(format!("{}/{name}", authority[0])).expect("a file");
-    let server = PostgresServer::start_on(&["ssl=on"], None, |data| {
+    let server = PostgresServer::start_on(&["ssl=on"], |data| {
         for name in ["server.crt", "server.key"] {
             let of = name.replace("crt", "pem");
             let file = data.join(name);
