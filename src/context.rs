@@ -10,7 +10,8 @@ use opentelemetry::propagation::{Extractor, Injector};
 use opentelemetry::trace::{SpanContext, SpanId, TraceContextExt, TraceFlags, TraceId, TraceState};
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 
-use crate::traceparent::{self, ParseContextError, TRACEPARENT, TRACESTATE, Traceparent};
+use crate::traceparent::{ParseContextError, TRACEPARENT, Traceparent};
+use crate::tracestate::{TRACESTATE, Tracestate};
 
 /// The point of a trace at which a workflow instance continues: the ids of a span, its flags and its tracestate.
 ///
@@ -19,9 +20,11 @@ use crate::traceparent::{self, ParseContextError, TRACEPARENT, TRACESTATE, Trace
 /// It is read and written by the rules of [W3C Trace Context level 2][w3c]: ids have their full length in lower-case
 /// digits, and neither is zero. The sampled and the random flag are kept, and all others cleared. It is written as
 /// version 00, and read in that and any later version. A tracestate that breaks a rule (33 list members, an empty value,
-/// a duplicate key, more than 32 KiB in total, ...) is dropped as a whole, and the trace is kept. It is also dropped if a
-/// key is allowed by level 2 but not by OpenTelemetry's [`TraceState`]: with two `@`, or with more than 13 characters
-/// after one.
+/// more than 32 KiB in total, ...) is dropped as a whole, and the trace is kept. All others are passed on as they came,
+/// blanks between members aside: a key that is there twice too, and one that OpenTelemetry's [`TraceState`] refuses
+/// (with two `@`, more than 13 characters after one, or another sign right after one). Only
+/// [`to_otel`](Self::to_otel) and the spans beneath do without such a member. [`current`](Self::current) has it again in
+/// spans that have the context of `to_otel` as an ancestor, but not in one whose parent the storage has chosen.
 ///
 /// # Examples
 ///
@@ -44,11 +47,17 @@ pub struct WorkflowContext {
     span_id: [u8; 8],
     /// Nanoseconds since the Unix epoch, which last until the year 2554.
     recorded_at: u64,
-    trace_state: Option<Arc<TraceState>>,
+    trace_state: Option<Arc<Tracestate>>,
     flags: u8,
     resumed: bool,
     /// It came from outside this process.
     remote: bool,
+}
+
+/// A value of OpenTelemetry contexts: the tracestate of a remote span, if OpenTelemetry's type refuses a part of it.
+struct WholeState {
+    trace_id: [u8; 16],
+    state: Arc<Tracestate>,
 }
 
 // One is moved and cloned for each tagged span.
@@ -95,7 +104,7 @@ impl WorkflowContext {
     /// # Ok::<(), tracing_workflow_context::ParseContextError>(())
     /// ```
     pub fn current() -> Option<Self> {
-        let read = |cx: &Context| Self::try_from(cx.span().span_context()).ok();
+        let read = Self::from_context;
         read(&tracing::Span::current().context()).or_else(|| Context::map_current(read))
     }
 
@@ -242,7 +251,39 @@ impl WorkflowContext {
     /// # Ok::<(), tracing_workflow_context::ParseContextError>(())
     /// ```
     pub fn to_otel(&self) -> Context {
-        Context::new().with_remote_span_context(self.to_span_context())
+        let cx = Context::new().with_remote_span_context(self.to_span_context());
+        match &self.trace_state {
+            Some(state) if state.exceeds_otel() => cx.with_value(WholeState {
+                trace_id: self.trace_id,
+                state: state.clone(),
+            }),
+            _ => cx,
+        }
+    }
+
+    /// Returns the context of the span of an OpenTelemetry context.
+    pub(crate) fn from_context(cx: &Context) -> Option<Self> {
+        let mut read = Self::try_from(cx.span().span_context()).ok()?;
+        read.take_whole_state_of(cx);
+        Some(read)
+    }
+
+    /// Gives this back the members that OpenTelemetry's type refused, if it is beneath a context that had some.
+    #[inline]
+    pub(crate) fn take_whole_state_of(&mut self, cx: &Context) {
+        if let Some(whole) = cx.get::<WholeState>() {
+            self.take_whole_state(whole);
+        }
+    }
+
+    #[cold]
+    fn take_whole_state(&mut self, whole: &WholeState) {
+        let state = self.trace_state.as_deref().map(Tracestate::otel);
+        // A sampler may have changed it.
+        let is_unchanged = state.unwrap_or(&TraceState::NONE) == whole.state.otel();
+        if is_unchanged && self.trace_id == whole.trace_id {
+            self.trace_state = Some(whole.state.clone());
+        }
     }
 
     #[inline]
@@ -253,15 +294,15 @@ impl WorkflowContext {
     /// Returns about how many bytes the tracestate takes in memory.
     #[inline]
     pub(crate) fn trace_state_bytes(&self) -> usize {
-        self.trace_state.as_deref().map_or(0, trace_state_bytes)
+        self.trace_state.as_deref().map_or(0, Tracestate::bytes)
     }
 
     /// Shortens the tracestate to that many bytes.
     #[inline]
     pub(crate) fn with_trace_state_up_to(mut self, most: usize) -> Self {
         if let Some(state) = &self.trace_state {
-            if let Some(shorter) = traceparent::shorten_tracestate(state, most) {
-                self.trace_state = shared(&shorter);
+            if !state.fits(most) {
+                self.trace_state = state.shortened(most).map(Arc::new);
             }
         }
         self
@@ -269,7 +310,7 @@ impl WorkflowContext {
 
     /// Returns this as a span context, marked remote.
     pub(crate) fn to_span_context(&self) -> SpanContext {
-        let trace_state = self.trace_state.as_deref().cloned();
+        let trace_state = self.trace_state.as_ref().map(|state| state.otel().clone());
         SpanContext::new(
             self.trace_id(),
             self.span_id(),
@@ -286,7 +327,7 @@ impl WorkflowContext {
 
     /// Creates a context from its stored parts; `None` if an id is zero.
     ///
-    /// Unknown flags are cleared, and an invalid tracestate is dropped.
+    /// Unknown flags are cleared.
     #[cfg(any(
         test,
         feature = "postgres",
@@ -298,12 +339,12 @@ impl WorkflowContext {
         trace_id: TraceId,
         span_id: SpanId,
         flags: TraceFlags,
-        trace_state: &TraceState,
+        trace_state: Option<Tracestate>,
         recorded_at: SystemTime,
         resumed: bool,
     ) -> Option<Self> {
         let ids = Traceparent::new(trace_id, span_id, flags).ok()?;
-        let cx = Self::new(ids, shared(trace_state), recorded_at, true);
+        let cx = Self::new(ids, trace_state.map(Arc::new), recorded_at, true);
         Some(Self { resumed, ..cx })
     }
 
@@ -332,7 +373,7 @@ impl WorkflowContext {
     /// Splits this into the part that every entry of the cache has, the flags in one byte, and the tracestate, which is
     /// rare.
     #[inline]
-    pub(crate) fn pack(self) -> (Packed, u8, Option<Arc<TraceState>>) {
+    pub(crate) fn pack(self) -> (Packed, u8, Option<Arc<Tracestate>>) {
         let packed = Packed {
             trace_id: self.trace_id,
             span_id: self.span_id,
@@ -345,7 +386,7 @@ impl WorkflowContext {
 
     /// Joins the parts that [`pack`](Self::pack) returned.
     #[inline]
-    pub(crate) fn unpack(packed: Packed, flags: u8, trace_state: Option<Arc<TraceState>>) -> Self {
+    pub(crate) fn unpack(packed: Packed, flags: u8, trace_state: Option<Arc<Tracestate>>) -> Self {
         Self {
             trace_id: packed.trace_id,
             span_id: packed.span_id,
@@ -370,7 +411,7 @@ impl WorkflowContext {
     fn from_headers(traceparent: &str, tracestates: &[&str]) -> Result<Self, ParseContextError> {
         // In this order: a tracestate has no meaning without a traceparent ("Tracestate Header").
         let ids = Traceparent::parse(traceparent)?;
-        let trace_state = traceparent::parse_tracestate(tracestates).map(Arc::new);
+        let trace_state = Tracestate::parse(tracestates).map(Arc::new);
         Ok(Self::new(ids, trace_state, SystemTime::now(), true))
     }
 
@@ -379,13 +420,13 @@ impl WorkflowContext {
         recorded_at: SystemTime,
     ) -> Result<Self, ParseContextError> {
         let ids = Traceparent::new(span.trace_id(), span.span_id(), span.trace_flags())?;
-        let trace_state = shared(span.trace_state());
+        let trace_state = Tracestate::from_otel(span.trace_state()).map(Arc::new);
         Ok(Self::new(ids, trace_state, recorded_at, span.is_remote()))
     }
 
     fn new(
         ids: Traceparent,
-        trace_state: Option<Arc<TraceState>>,
+        trace_state: Option<Arc<Tracestate>>,
         recorded_at: SystemTime,
         remote: bool,
     ) -> Self {
@@ -465,19 +506,6 @@ impl fmt::Debug for WorkflowContext {
     }
 }
 
-/// Returns about how many bytes a tracestate takes in memory: two strings and a place in the list for each member.
-pub(crate) fn trace_state_bytes(state: &TraceState) -> usize {
-    state
-        .into_iter()
-        .fold(64, |sum, (key, value)| sum + 48 + key.len() + value.len())
-}
-
-/// Copies a tracestate, unless it is empty or invalid.
-fn shared(state: &TraceState) -> Option<Arc<TraceState>> {
-    let is_kept = state.into_iter().next().is_some() && traceparent::is_valid_tracestate(state);
-    is_kept.then(|| Arc::new(state.clone()))
-}
-
 /// Returns the nanoseconds since 1970, clamped to 64 bits.
 pub(crate) fn since_epoch(time: SystemTime) -> u64 {
     match time.duration_since(SystemTime::UNIX_EPOCH) {
@@ -500,7 +528,7 @@ mod tests {
             trace_id.into(),
             span_id.into(),
             TraceFlags::new(0xff),
-            &TraceState::from_key_value([("a", "1")]).expect("a valid list"),
+            Tracestate::parse(&["a=1"]),
             recorded_at,
             true,
         )

@@ -265,6 +265,7 @@ mod storage;
 pub mod testing;
 mod traceparent;
 mod tracer;
+mod tracestate;
 mod warnings;
 
 #[cfg(any(feature = "postgres", feature = "redis"))]

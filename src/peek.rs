@@ -1,7 +1,6 @@
 //! The current span's context, for loggers: read without starting the span.
 
 use opentelemetry::Context;
-use opentelemetry::trace::TraceContextExt as _;
 
 use crate::context::WorkflowContext;
 use crate::tracer::handoff;
@@ -25,6 +24,6 @@ impl WorkflowContext {
         if handoff::is_any_held() && handoff::is_innermost_held(tracing::Span::current().id()) {
             return None;
         }
-        Context::map_current(|cx| Self::try_from(cx.span().span_context()).ok())
+        Context::map_current(Self::from_context)
     }
 }

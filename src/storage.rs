@@ -279,10 +279,11 @@ impl WorkflowContextStorage {
         let parent = stored.or_else(new_root);
         let parent = parent.map_or_else(Context::new, |parent| parent.to_otel());
         let span = (self.shared.tracers).export_agent(&instance_id, agent_name, &parent);
-        let context = span
+        let mut context = span
             .and_then(|span| WorkflowContext::from_span(&span, self.shared.clock.now()))
             .ok_or(CreateResumedError::NoRecordingSpan)?
             .into_resumed();
+        context.take_whole_state_of(&parent);
         self.shared.tier.store(&instance_id, context.clone());
         Ok(context)
     }

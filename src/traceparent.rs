@@ -1,17 +1,14 @@
-//! The W3C Trace Context level 2 codec: header text in, ids out, and back.
+//! The traceparent of W3C Trace Context level 2: header text in, ids out, and back.
 //!
 //! The sections named below are those of <https://www.w3.org/TR/trace-context-2/>. `opentelemetry_sdk`'s propagator is
 //! less strict, since it accepts ids of any length and with a plus sign, and drops the random flag.
 
 use std::array;
 
-use opentelemetry::trace::{SpanId, TraceFlags, TraceId, TraceState};
+use opentelemetry::trace::{SpanId, TraceFlags, TraceId};
 
 /// The name of the header with the ids ("Traceparent Header", "Header Name": lower case is recommended).
 pub(crate) const TRACEPARENT: &str = "traceparent";
-
-/// The name of the header with vendor-specific entries ("Tracestate Header", "Header Name").
-pub(crate) const TRACESTATE: &str = "tracestate";
 
 /// The length of a version 00 value, and the minimum of any later version, in bytes ("Versioning of traceparent").
 pub(crate) const TRACEPARENT_LEN: usize = 55;
@@ -24,21 +21,6 @@ const DIGITS_AT: [usize; 6] = [3, 11, 19, 27, 36, 44];
 
 /// The version that is invalid ("version").
 const FORBIDDEN_VERSION: u8 = 0xff;
-
-/// The maximum number of list members in a tracestate ("tracestate Header Field Values").
-const MAX_MEMBERS: usize = 32;
-
-/// The maximum length of a list member's key ("Key").
-const MAX_KEY_LEN: usize = 256;
-
-/// The maximum length of a list member's value ("Value").
-const MAX_VALUE_LEN: usize = 256;
-
-/// The maximum length of a tracestate that is parsed, all its headers together.
-///
-/// The specification has no such bound. 32 members of maximum length and their commas make 16,447 bytes; this leaves as
-/// much again for blanks and empty members, and bounds the work on a hostile header.
-const MAX_TRACESTATE_LEN: usize = 32 * 1024;
 
 /// The fields of a traceparent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -127,97 +109,6 @@ impl Traceparent {
         out[54] |= self.flags.to_u8() & KNOWN_FLAGS;
         out
     }
-}
-
-/// Parses the values of all tracestate headers, in order, as one list ("tracestate Header Field Values").
-///
-/// `None` if the list is empty or any part of it is invalid: a part of a list was sent by nobody.
-#[inline]
-pub(crate) fn parse_tracestate(values: &[&str]) -> Option<TraceState> {
-    // The common case.
-    if values.iter().all(|value| value.is_empty()) {
-        return None;
-    }
-    parse_members(values)
-}
-
-fn parse_members(values: &[&str]) -> Option<TraceState> {
-    let length = values.iter().fold(0usize, |sum, value| {
-        sum.saturating_add(value.len()).saturating_add(1)
-    });
-    if length > MAX_TRACESTATE_LEN {
-        return None;
-    }
-    let mut members = Vec::new();
-    for member in values.iter().flat_map(|value| value.split(',')) {
-        let member = member.trim_matches([' ', '\t']);
-        if !member.is_empty() {
-            push_member(&mut members, member.split_once('=')?)?;
-        }
-    }
-    if members.is_empty() {
-        return None;
-    }
-    // This refuses some keys that level 2 allows: with two `@`, or with more than 13 characters after one.
-    TraceState::from_key_value(members).ok()
-}
-
-/// The length from which on a member is dropped before others ("tracestate Limits").
-const LONG_MEMBER: usize = 128;
-
-/// Returns a tracestate without its long members, and without the last ones, as far as a header of that many bytes needs it;
-/// `None` if it is short enough as it is.
-#[inline(never)]
-pub(crate) fn shorten_tracestate(state: &TraceState, most: usize) -> Option<TraceState> {
-    let length = |(key, value): &(&str, &str)| key.len() + 1 + value.len();
-    // A comma follows each member but the last.
-    let is_short = |members: &[_]| {
-        let lengths = members.iter().map(|member| length(member) + 1);
-        lengths.sum::<usize>() <= most.saturating_add(1)
-    };
-    let mut members: Vec<_> = state.into_iter().collect();
-    if is_short(&members) {
-        return None;
-    }
-    members.retain(|member| length(member) <= LONG_MEMBER);
-    while !is_short(&members) {
-        members.pop();
-    }
-    Some(TraceState::from_key_value(members).unwrap_or_default())
-}
-
-/// Returns `true` if [`parse_tracestate`] would accept this list.
-pub(crate) fn is_valid_tracestate(state: &TraceState) -> bool {
-    let mut members = Vec::new();
-    state
-        .into_iter()
-        .all(|member| push_member(&mut members, member).is_some())
-}
-
-/// Adds a list member; `None` if it is one too many, malformed, or its key is a duplicate.
-fn push_member<'a>(
-    members: &mut Vec<(&'a str, &'a str)>,
-    (key, value): (&'a str, &'a str),
-) -> Option<()> {
-    let valid = members.len() < MAX_MEMBERS
-        && is_valid_key(key)
-        && is_valid_value(value)
-        && members.iter().all(|(earlier, _)| *earlier != key);
-    valid.then(|| members.push((key, value)))
-}
-
-/// "Key": `( lcalpha / DIGIT ) 0*255 ( lcalpha / DIGIT / "_" / "-"/ "*" / "/" / "@" )`.
-fn is_valid_key(key: &str) -> bool {
-    let begins = key.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit());
-    let is_key_byte = |b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'_' | b'-' | b'*' | b'/' | b'@');
-    begins && key.len() <= MAX_KEY_LEN && key.bytes().all(is_key_byte)
-}
-
-/// "Value": 1 to 256 printable ASCII characters, without comma and equals sign, the last of them no space.
-fn is_valid_value(value: &str) -> bool {
-    let is_value_byte = |b| matches!(b, b' '..=b'~') && b != b',' && b != b'=';
-    let ends = !value.is_empty() && !value.ends_with(' ');
-    ends && value.len() <= MAX_VALUE_LEN && value.bytes().all(is_value_byte)
 }
 
 /// Strips the optional whitespace of HTTP, that is spaces and tabs.
@@ -339,18 +230,5 @@ mod tests {
             let [digits] = encode([u32::from_le_bytes(bytes)]);
             assert_eq!(digits.to_le_bytes(), expected.as_bytes());
         }
-    }
-
-    #[test]
-    fn a_tracestate_of_a_span_context_is_held_to_the_same_rules() {
-        let state = |members: &[(&str, &str)]| {
-            TraceState::from_key_value(members.iter().copied()).expect("lax enough")
-        };
-        assert!(is_valid_tracestate(&TraceState::NONE));
-        assert!(is_valid_tracestate(&state(&[("a", "1"), ("t@v", " 2")])));
-        for bad in [("a", ""), ("", "1"), ("a", "1 "), ("a", "ü"), ("a", "\t1")] {
-            assert!(!is_valid_tracestate(&state(&[bad])), "{bad:?}");
-        }
-        assert!(!is_valid_tracestate(&state(&[("a", "1"), ("a", "2")])));
     }
 }

@@ -367,7 +367,7 @@ where
             let mut outcome = match recording {
                 None => decision.outcome,
                 Some(recording) => self
-                    .record(span, watch, *recording)
+                    .record(span, watch, *recording, parent)
                     .unwrap_or(decision.outcome),
             };
             if let Some(rooted) = rooted {
@@ -388,8 +388,11 @@ where
         span: &mut T::Span,
         watch: &mut Watch,
         recording: Recording<'_>,
+        parent: &Context,
     ) -> Option<Outcome> {
-        let context = WorkflowContext::from_span(span.span_context(), self.shared.clock.now())?;
+        let now = self.shared.clock.now();
+        let mut context = WorkflowContext::from_span(span.span_context(), now)?;
+        context.take_whole_state_of(parent);
         match recording.finish(context, None) {
             Ok(late_winner) => {
                 watch.expect_late_winner(late_winner);

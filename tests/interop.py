@@ -17,6 +17,9 @@ class Redis:
 
     @staticmethod
     def key(instance_id):
+        # In this order: the escape itself first.
+        for c, escaped in [("\x1e", "="), ("{", "<"), ("}", ">")]:
+            instance_id = instance_id.replace(c, "\x1e" + escaped)
         return "workflow-context:{%s}" % instance_id
 
     def get(self, instance_id):

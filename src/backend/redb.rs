@@ -4,19 +4,21 @@ mod open;
 #[cfg(test)]
 mod power_cut;
 mod scratch;
+mod unsynced;
 
 use std::fmt;
 use std::io;
 use std::ops::Bound;
 use std::path::Path;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant, SystemTime};
 
 use redb::{Database, Durability, ReadableDatabase, ReadableTable, Table};
 
-use self::open::{Disk, RECORDS, close, guarded};
+use self::open::{Disk, Identity, RECORDS, close, guarded, identity};
+use self::unsynced::{Changes, Unsynced};
 use super::codec;
 use crate::backend::{BackendError, Record, StorageBackend, Write, WriteOutcome};
 use crate::lock::lock;
@@ -31,7 +33,7 @@ const PAGE: usize = 1024;
 const SWEPT: usize = 64;
 const SWEPT_PER_WRITE: usize = 4;
 
-/// The longest time that [`RedbSync::Eventual`] keeps a write in memory alone.
+/// The longest time that [`RedbSync::Eventual`] keeps a write in memory alone, and the pause after a failed sync.
 const EVENTUALLY: Duration = Duration::from_secs(1);
 
 /// A backend in one file, which survives restarts: a [redb] database.
@@ -61,14 +63,15 @@ const EVENTUALLY: Duration = Duration::from_secs(1);
 ///
 /// # The file
 ///
-/// It is created if it is missing or empty. Any other file that this crate has not written is refused, and stays
-/// unchanged to the last byte. Each opening checks the whole file, which also repairs it after a crash, and compacts it
+/// It is created if it is missing, readable by its owner alone, and not where a symbolic link leads to nothing. Any other
+/// file that is not empty, and that this crate has not written, is refused and stays unchanged to the last byte. Each opening checks the whole file, which also repairs it after a crash, and compacts it
 /// if it is larger than 4 MiB and less than half of it is in use.
 ///
 /// An expired record is no longer returned. Later writes, each of which checks a few records, free its space for other
 /// records in the file.
 ///
-/// If reading or writing fails, the file is closed, and opened again by the next call.
+/// If reading or writing fails, the file is closed, and opened again by the next call. If it is deleted or replaced while
+/// it is open, each flush fails until the backend is created anew (on Unix).
 ///
 /// # What can be lost
 ///
@@ -76,7 +79,7 @@ const EVENTUALLY: Duration = Duration::from_secs(1);
 /// |---|---|---|
 /// | flushed writes | nothing | nothing, if fsync is honoured |
 /// | other writes, [`RedbSync::Group`] | those still queued in the storage | the same |
-/// | other writes, [`RedbSync::Eventual`] | those of the last second | the same |
+/// | other writes, [`RedbSync::Eventual`] | those of the last second, or since the disk fails | the same |
 ///
 /// No lock is held while code of the caller runs.
 ///
@@ -96,7 +99,8 @@ pub enum RedbSync {
     #[default]
     Group,
     /// All writes are synced once a second, and by each flush. For a disk on which syncing is slow or causes wear: a
-    /// crash of the process loses the writes of up to a second, unless they were flushed.
+    /// crash of the process loses the writes of up to a second, unless they were flushed. Until a sync has succeeded they
+    /// stay in memory too, up to 16 MiB, and are written again after a failure, such as that of a full disk.
     Eventual,
 }
 
@@ -123,12 +127,14 @@ impl RedbBackend {
     fn open_on(disk: Disk, sync: RedbSync) -> Result<Self, OpenError> {
         let database = disk.open_database()?;
         let shared = Arc::new(Shared {
+            file: identity(&disk.path),
             disk,
             sync,
             database: Mutex::new(Some(Arc::new(database))),
             malformed: Counter::default(),
             swept: Mutex::default(),
-            pending: Mutex::default(),
+            writing: Mutex::default(),
+            unsynced: Mutex::default(),
         });
         let syncer = match sync {
             RedbSync::Group => None,
@@ -152,22 +158,19 @@ impl Drop for RedbBackend {
 
 struct Shared {
     disk: Disk,
+    /// The file that was opened first.
+    file: Option<Identity>,
     sync: RedbSync,
     /// `None` after a failure, until the file is opened again.
     database: Mutex<Option<Arc<Database>>>,
     malformed: Counter,
     /// The last key that a sweep has checked.
     swept: Mutex<Vec<u8>>,
-    pending: Mutex<Pending>,
-}
-
-/// The state of syncing, with [`RedbSync::Eventual`].
-#[derive(Debug, Default)]
-struct Pending {
-    /// Some writes are not synced yet.
-    writes: bool,
-    /// Some writes were lost, and no `flush` has reported it yet.
-    lost: bool,
+    /// Held while a group is written or synced, so that `unsynced` has the order of the transactions. Taken before the other
+    /// locks.
+    writing: Mutex<()>,
+    /// With [`RedbSync::Eventual`]. Taken after the other locks.
+    unsynced: Mutex<Unsynced>,
 }
 
 /// The thread that syncs once a second, as long as there are writes.
@@ -185,6 +188,13 @@ impl Syncer {
         let thread = thread.spawn(move || shared.sync_until_closed(&wakes))?;
         Ok(Self { written, thread })
     }
+}
+
+/// What a write has changed under its key.
+enum Change {
+    Nothing,
+    Removed,
+    Value(Vec<u8>),
 }
 
 type Records<'txn> = Table<'txn, &'static [u8], &'static [u8]>;
@@ -208,11 +218,29 @@ impl Shared {
         if let Some(database) = &*database {
             return Ok(database.clone());
         }
-        let opened = self.disk.open_database().map_err(|error| {
+        let refused = |source| {
             let message = "the database file failed before, and cannot be opened again";
-            BackendError::new(message, Some(Box::new(error)))
-        })?;
-        Ok(database.insert(Arc::new(opened)).clone())
+            BackendError::new(message, Some(source))
+        };
+        self.check_file()?;
+        let opened = self.disk.open_database();
+        let opened = Arc::new(opened.map_err(|error| refused(Box::new(error)))?);
+        // What was not synced went with the database that failed, or the last sync did, wholly or in part.
+        if let Err(error) = guarded(|| lock(&self.unsynced).redo(&opened)) {
+            close([Some(opened)]);
+            return Err(refused(Box::new(error)));
+        }
+        Ok(database.insert(opened).clone())
+    }
+
+    /// Fails if the path leads to another file by now, or to none: what was written to the first one is lost with it.
+    fn check_file(&self) -> Result<(), BackendError> {
+        if self.file.is_some() && identity(&self.disk.path) != self.file {
+            let path = self.disk.path.display();
+            let message = format!("{path}: the database file was deleted or replaced while open");
+            return Err(BackendError::new(message, None));
+        }
+        Ok(())
     }
 
     /// Closes a database that has failed, unless another thread has done so already. redb refuses all further work on
@@ -221,10 +249,6 @@ impl Shared {
         let mut database = lock(&self.database);
         let closed = database.take_if(|database| Arc::ptr_eq(database, &failed));
         drop(database);
-        if closed.is_some() {
-            let mut pending = self.pending();
-            pending.lost |= std::mem::take(&mut pending.writes);
-        }
         close([Some(failed), closed]);
     }
 
@@ -234,46 +258,66 @@ impl Shared {
         writes: &[Write],
     ) -> Result<Vec<WriteOutcome>, redb::Error> {
         let mut transaction = database.begin_write()?;
-        if self.sync == RedbSync::Eventual {
+        let is_synced = self.sync == RedbSync::Group || lock(&self.unsynced).is_full();
+        if !is_synced {
             transaction.set_durability(Durability::None)?;
         }
         let now = SystemTime::now();
         let mut records = transaction.open_table(RECORDS)?;
-        let outcomes = writes
-            .iter()
-            .map(|write| self.write_one(&mut records, write, now))
-            .collect::<Result<_, _>>()?;
+        let mut outcomes = Vec::with_capacity(writes.len());
+        let mut changes = Changes::new();
+        for write in writes {
+            let (outcome, change) = self.write_one(&mut records, write, now)?;
+            outcomes.push(outcome);
+            let value = match change {
+                Change::Nothing => continue,
+                Change::Removed => None,
+                Change::Value(value) => Some(value.into_boxed_slice()),
+            };
+            if !is_synced {
+                changes.push((write.key().as_bytes().into(), value));
+            }
+        }
         self.sweep(&mut records, SWEPT + SWEPT_PER_WRITE * writes.len(), now)?;
         drop(records);
         transaction.commit()?;
+        match is_synced {
+            true => lock(&self.unsynced).clear(),
+            false => lock(&self.unsynced).add(changes),
+        }
         Ok(outcomes)
     }
 
+    /// Carries out a write.
     fn write_one(
         &self,
         records: &mut Records<'_>,
         write: &Write,
         now: SystemTime,
-    ) -> Result<WriteOutcome, redb::Error> {
+    ) -> Result<(WriteOutcome, Change), redb::Error> {
         let key = write.key().as_bytes();
-        match write {
-            Write::Put(_, record) => drop(records.insert(key, &*codec::encode(record))?),
-            Write::Remove(_) => drop(records.remove(key)?),
-            Write::Expire(_, at) => {
-                if let Some(record) = self.live(records, key, now)? {
-                    let moved = Record {
-                        expires_at: *at,
-                        ..record
-                    };
-                    records.insert(key, &*codec::encode(&moved))?;
-                }
+        let value = match write {
+            Write::Put(_, record) => codec::encode(record),
+            Write::Remove(_) => {
+                records.remove(key)?;
+                return Ok((WriteOutcome::Done, Change::Removed));
             }
-            Write::PutIfAbsent(_, record) => match self.live(records, key, now)? {
-                Some(existing) => return Ok(WriteOutcome::Existing(existing)),
-                None => drop(records.insert(key, &*codec::encode(record))?),
+            Write::Expire(_, at) => match self.live(records, key, now)? {
+                Some(record) => codec::encode(&Record {
+                    expires_at: *at,
+                    ..record
+                }),
+                None => return Ok((WriteOutcome::Done, Change::Nothing)),
             },
-        }
-        Ok(WriteOutcome::Done)
+            Write::PutIfAbsent(_, record) => match self.live(records, key, now)? {
+                Some(existing) => {
+                    return Ok((WriteOutcome::Existing(existing), Change::Nothing));
+                }
+                None => codec::encode(record),
+            },
+        };
+        records.insert(key, &*value)?;
+        Ok((WriteOutcome::Done, Change::Value(value)))
     }
 
     /// Reads a record that has not expired.
@@ -338,29 +382,21 @@ impl Shared {
         })
     }
 
-    fn pending(&self) -> MutexGuard<'_, Pending> {
-        lock(&self.pending)
-    }
-
     fn flush(&self) -> Result<(), BackendError> {
+        self.check_file()?;
         if self.sync == RedbSync::Group {
             return Ok(());
         }
-        // Taken before syncing: writes that come meanwhile set it again.
-        let has_writes = std::mem::take(&mut self.pending().writes);
-        if has_writes {
-            let synced = self.with(|database| Ok(database.begin_write()?.commit()?));
-            if synced.is_err() {
-                self.pending().lost = true;
-            }
+        let _writing = lock(&self.writing);
+        if lock(&self.unsynced).is_empty() {
+            return Ok(());
         }
-        match std::mem::take(&mut self.pending().lost) {
-            false => Ok(()),
-            true => Err(BackendError::new(
-                "writes since the last flush were lost",
-                None,
-            )),
-        }
+        // A database that has failed is opened again, and has all of them then.
+        self.with(|database| {
+            database.begin_write()?.commit()?;
+            lock(&self.unsynced).clear();
+            Ok(())
+        })
     }
 
     fn sync_until_closed(&self, wakes: &Receiver<()>) {
@@ -369,9 +405,11 @@ impl Shared {
             let left = || deadline.saturating_duration_since(Instant::now());
             // More writes end no wait: they are synced together with the first one.
             while wakes.recv_timeout(left()).is_ok() {}
-            if self.flush().is_err() {
-                // There is no caller to tell: the next `flush` reports it.
-                self.pending().lost = true;
+            // There is no caller to tell of a failure: the writes stay unsynced, and the next `flush` meets it too.
+            while self.flush().is_err() {
+                if let Err(RecvTimeoutError::Disconnected) = wakes.recv_timeout(EVENTUALLY) {
+                    return;
+                }
             }
         }
     }
@@ -390,9 +428,9 @@ impl StorageBackend for RedbBackend {
             return Ok(Vec::new());
         }
         let shared = &*self.shared;
+        let _writing = lock(&shared.writing);
         let outcomes = shared.with(|database| shared.write(database, writes))?;
         if let Some(syncer) = &self.syncer {
-            shared.pending().writes = true;
             // A full channel has woken the thread already.
             let _ = syncer.written.try_send(());
         }

@@ -81,7 +81,8 @@ const REPLACEMENTS: usize = 10;
 ///
 /// There is one string for each instance, and one for each of its runs and of its second, third, ... traces. The key of
 /// instance `order-42` is `workflow-context:{order-42}`; the others have more text after the brace, so all of them
-/// share one hash slot. If an id begins with a closing brace, U+001E stands before it, since a tag must not be empty.
+/// share one hash slot. Braces in an id are escaped, `{` as U+001E and `<`, `}` as U+001E and `>`, and U+001E as U+001E
+/// and `=`. So no two instances share a key, whatever their ids and the prefixes of their workers are.
 /// The server removes expired keys by its own clock: the clocks of all machines must agree within the
 /// [grace of a completed instance](crate::WorkflowContextStorageBuilder::completed_grace).
 ///
@@ -107,7 +108,8 @@ const REPLACEMENTS: usize = 10;
 /// # TLS
 ///
 /// Feature `redis-tls` accepts URLs that begin with `rediss://`. The certificate of the server is verified with the
-/// roots of the operating system, or those in the file that the variable `SSL_CERT_FILE` names. If the process has not
+/// roots of the operating system, or those in the file that the variable `SSL_CERT_FILE` names. A URL that ends with
+/// `#insecure`, to do without, is refused. If the process has not
 /// installed a cryptography provider for rustls when the backend is created, that of `ring` is installed.
 ///
 /// # Not supported
@@ -216,12 +218,13 @@ impl RedisBackend {
     }
 
     /// Sets the prefix of all keys. Workers that share contexts need the same one. With braces in the prefix, all keys
-    /// may fall into one hash slot, or, if nothing is between them, the keys of one instance into several.
+    /// may fall into one hash slot, or, if nothing is between them, the keys of one instance into several. U+001D, U+001E
+    /// and U+001F in it are escaped, as in an instance id.
     ///
     /// By default, `workflow-context:`.
     #[must_use]
     pub fn with_key_prefix(mut self, prefix: &str) -> Self {
-        self.key_prefix = prefix.into();
+        self.key_prefix = hash_tag::clean_prefix(prefix).into();
         self
     }
 

@@ -11,7 +11,7 @@ use std::time::SystemTime;
 use foldhash::fast::RandomState;
 
 use crate::backend::{BackendError, Record, Write};
-use crate::context::trace_state_bytes;
+use crate::tracestate::otel_bytes;
 
 /// The largest number of writes in a queue. Beyond it the oldest is dropped.
 pub(super) const MAX_WRITES: usize = 64 * 1024;
@@ -210,7 +210,7 @@ pub(super) fn bytes_of(write: &Write) -> usize {
                     let links = root
                         .links
                         .iter()
-                        .map(|(link, _)| LINK_BYTES + trace_state_bytes(link.trace_state()));
+                        .map(|(link, _)| LINK_BYTES + otel_bytes(link.trace_state()));
                     ROOT_BYTES + root.name.len() + links.sum::<usize>()
                 })
         }

@@ -6,14 +6,14 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use opentelemetry::TraceId;
-use opentelemetry::trace::TraceState;
 
 use super::inline_str::InlineStr;
-use crate::context::{Packed, WorkflowContext, trace_state_bytes};
+use crate::context::{Packed, WorkflowContext};
 use crate::explain::Summary;
 use crate::explain::author::Writer;
 use crate::explain::trail::Event;
 use crate::root::open::OpenRoot;
+use crate::tracestate::Tracestate;
 
 /// The number of runs that are kept besides the latest, for their late spans.
 const OLDER_RUNS: usize = 8;
@@ -59,7 +59,7 @@ const NAMED: u8 = 4;
 /// The parts that most runs do not have.
 #[derive(Default)]
 pub(super) struct Rare {
-    trace_state: Option<Arc<TraceState>>,
+    trace_state: Option<Arc<Tracestate>>,
     /// Set later if the context was stored without a run id, by the first span with one.
     run_id: Option<InlineStr>,
     /// Oldest first, at most [`OLDER_RUNS`]. Empty except in the latest run.
@@ -80,7 +80,7 @@ impl Rare {
     fn size(&self) -> usize {
         let older = self.older.iter().map(|run| size_of::<Run>() + run.size());
         size_of::<Self>()
-            + self.trace_state.as_deref().map_or(0, trace_state_bytes)
+            + self.trace_state.as_deref().map_or(0, Tracestate::bytes)
             + self.run_id.as_ref().map_or(0, InlineStr::heap_bytes)
             + older.sum::<usize>()
             + size_of::<TraceId>() * self.older_traces.capacity()

@@ -70,8 +70,10 @@ impl Roots {
         let now = self.clock.now();
         let state = own.trace_state().clone();
         let context = SpanContext::new(own.trace_id(), own.span_id(), flags, false, state);
+        let mut context = WorkflowContext::from_span(&context, now)?;
+        context.take_whole_state_of(parent);
         Some(Allocated {
-            context: WorkflowContext::from_span(&context, now)?,
+            context,
             span: RootSpan {
                 parent_span_id: natural.is_valid().then(|| natural.span_id()),
                 ..RootSpan::new(own.span_id(), name, now)

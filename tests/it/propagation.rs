@@ -16,10 +16,13 @@ use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::{Sampler, SdkTracer, SdkTracerProvider};
 use proptest::prelude::*;
 use proptest::sample::{Index, select};
+use tracing::info_span;
 use tracing_opentelemetry::OpenTelemetrySpanExt;
 use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::prelude::*;
-use tracing_workflow_context::{ParseContextError, WorkflowContext};
+use tracing_workflow_context::{ParseContextError, WorkflowContext, WorkflowContextStorage};
+
+use crate::support::Worker;
 
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 const SPAN: &str = "00f067aa0ba902b7";
@@ -174,6 +177,9 @@ fn a_valid_tracestate_is_kept() {
         ("0=!", "0=!"),
         ("tenant@system=1", "tenant@system=1"),
         ("a@=1", "a@=1"),
+        // Against the rules for its sender, but only vendors of the key know which value they mean.
+        ("a=1,a=2", "a=1,a=2"),
+        ("a=1, b=2, a=1", "a=1,b=2,a=1"),
         (&longest, &longest),
         (&most, &most),
         (&every_character, &every_character),
@@ -200,9 +206,7 @@ fn a_bad_tracestate_is_dropped_as_a_whole_and_never_costs_the_trace() {
         "a=1=2", "a==1", "a=1\t2", "a=ü", "a=\u{7f}", "a=\0", "a=1\n", "a=\u{a0}1",
         &format!("a={}", "v".repeat(257)),
         // Lists.
-        "a=1,a=2", "a=1,b=2,a=1", "a=1;b=2", &too_many, &too_long,
-        // Right by level 2, but more than OpenTelemetry's `TraceState` holds.
-        "a@@b=1", "a@b@c=1", "a@12345678901234=1",
+        "a=1;b=2", &too_many, &too_long,
     ];
     for bad in bad {
         for value in [bad.to_owned(), format!("x=1,{bad}"), format!("{bad},x=1")] {
@@ -211,6 +215,85 @@ fn a_bad_tracestate_is_dropped_as_a_whole_and_never_costs_the_trace() {
             assert_eq!(cx.traceparent(), SENT);
         }
     }
+}
+
+/// Tracestates with members that OpenTelemetry's `TraceState` refuses, and what that type holds of them.
+const WHOLE_STATES: [(&str, &str); 5] = [
+    ("a@@b=1", ""),
+    ("x=1,a@b@c=  2,y=3", "x=1,y=3"),
+    ("a@12345678901234=1,x=1,x=2", "x=1,x=2"),
+    ("t@-x=1", ""),
+    ("y=~,t@-x=1,t@_x=2,t@*=3,t@/=4", "y=~"),
+];
+
+#[test]
+fn a_tracestate_that_opentelemetry_refuses_is_passed_on() {
+    for (state, otel) in WHOLE_STATES {
+        let cx = WorkflowContext::parse(SENT, state).unwrap();
+        assert_eq!(cx.tracestate(), state);
+        let mut headers = HashMap::new();
+        cx.inject(&mut headers);
+        assert_eq!(headers["tracestate"], state);
+        let span = cx.to_otel().span().span_context().clone();
+        assert_eq!(span.trace_state().header(), otel);
+        // The whole list counts in a comparison.
+        assert_ne!(cx, WorkflowContext::try_from(&span).unwrap());
+
+        let storage = WorkflowContextStorage::new();
+        storage.store("order-42", cx.clone()).unwrap();
+        assert_eq!(storage.get("order-42").unwrap(), Some(cx));
+    }
+}
+
+#[test]
+fn spans_pass_on_a_tracestate_that_opentelemetry_refuses() {
+    for (state, otel) in WHOLE_STATES {
+        let received = WorkflowContext::parse(SENT, state).unwrap();
+        let worker = Worker::new();
+        let (inside, later, own) = worker.run(|| {
+            let _attached = received.to_otel().attach();
+            let current = || WorkflowContext::current().unwrap();
+            let request = info_span!("request");
+            let inside = request.in_scope(current);
+            let peeked = request.in_scope(|| WorkflowContext::peek().unwrap());
+            assert_eq!(peeked.tracestate(), inside.tracestate());
+            info_span!("first", workflow.instance_id = "order-42").in_scope(|| ());
+            let elsewhere = Context::new().attach();
+            let own = info_span!("own").in_scope(current);
+            drop(elsewhere);
+            let stored = worker.storage.get("order-42").unwrap().unwrap();
+            let _attached = stored.to_otel().attach();
+            let later = info_span!("later", workflow.instance_id = "order-42").in_scope(current);
+            (inside, later, own)
+        });
+        assert_eq!(inside.tracestate(), state);
+        assert_eq!(inside.trace_id(), received.trace_id());
+        assert_ne!(inside.span_id(), received.span_id());
+        assert_eq!(later.tracestate(), state);
+        assert_eq!(own.tracestate(), "", "another trace");
+        let stored = worker.storage.get("order-42").unwrap().unwrap();
+        assert_eq!(stored.tracestate(), state);
+        assert_eq!(
+            worker.span("later").span_context.trace_state().header(),
+            otel
+        );
+    }
+}
+
+#[test]
+fn a_tracestate_that_a_sampler_changed_is_the_samplers() {
+    let received = WorkflowContext::parse(SENT, "x=1,a@@b=2").unwrap();
+    let cx = received.to_otel();
+    let changed = TraceState::from_key_value([("ot", "th:8"), ("x", "1")]).unwrap();
+    let span = span_context(
+        &received.trace_id().to_string(),
+        "00000000000000ab",
+        1,
+        changed.clone(),
+    );
+    let _attached = cx.with_remote_span_context(span).attach();
+    let current = WorkflowContext::current().unwrap();
+    assert_eq!(current.tracestate(), changed.header());
 }
 
 #[test]
@@ -314,14 +397,14 @@ fn the_w3c_test_vectors_pass() {
         ("tracestate_value_illegal_characters", &[(T, P), (S, "foo=bar=baz")], Continued("")),
         ("tracestate_value_illegal_characters", &[(T, P), (S, "foo=,bar=3")], Continued("")),
         ("propagates_random_flag", &[(T, "00-12345678901234567890123456789012-1234567890123456-02")], Continued("")),
-        // Here the suite asks for more than is done. It wants repeated keys kept or reduced to one; the specification
-        // forbids them, so the list is dropped like any other bad one. And OpenTelemetry's `TraceState` has no room for
-        // some keys, as in `a_bad_tracestate_is_dropped_as_a_whole_and_never_costs_the_trace`.
-        ("tracestate_duplicated_keys", &[(T, P), (S, "foo=1,foo=1")], Continued("")),
-        ("tracestate_duplicated_keys", &[(T, P), (S, "foo=1"), (S, "foo=2")], Continued("")),
-        ("tracestate_key_illegal_vendor_format", &[(T, P), (S, "foo@@bar=1,bar=2")], Continued("")),
-        ("tracestate_key_illegal_vendor_format", &[(T, P), (S, "foo@bar@baz=1,bar=2")], Continued("")),
-        ("tracestate_key_length_limit", &[(T, P), (S, "foo=1"), (S, "t@vvvvvvvvvvvvvvv=1")], Continued("")),
+        // Each value is kept, so one of them is.
+        ("tracestate_duplicated_keys", &[(T, P), (S, "foo=1,foo=1")], Continued("foo=1,foo=1")),
+        ("tracestate_duplicated_keys", &[(T, P), (S, "foo=1,foo=2")], Continued("foo=1,foo=2")),
+        ("tracestate_duplicated_keys", &[(T, P), (S, "foo=1"), (S, "foo=1")], Continued("foo=1,foo=1")),
+        ("tracestate_duplicated_keys", &[(T, P), (S, "foo=1"), (S, "foo=2")], Continued("foo=1,foo=2")),
+        ("tracestate_key_illegal_vendor_format", &[(T, P), (S, "foo@@bar=1,bar=2")], Continued("foo@@bar=1,bar=2")),
+        ("tracestate_key_illegal_vendor_format", &[(T, P), (S, "foo@bar@baz=1,bar=2")], Continued("foo@bar@baz=1,bar=2")),
+        ("tracestate_key_length_limit", &[(T, P), (S, "foo=1"), (S, "t@vvvvvvvvvvvvvvv=1")], Continued("foo=1,t@vvvvvvvvvvvvvvv=1")),
     ];
     for (name, headers, expected) in vectors {
         let extracted = WorkflowContext::extract(&Headers::new(headers));
@@ -415,7 +498,7 @@ fn several_tracestates_are_joined() {
     // The limits are those of the list.
     assert_eq!(extract(&[&numbered(32)]), numbered(32));
     assert_eq!(extract(&[&numbered(32), "x=1"]), "");
-    assert_eq!(extract(&["a=1", "a=2"]), "");
+    assert_eq!(extract(&["a=1", "a=2"]), "a=1,a=2");
     assert_eq!(extract(&["a=1", "nonsense"]), "");
 }
 
@@ -627,13 +710,12 @@ const SDK_READS: [&str; 13] = [
 ];
 
 /// Tracestates that the specification forbids, and what the SDK makes of them.
-const SDK_KEEPS: [(&str, &str); 6] = [
+const SDK_KEEPS: [(&str, &str); 5] = [
     ("a=", "a="),
     ("=1", "=1"),
     ("a==1", "a=1"),
     ("a=ü", "a=ü"),
     ("a=1\t2", "a=1\t2"),
-    ("a=1,a=2", "a=1,a=2"),
 ];
 
 #[test]
@@ -741,7 +823,9 @@ proptest! {
     fn what_is_kept_of_a_tracestate_the_sdk_keeps_too(state in nearly_a_tracestate()) {
         let kept = WorkflowContext::parse(SENT, &state).unwrap().tracestate();
         if !kept.is_empty() {
-            prop_assert_eq!(sdk_extract(SENT, &state).unwrap().trace_state().header(), kept);
+            let sdk = sdk_extract(SENT, &state).unwrap().trace_state().header();
+            // The SDK drops a list with a key that its type refuses.
+            prop_assert!(sdk == kept || sdk.is_empty(), "{:?} and {:?}", sdk, kept);
         }
     }
 

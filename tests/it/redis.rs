@@ -48,6 +48,27 @@ fn redis_fulfils_the_contract() {
 }
 
 #[test]
+fn an_id_with_braces_is_not_found_by_workers_with_another_prefix() {
+    let server = RedisServer::start();
+    let tenants = ["wf:", "wf:{tenant-b}:"].map(|prefix| {
+        let backend = backend(&server).with_key_prefix(prefix);
+        patient(backend).build().unwrap()
+    });
+    let [outer, inner] = &tenants;
+    inner.store("order-1", context(1)).unwrap();
+    inner.flush().unwrap();
+    for id in ["tenant-b}:{order-1", "{tenant-b}:{order-1}", "}:{"] {
+        assert_eq!(outer.get(id).unwrap(), None, "{id}");
+        outer.store(id, context(2)).unwrap();
+    }
+    outer.flush().unwrap();
+    let later = backend(&server).with_key_prefix("wf:{tenant-b}:");
+    let later = patient(later).build().unwrap();
+    let found = later.get("order-1").unwrap().unwrap();
+    assert_eq!(found.span_id(), context(1).span_id());
+}
+
+#[test]
 fn keys_of_an_instance_share_a_slot_and_expire_on_the_server() {
     let server = RedisServer::start();
     let backend = backend(&server);
@@ -202,6 +223,10 @@ fn connecting_needs_no_reachable_server() {
     assert!(error.source().is_some());
     assert!(nobody.write_all(&[]).unwrap().is_empty());
 
+    let insecure = match cfg!(feature = "redis-tls") {
+        true => "fragment",
+        false => "scheme",
+    };
     for (url, wrong) in [
         ("", "scheme"),
         ("127.0.0.1:6379", "scheme"),
@@ -213,6 +238,9 @@ fn connecting_needs_no_reachable_server() {
         ("redis://:secret@127.0.0.1/x", "database"),
         ("redis://:secret%ff@127.0.0.1/", "user or password"),
         ("redis://:secret@127.0.0.1/?protocol=x", "parameters"),
+        ("redis://127.0.0.1/?protocol=secret", "parameters"),
+        ("redis://127.0.0.1/?pass=1&pro%74ocol=3secret", "parameters"),
+        ("rediss://:secret@127.0.0.1/#insecure", insecure),
     ] {
         let error = RedisBackend::connect(url).unwrap_err();
         let ConnectError::InvalidUrl { part, .. } = error else {

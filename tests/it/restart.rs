@@ -485,6 +485,62 @@ fn a_path_that_is_not_a_file_is_refused() {
     assert_eq!(source.unwrap().kind(), std::io::ErrorKind::NotFound);
 }
 
+#[cfg(unix)]
+#[test]
+fn a_new_file_is_its_owners_alone_and_no_link_chooses_where_it_is() {
+    use std::os::unix::fs::{PermissionsExt as _, symlink};
+
+    let directory = Directory::new();
+    let path = directory.file("contexts");
+    drop(storage(&path));
+    let mode = fs::metadata(&path).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    // One that is there keeps what its owner has given it, and may be linked to.
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
+    let link = directory.file("link");
+    symlink(&path, &link).unwrap();
+    drop(storage(&link));
+    let mode = fs::metadata(&path).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o640);
+
+    let (dangling, elsewhere) = (directory.file("dangling"), directory.file("elsewhere"));
+    symlink(&elsewhere, &dangling).unwrap();
+    let error = RedbBackend::open(&dangling).unwrap_err();
+    assert!(matches!(&error, OpenError::Io { .. }), "{error:?}");
+    assert!(!elsewhere.exists());
+}
+
+#[cfg(unix)]
+#[test]
+fn a_flush_fails_once_the_file_was_deleted_or_replaced() {
+    for sync in SYNCS {
+        for replaced in [false, true] {
+            let directory = Directory::new();
+            let path = directory.file("contexts");
+            let backend = RedbBackend::open_with(&path, sync).unwrap();
+            backend.write(&puts(1..10)).unwrap();
+            backend.flush().unwrap();
+            if replaced {
+                let other = directory.file("other");
+                drop(RedbBackend::open(&other).unwrap());
+                fs::rename(&other, &path).unwrap();
+            } else {
+                fs::remove_file(&path).unwrap();
+            }
+            for _ in 0..2 {
+                let _ = backend.write(&puts(10..20));
+                let error = backend.flush().unwrap_err();
+                assert!(error.to_string().contains("deleted or replaced"), "{error}");
+            }
+            assert_eq!(path.exists(), replaced, "it is not made anew in silence");
+            drop(backend);
+            let backend = RedbBackend::open_with(&path, sync).unwrap();
+            backend.write(&puts(1..10)).unwrap();
+            backend.flush().unwrap();
+        }
+    }
+}
+
 #[test]
 fn an_empty_file_is_initialised() {
     let directory = Directory::new();
@@ -683,6 +739,38 @@ fn eventual_sync_writes_within_a_second() {
         thread::sleep(Duration::from_millis(50));
     }
     println!("on the disk within {:?}", start.elapsed());
+}
+
+/// Needs root on Linux, to mount a small file system; `a_full_disk_costs_no_write_that_was_answered` simulates the same.
+#[test]
+fn a_disk_that_was_full_has_all_that_was_written_once_a_flush_succeeds() {
+    for sync in SYNCS {
+        let directory = Directory::new();
+        let Some(mount) = Mount::tmpfs(directory.path(), "size=2m") else {
+            println!("skipped: no file system can be mounted");
+            return;
+        };
+        let path = directory.file("contexts");
+        let backend = RedbBackend::open_with(&path, sync).unwrap();
+        let (mut answered, mut failed) = (Vec::new(), 0);
+        for n in 0..30 {
+            let spans = 1 + 1_000 * n..1 + 1_000 * (n + 1);
+            match backend.write(&puts(spans.clone())) {
+                Ok(_) => answered.push(spans),
+                Err(_) => failed += 1,
+            }
+            failed += usize::from(backend.flush().is_err());
+        }
+        assert!(failed > 0 && !answered.is_empty(), "{sync:?}: {failed}");
+        mount.change("size=64m");
+        backend.flush().unwrap();
+        drop(backend);
+        let backend = RedbBackend::open(&path).unwrap();
+        for span in answered.into_iter().flatten() {
+            let found = backend.get(&span.to_string()).unwrap();
+            assert_eq!(found.as_ref().map(span_of), Some(span), "{sync:?}");
+        }
+    }
 }
 
 /// Kills a writing process many times, and checks the file after each kill.

@@ -1,6 +1,7 @@
 //! Temporary files.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 /// A new directory, which is removed with everything in it when this is dropped.
@@ -33,4 +34,32 @@ impl Drop for Directory {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
     }
+}
+
+/// A file system in memory, until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Mount(PathBuf);
+
+impl Mount {
+    /// Mounts one there; `None` where that is not allowed.
+    pub(crate) fn tmpfs(at: &Path, options: &str) -> Option<Self> {
+        let args = ["-t", "tmpfs", "-o", options, "tmpfs"];
+        run_mount("mount", &args, at).then(|| Self(at.to_owned()))
+    }
+
+    pub(crate) fn change(&self, options: &str) {
+        let options = format!("remount,{options}");
+        assert!(run_mount("mount", &["-o", &options], &self.0));
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        run_mount("umount", &["-l"], &self.0);
+    }
+}
+
+fn run_mount(program: &str, args: &[&str], at: &Path) -> bool {
+    let output = Command::new(program).args(args).arg(at).output();
+    output.is_ok_and(|output| output.status.success())
 }

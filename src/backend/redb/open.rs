@@ -227,8 +227,47 @@ fn open_file(path: &Path) -> io::Result<FileBackend> {
         return Err(io::ErrorKind::InvalidData.into());
     }
     let mut options = OpenOptions::new();
-    let options = options.read(true).write(true).create(true).truncate(false);
-    FileBackend::new(options.open(path)?).map_err(io::Error::other)
+    options.read(true).write(true);
+    let mut opened = options.open(path);
+    if matches!(&opened, Err(error) if error.kind() == io::ErrorKind::NotFound) {
+        opened = create_file(path, options.clone());
+    }
+    if matches!(&opened, Err(error) if error.kind() == io::ErrorKind::AlreadyExists) {
+        // Another process was faster.
+        opened = options.open(path);
+    }
+    FileBackend::new(opened?).map_err(io::Error::other)
+}
+
+/// Creates a file that only its owner can read: it says which workflows there are.
+fn create_file(path: &Path, mut options: OpenOptions) -> io::Result<File> {
+    if path.is_symlink() {
+        let message = "a symbolic link that leads nowhere, where no file is created";
+        return Err(io::Error::new(io::ErrorKind::NotFound, message));
+    }
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    // It follows no link that has been put there since.
+    options.create_new(true).open(path)
+}
+
+/// Tells one file from another: its device and its number there.
+pub(super) type Identity = (u64, u64);
+
+/// Returns the identity of the file that a path leads to; `None` if there is none, or on systems other than Unix, where
+/// an open file stays where it is.
+pub(super) fn identity(path: &Path) -> Option<Identity> {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt as _;
+        let file = path.metadata().ok()?;
+        Some((file.dev(), file.ino()))
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = path;
+        None
+    }
 }
 
 /// Returns `true` for an empty file, and for one whose creation was interrupted.

@@ -359,6 +359,49 @@ fn a_disk_that_was_full_for_a_while_is_used_again_by_itself() {
     }
 }
 
+/// What was written while it was full, or before and not synced, is in the file once a flush succeeds.
+#[test]
+fn a_full_disk_costs_no_write_that_was_answered() {
+    for seed in 0..60 {
+        let mut random = Random(seed);
+        let disk = Platter::new(None);
+        let backend = disk.open(RedbSync::Eventual).expect("there is power");
+        let mut expected: [Option<u64>; KEYS] = [None; KEYS];
+        let mut refused = 0;
+        for round in 1..40 {
+            disk.set_room(random.below(3) > 0);
+            let n = random.below(KEYS);
+            let (write, after) = match random.below(4) {
+                0 => (Write::Remove(key(n)), None),
+                _ => (Write::Put(key(n), record(round)), Some(round)),
+            };
+            match backend.write(&[write]) {
+                Ok(_) => expected[n] = after,
+                Err(_) => refused += 1,
+            }
+            if random.below(4) == 0 {
+                let _ = backend.flush();
+            }
+            disk.set_room(true);
+            let n = random.below(KEYS);
+            let found = backend.get(&key(n)).expect("there is room");
+            assert_eq!(found.as_ref().map(span_of), expected[n], "seed {seed}");
+        }
+        assert!(refused < 39, "seed {seed}: no write was answered");
+        backend.flush().expect("there is room");
+        let disk = disk.after_power_cut(&mut random, None);
+        let backend = disk.open(RedbSync::Eventual).expect("there is power");
+        for (n, expected) in expected.iter().enumerate() {
+            let found = backend.get(&key(n)).expect("there is power");
+            assert_eq!(
+                found.as_ref().map(span_of),
+                *expected,
+                "seed {seed}, key {n}"
+            );
+        }
+    }
+}
+
 /// redb panics on some changes of an open file.
 #[test]
 fn a_file_that_is_damaged_while_it_is_open_is_an_error_and_no_panic() {

@@ -1,6 +1,8 @@
 //! Clients from URLs and addresses; they connect to nothing yet.
 
-use redis::{Client, ConnectionAddr, IntoConnectionInfo, RedisError, RedisResult};
+use redis::{
+    Client, ConnectionAddr, ConnectionInfo, ErrorKind, IntoConnectionInfo, RedisError, RedisResult,
+};
 
 use crate::backend::url::ConnectError;
 
@@ -21,12 +23,29 @@ pub(super) fn client(url: &str) -> Result<Client, ConnectError> {
         part: wrong_part(url, &source.to_string()),
         source: source.into(),
     };
-    let info = url.into_connection_info().map_err(invalid)?;
+    let info = connection_info(url).map_err(invalid)?;
     #[cfg(feature = "redis-tls")]
     if matches!(info.addr(), ConnectionAddr::TcpTls { .. }) {
         ensure_crypto_provider();
     }
     Client::open(info).map_err(invalid)
+}
+
+/// Parses a URL. Refuses what the client would refuse later, and repeats no part of it.
+fn connection_info(url: &str) -> RedisResult<ConnectionInfo> {
+    let refused = |reason| RedisError::from((ErrorKind::InvalidClientConfig, reason));
+    let info = url
+        .into_connection_info()
+        .map_err(|error| match error.detail() {
+            Some(_) => refused("invalid value of a parameter, such as an unknown protocol"),
+            None => error,
+        })?;
+    match info.addr() {
+        ConnectionAddr::TcpTls { insecure: true, .. } => Err(refused(
+            "the fragment #insecure is not supported: certificates are always verified",
+        )),
+        _ => Ok(info),
+    }
 }
 
 /// Returns the part of a URL that an error of its parser is about.

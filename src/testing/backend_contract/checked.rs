@@ -5,10 +5,11 @@ use std::sync::{Arc, Barrier, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
-use opentelemetry::trace::{SpanId, TraceFlags, TraceId, TraceState};
+use opentelemetry::trace::{SpanId, TraceFlags, TraceId};
 
 use crate::backend::{BackendError, Record, StorageBackend, Write, WriteOutcome};
 use crate::context::WorkflowContext;
+use crate::tracestate::Tracestate;
 
 /// The longest time until an expired record is gone, by clocks of servers too.
 pub(super) const EXPIRY_PATIENCE: Duration = Duration::from_millis(1500);
@@ -138,7 +139,7 @@ impl<B: StorageBackend> Checked<B> {
 /// Creates a record with that span id.
 pub(super) fn record(span: u64) -> Record {
     let flags = TraceFlags::SAMPLED;
-    let context = context(7, span, flags, &TraceState::NONE, false);
+    let context = context(7, span, flags, "", false);
     Record::new(context, in_a_month())
 }
 
@@ -150,16 +151,13 @@ pub(super) fn context(
     trace: u128,
     span: u64,
     flags: TraceFlags,
-    state: &TraceState,
+    state: &str,
     resumed: bool,
 ) -> WorkflowContext {
     let (trace, span) = (TraceId::from(trace), SpanId::from(span));
+    let state = Tracestate::parse(&[state]);
     WorkflowContext::from_parts(trace, span, flags, state, beginning(), resumed)
         .expect("no id is zero")
-}
-
-pub(super) fn state(members: impl IntoIterator<Item = (String, String)>) -> TraceState {
-    TraceState::from_key_value(members).expect("valid members")
 }
 
 /// Returns one moment in all calls, so that equal records can be created for comparison.
