@@ -212,8 +212,8 @@ where
         }
     }
 
-    /// Returns the instance of a span that is entered inside held spans of engines, which never name one: what they run belongs
-    /// to it, though it was opened elsewhere. It is known of spans with a run id or with a backend.
+    /// Returns the run of a span that is entered inside held spans of engines, which never name one: what they run belongs
+    /// to it, though it was opened elsewhere. Without a run id a span does not know its instance well enough to tell.
     fn identity_of_entered(&self, id: &span::Id, ctx: &Context<'_, S>) -> Option<Identity> {
         let held = self.pending_spans.held();
         let names_itself = |id| self.pending(id, ctx, Pending::may_name_itself) != Some(false);
@@ -228,7 +228,7 @@ where
             };
             identity = handoff::ask_for_identity(storage, ask);
         });
-        identity
+        identity.filter(|identity| identity.run_id.is_some())
     }
 
     #[inline(never)]

@@ -203,7 +203,8 @@ impl Model {
         let held = modelled.held_back;
         if !held {
             // Contexts are a stack: spans held below this one are released first.
-            self.release(thread, None, None);
+            let offer = self.run_of_entered(thread, span);
+            self.release(thread, None, offer);
             let starts = self.activation || self.spans[span].kind.is_tagged();
             if starts {
                 self.start(span, None);
@@ -220,6 +221,18 @@ impl Model {
         if !held {
             self.attach(thread, span);
         }
+    }
+
+    /// The run of a span that is entered inside held spans of engines alone, which join it.
+    fn run_of_entered(&mut self, thread: usize, span: Number) -> Option<Names> {
+        let held = self.entered[thread].iter().filter(|e| e.held);
+        let mut kinds = held.map(|e| self.spans[e.span].kind).peekable();
+        kinds.peek()?;
+        if !kinds.all(|kind| kind == Kind::Engine) {
+            return None;
+        }
+        self.start(span, None);
+        self.spans[span].joined.filter(|names| names.run.is_some())
     }
 
     /// With context activation, an entering that is noticed attaches a context.
@@ -370,6 +383,7 @@ impl Model {
             is_stored: true,
         });
         let shown = recorded.or_else(|| self.shown(beneath?));
+        self.spans[span].joined = names;
         self.spans[span].stand_in = Some(StandIn(shown));
     }
 
