@@ -339,8 +339,8 @@ impl StorageBackend for RedisBackend {
     fn get(&self, key: &str) -> Result<Option<Record>, BackendError> {
         let replies = self.ask_all(&command::read(&*self.key(key)));
         match &*replies.map_err(|error| self.servers.scoped(error))? {
-            [value, expiry] => Ok(self.read_record(value, expiry)),
-            _ => Err(self.servers.failure("unexpected number of replies to GET")),
+            [value, expiry @ Value::Int(_)] => Ok(self.read_record(value, expiry)),
+            _ => Err(self.servers.distrusted()),
         }
     }
 
@@ -393,11 +393,18 @@ impl RedisBackend {
         let mut replies = self.ask(&commands).into_iter();
         let mut malformed = Vec::new();
         let mut outcomes = vec![WriteOutcome::Done; writes.len()];
-        let mut next = || replies.next().unwrap_or(Ok(Value::Nil));
+        let mut next = |is_expected: fn(&Value) -> bool| match replies.next() {
+            Some(Ok(reply)) if !is_expected(&reply) => Err(self.servers.distrusted()),
+            reply => reply.unwrap_or(Ok(Value::Nil)),
+        };
         for at in order {
             let result = match &writes[at] {
-                Write::PutIfAbsent(..) => claimed(next(), next()),
-                _ => next().map(|_| Claimed::Done),
+                Write::PutIfAbsent(..) => claimed(
+                    next(|reply| matches!(reply, Value::Okay | Value::Nil)),
+                    next(|_| true),
+                ),
+                Write::Put(..) => next(|reply| *reply == Value::Okay).map(|_| Claimed::Done),
+                _ => next(|reply| matches!(reply, Value::Int(_))).map(|_| Claimed::Done),
             };
             match result {
                 Ok(Claimed::Done) => {}
@@ -557,6 +564,16 @@ impl Servers {
 
     fn failure(&self, message: &str) -> BackendError {
         BackendError::new(format!("{}: {message}", self.name()), None)
+    }
+
+    /// Closes the connections after a reply that no Redis server gives, and returns that as an error: replies and commands may
+    /// be out of step.
+    fn distrusted(&self) -> BackendError {
+        match self {
+            Self::Cluster(cluster) => cluster.close_idle(),
+            Self::One(node) => node.close_idle(),
+        }
+        self.scoped(self.failure("unexpected reply"))
     }
 
     /// Returns one reply for each command, of which the first argument is the key.

@@ -220,6 +220,11 @@ where
         if held.is_empty() || held.iter().any(names_itself) {
             return None;
         }
+        // An ordinary span names nothing, and must not be started early to be asked.
+        let role = self.callsite(ctx.metadata(id)?).role();
+        if !matches!(role, Role::Tagged | Role::Engine) {
+            return None;
+        }
         let storage = StorageId::new(&self.shared);
         let mut identity = None;
         self.with_started(id, ctx, |cx| {

@@ -181,8 +181,13 @@ COMMENT ON TABLE {name} IS '{COMMENT}';
             return Ok(());
         }
         let name = self.name.to_string();
-        let rows = query(client, LOOK, &[(&name, Type::TEXT)], most).await?;
-        if !self.is_in(&rows)? {
+        let look = async || query(client, LOOK, &[(&name, Type::TEXT)], most).await;
+        let is_there = match self.is_in(&look().await?) {
+            Ok(is_there) => is_there,
+            // A table that is created meanwhile is found by its name at once, but its comment only by the next statement.
+            Err(_) => self.is_in(&look().await?)?,
+        };
+        if !is_there {
             self.create(client, most).await?;
         }
         self.is_ready.store(true, Relaxed);

@@ -136,6 +136,12 @@ impl Cluster {
         }
     }
 
+    pub(super) fn close_idle(&self) {
+        for member in self.members.all() {
+            member.node().close_idle();
+        }
+    }
+
     /// Succeeds if any server replies.
     pub(super) fn ping(&self, timeouts: Timeouts) -> Result<(), BackendError> {
         self.members.ensure_known(timeouts)?;

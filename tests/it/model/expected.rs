@@ -228,7 +228,7 @@ impl Model {
         let held = self.entered[thread].iter().filter(|e| e.held);
         let mut kinds = held.map(|e| self.spans[e.span].kind).peekable();
         kinds.peek()?;
-        if !kinds.all(|kind| kind == Kind::Engine) {
+        if !kinds.all(|kind| kind == Kind::Engine) || !self.spans[span].kind.is_tagged() {
             return None;
         }
         self.start(span, None);
