@@ -137,7 +137,9 @@ impl Load {
             at(&waits),
             self.worker.storage.stats()
         );
-        assert!(quantile(&beyond, 0.999) <= MORE, "{what}");
+        // A busy machine wakes threads late that wait for nothing else.
+        let as_late = MORE + quantile(&waits, 0.999);
+        assert!(quantile(&beyond, 0.999) <= as_late, "{what}");
         // Delays that also occur without a backend, in one or two of 100,000 starts, are tolerated: one even if none occurred.
         let late = |sorted: &[Duration]| sorted.iter().filter(|beyond| **beyond > MORE).count();
         let noise = late(&alone) + late(&waits);
