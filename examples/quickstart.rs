@@ -1,14 +1,14 @@
-//! The smallest set-up: a workflow that is run in three executions falls into one trace.
+//! The smallest set-up: a workflow that is run in three executions is one trace, and one span from its start to its end.
 //!
-//! `cargo run --features testing --example quickstart`
+//! `cargo run --example quickstart --features durable-root,testing`
 
 use opentelemetry::trace::TracerProvider as _;
-use opentelemetry_sdk::trace::{InMemorySpanExporter, SdkTracerProvider};
+use opentelemetry_sdk::trace::{InMemorySpanExporter, Sampler, SdkTracerProvider};
 use tracing_subscriber::prelude::*;
 use tracing_workflow_context::WorkflowContextStorage;
 use tracing_workflow_context::testing::TraceForest;
 
-#[tracing::instrument(fields(workflow.instance_id = %order))]
+#[tracing::instrument(fields(workflow.instance_id = %order, workflow.name = "order"))]
 fn reserve_stock(order: &str) {
     tracing::info!("reserved");
 }
@@ -25,13 +25,18 @@ fn ask_bank() {}
 fn ship(order: &str) {}
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let storage = WorkflowContextStorage::builder()
+        .durable_root(true)
+        .build()?;
     let exporter = InMemorySpanExporter::default();
+    // The id generator and the sampler are for the workflow's own span alone.
+    let sampler = Sampler::ParentBased(Box::new(Sampler::AlwaysOn));
     let provider = SdkTracerProvider::builder()
+        .with_id_generator(storage.id_generator())
+        .with_sampler(storage.sampler(sampler))
         .with_simple_exporter(exporter.clone())
         .build();
     let tracer = provider.tracer("quickstart");
-
-    let storage = WorkflowContextStorage::new();
     tracing_subscriber::registry()
         .with(storage.layer(tracer))
         .init();
@@ -42,9 +47,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .join()
         .map_err(|_| "the worker thread panicked")?;
     ship("order-42");
+    storage.complete("order-42", "completed")?;
 
     let forest = TraceForest::from_spans(&exporter.get_finished_spans()?);
     println!("{forest}");
-    forest.assert_one_trace();
+    forest.assert_one_trace().assert_rooted();
     Ok(())
 }
