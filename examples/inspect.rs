@@ -20,17 +20,12 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use serde_json::json;
-use tracing_workflow_context::backend::{Record, StorageBackend};
+use tracing_workflow_context::backend::{Record, StorageBackend, instance_of_key};
 use tracing_workflow_context::{
     PostgresBackend, RedbBackend, RedisBackend, WorkflowContextStorage,
 };
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
-
-/// The separators of a backend's keys: see `src/backend/keys.rs`.
-const SEPARATOR: char = '\u{1f}';
-const NAMESPACE_END: char = '\u{1d}';
-const ESCAPE: char = '\u{1e}';
 
 struct Options {
     store: String,
@@ -83,38 +78,15 @@ impl Options {
         let trace = record.context.trace_id().to_string();
         Some(self.template.as_ref()?.replace("{trace}", &trace))
     }
-
-    /// Returns the instance whose latest context is under a key of the chosen namespace.
-    fn instance_of(&self, key: &str) -> Option<String> {
-        let key = match (key.split_once(NAMESPACE_END), self.namespace.as_str()) {
-            (None, "") => key,
-            (Some((namespace, key)), wanted) if unescaped(namespace) == wanted => key,
-            _ => return None,
-        };
-        (!key.contains(SEPARATOR)).then(|| unescaped(key))
-    }
-}
-
-fn unescaped(text: &str) -> String {
-    let mut chars = text.chars();
-    let unescape = std::iter::from_fn(|| match chars.next()? {
-        ESCAPE => match chars.next()? {
-            ' ' => Some(SEPARATOR),
-            '-' => Some(NAMESPACE_END),
-            c => Some(c),
-        },
-        c => Some(c),
-    });
-    unescape.collect()
 }
 
 /// Returns the instances of a store, sorted by their ids.
 fn instances(backend: &dyn StorageBackend, options: &Options) -> Result<Vec<(String, Record)>> {
     let mut found = Vec::new();
     backend.scan(&mut |key, record| {
-        if let Some(id) = options.instance_of(key) {
+        if let Some(id) = instance_of_key(&options.namespace, key) {
             if options.id.as_ref().is_none_or(|wanted| *wanted == id) {
-                found.push((id, record));
+                found.push((id.into_owned(), record));
             }
         }
     })?;

@@ -31,6 +31,8 @@ pub(crate) mod url;
 pub(crate) mod write_queue;
 pub(crate) mod writer;
 
+pub use keys::instance_of_key;
+
 use std::error::Error;
 use std::fmt;
 use std::sync::Arc;

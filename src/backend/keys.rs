@@ -64,6 +64,26 @@ pub(crate) fn instance_of(key: &str) -> Option<Cow<'_, str>> {
     (!key.contains([SEPARATOR, NAMESPACE_END])).then(|| unescaped(key))
 }
 
+/// Returns the instance id if the key, as [`StorageBackend::scan`](super::StorageBackend::scan) shows it, is that of an
+/// instance's latest context in that namespace; an empty one is none.
+///
+/// # Examples
+///
+/// ```
+/// use tracing_workflow_context::backend::instance_of_key;
+///
+/// assert_eq!(instance_of_key("", "order-42").as_deref(), Some("order-42"));
+/// // A run of it.
+/// assert_eq!(instance_of_key("", "order-42\u{1f}run 1"), None);
+/// ```
+#[must_use]
+pub fn instance_of_key<'a>(namespace: &str, key: &'a str) -> Option<Cow<'a, str>> {
+    instance_of(match namespace {
+        "" => key,
+        _ => key.strip_prefix(&*namespace_prefix(namespace))?,
+    })
+}
+
 /// Returns the instance id as it was before it was escaped.
 fn unescaped(part: &str) -> Cow<'_, str> {
     if !part.contains(ESCAPE) {

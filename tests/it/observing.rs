@@ -105,28 +105,21 @@ fn inside_the_instance_it_needs_no_link() {
 #[test]
 fn an_id_that_comes_late_is_only_linked_and_holds_nothing() {
     for_both(|worker| {
-        let request = info_span!(
-            "GET",
-            workflow.instance_id = Empty,
-            workflow.observing = true
-        );
-        let entered = request.enter();
-        request.record("workflow.instance_id", ID);
-        drop(entered);
-        drop(request);
+        let look = |name| {
+            let request = info_span!(
+                "GET",
+                otel.name = name,
+                workflow.instance_id = Empty,
+                workflow.observing = true
+            );
+            let _entered = request.enter();
+            request.record("workflow.instance_id", ID);
+        };
+        look("early");
         assert_eq!(worker.storage.get(ID).unwrap(), None);
         assert_eq!(worker.storage.stats().deferred, 0);
         step("charge");
-        let request = info_span!(
-            "GET",
-            otel.name = "late",
-            workflow.instance_id = Empty,
-            workflow.observing = true
-        );
-        let entered = request.enter();
-        request.record("workflow.instance_id", ID);
-        drop(entered);
-        drop(request);
+        look("late");
         assert_only_linked(worker, "late");
         assert_eq!(worker.storage.stats().late, 0);
     });

@@ -16,7 +16,7 @@ use crate::{FIRST, PLAIN, Result, pipe};
 
 pub fn run(url: &str, layer: &str, part: &str, dir: &Path) -> Result<()> {
     let provider = SdkTracerProvider::builder()
-        .with_simple_exporter(pipe::Exporter)
+        .with_simple_exporter(pipe::Exporter(pipe::name_of))
         .build();
     let tracer = provider.tracer("dbos-example");
     let filter = Targets::new().with_targets(["dbos", "dbos_example"].map(|t| (t, Level::INFO)));

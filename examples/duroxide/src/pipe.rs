@@ -1,33 +1,16 @@
-//! What a worker process tells its parent, a line each; lines that open with none of these words are for the user.
-//!
-//! A worker that is killed cannot be asked for its spans afterwards, so each of them leaves when it ends.
+//! The lines by which a worker process hands its spans over, and one more of its own.
 
-#[path = "../../support/line.rs"]
-mod line;
+#[path = "../../support/pipe.rs"]
+mod shared;
 
-use opentelemetry_sdk::error::OTelSdkResult;
-use opentelemetry_sdk::trace::{SpanData, SpanExporter};
+use opentelemetry_sdk::trace::SpanData;
 
-pub(crate) use self::line::from_line;
-
-/// Opens the line of a finished span.
-pub const SPAN: &str = "span:";
+pub(crate) use self::shared::line::from_line;
+pub(crate) use self::shared::{Exporter, KILL_ME, SPAN};
 
 /// Opens the line with the number of replayed spans so far.
 pub const REPLAYED: &str = "replayed:";
 
-/// The worker waits to be killed.
-pub const KILL_ME: &str = "kill me";
-
-/// Prints each span as it ends; `println!` leaves nothing in a buffer that a kill could take away.
-#[derive(Debug)]
-pub struct Exporter;
-
-impl SpanExporter for Exporter {
-    async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
-        for span in &batch {
-            println!("{SPAN}{}", line::to_line(span, &span.name));
-        }
-        Ok(())
-    }
+pub(crate) fn name_of(span: &SpanData) -> String {
+    span.name.to_string()
 }

@@ -28,7 +28,8 @@ pub fn run(workflow: &str, layer: &str, database: &Path) -> Result<()> {
     let has_root = (workflow, layer) == (order::NAME, OURS);
     let storage = WorkflowContextStorage::builder().durable_root(has_root);
     let storage = storage.build()?;
-    let mut provider = SdkTracerProvider::builder().with_simple_exporter(pipe::Exporter);
+    let mut provider =
+        SdkTracerProvider::builder().with_simple_exporter(pipe::Exporter(pipe::name_of));
     if has_root {
         let root = Sampler::ParentBased(Box::new(Sampler::AlwaysOn));
         provider = provider

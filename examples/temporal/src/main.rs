@@ -125,7 +125,7 @@ async fn be(part: &str, way: Way, temporal: &str, redis: &str) -> Result<()> {
     }
     let storage = storage.build()?;
     let provider = SdkTracerProvider::builder()
-        .with_simple_exporter(pipe::Exporter)
+        .with_simple_exporter(pipe::Exporter(pipe::name_of))
         .build();
     let tracer = provider.tracer("temporal-example");
     let layer = match way {
