@@ -61,7 +61,7 @@ pub(crate) struct Client {
     /// Unset once the backend has been connected to, or a span or call has waited for that in vain.
     is_connecting: Arc<AtomicBool>,
     is_closing: Arc<AtomicBool>,
-    /// What scanners get a copy of; `None` once this is dropped.
+    /// Keeps `ended` connected, as the copies of all scanners do; `None` once this is dropped.
     alive: Option<SyncSender<Infallible>>,
     /// Disconnected once both threads and all scanners have ended.
     ended: Mutex<Receiver<Infallible>>,

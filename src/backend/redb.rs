@@ -190,7 +190,7 @@ impl Syncer {
     }
 }
 
-/// What a write has changed under its key.
+/// The change that a write has made under its key.
 enum Change {
     Nothing,
     Removed,

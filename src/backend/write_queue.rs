@@ -201,7 +201,8 @@ impl Writes {
 }
 
 /// Returns about how many bytes a write takes, with what it points to and its place in the queue.
-pub(super) fn bytes_of(write: &Write) -> usize {
+#[inline]
+fn bytes_of(write: &Write) -> usize {
     let of_record = match write {
         Write::PutIfAbsent(_, record) | Write::Put(_, record) => {
             record.context.trace_state_bytes()
@@ -217,6 +218,15 @@ pub(super) fn bytes_of(write: &Write) -> usize {
         Write::Expire(..) | Write::Remove(_) => 0,
     };
     size_of::<Write>() + size_of::<(u64, usize)>() + write.key().len() + of_record
+}
+
+/// The number of bytes of a write that weigh as much as one more message: the channel is bounded in bytes as well.
+const BYTES_OF_WEIGHT: usize = 1024;
+
+/// Returns the weight of a write on its way to the queue, in messages.
+#[inline]
+pub(super) fn weight(write: &Write) -> usize {
+    1 + bytes_of(write) / BYTES_OF_WEIGHT
 }
 
 /// Returns the cause of dropped writes if the backend has not failed: it is too slow.

@@ -18,8 +18,7 @@ use std::time::{Duration, Instant};
 use super::breaker::{Backoff, Breaker};
 use super::guard::Guarded;
 use super::write_queue::{
-    Callbacks, FollowUp, InFlight, Known, Lost, MAX_WRITES, OnWinner, WriteQueue, bytes_of,
-    overflow,
+    Callbacks, FollowUp, InFlight, Known, Lost, MAX_WRITES, OnWinner, WriteQueue, overflow, weight,
 };
 use crate::backend::{BackendError, Record, Write, WriteOutcome};
 use crate::error::StorageError;
@@ -38,9 +37,6 @@ const IDLE_ROUNDS: u32 = 64;
 /// The weight of the messages in the channel from which on each write moves some into the queue, where they are merged and
 /// bounded. Large enough for a burst while the backend is busy with a group.
 const CROWDED: usize = 8 * 1024;
-
-/// The number of bytes of a write that weigh as much as one more message: the channel is bounded in bytes as well.
-const BYTES_OF_WEIGHT: usize = 1024;
 
 /// The largest number of writes that are handled while the queue is locked, since lookups wait meanwhile.
 const AT_ONCE: usize = 64;
@@ -82,7 +78,7 @@ type Flush = SyncSender<Result<(), StorageError>>;
 impl Message {
     fn weight(&self) -> usize {
         match self {
-            Self::Write(write, _) => 1 + bytes_of(write) / BYTES_OF_WEIGHT,
+            Self::Write(write, _) => weight(write),
             Self::Hurry | Self::Flush(_) | Self::Close => 1,
         }
     }
@@ -154,7 +150,7 @@ impl Writer {
                 return;
             }
         }
-        self.send(Message::Write(write, on_winner));
+        self.send(weight(&write), Message::Write(write, on_winner));
         // The thread sets this before it checks the channel for the last time.
         if self.is_asleep.load(SeqCst) && self.is_asleep.swap(false, SeqCst) {
             self.wake();
@@ -171,7 +167,7 @@ impl Writer {
         // Disconnected with the last of the callbacks.
         let (pending, is_done) = sync_channel(0);
         self.write(write, Some(holding(pending, on_winner)));
-        self.send(Message::Hurry);
+        self.send(1, Message::Hurry);
         self.wake();
         if let Err(RecvTimeoutError::Timeout) = is_done.recv_timeout(most) {
             self.breaker.failed();
@@ -210,7 +206,7 @@ impl Writer {
     /// Also if writes since the last flush were dropped, or are refused.
     pub(super) fn flush(&self) -> Result<(), StorageError> {
         let (flush, flushed) = sync_channel(1);
-        self.send(Message::Flush(flush));
+        self.send(1, Message::Flush(flush));
         self.wake();
         flushed.recv_timeout(FLUSH_PATIENCE).unwrap_or_else(|_| {
             let message = format!("flush timed out after {} s", FLUSH_PATIENCE.as_secs());
@@ -220,7 +216,7 @@ impl Writer {
 
     /// Ends the thread once everything is written and flushed, or an attempt has failed.
     pub(super) fn close(&self) {
-        self.send(Message::Close);
+        self.send(1, Message::Close);
         self.wake();
     }
 
@@ -233,8 +229,9 @@ impl Writer {
         lock(&self.queue)
     }
 
-    fn send(&self, message: Message) {
-        self.in_channel.fetch_add(message.weight(), SeqCst);
+    #[inline]
+    fn send(&self, weight: usize, message: Message) {
+        self.in_channel.fetch_add(weight, SeqCst);
         // It cannot fail: the receiver lives as long as `self`.
         let _ = self.channel.send(message);
     }

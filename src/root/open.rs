@@ -29,16 +29,7 @@ enum Next {
 }
 
 impl OpenRoot {
-    pub(super) fn new(
-        roots: &Arc<Roots>,
-        id: &str,
-        run_id: Option<&str>,
-        generation: u32,
-        context: WorkflowContext,
-        span: RootSpan,
-    ) -> Arc<Self> {
-        let stage = Stage::New;
-        let part = Part::new(roots, id, run_id, generation, context, span, stage);
+    pub(super) fn new(part: Part) -> Arc<Self> {
         Arc::new(Self(Arc::new(part)))
     }
 
@@ -206,7 +197,10 @@ impl Roots {
     ) -> Arc<OpenRoot> {
         self.count_opened();
         let Allocated { context, span } = allocated.clone();
-        OpenRoot::new(self, id, run_id, generation, context, span)
+        let stage = Stage::New;
+        OpenRoot::new(Part::new(
+            self, id, run_id, generation, context, span, stage,
+        ))
     }
 }
 
@@ -221,16 +215,10 @@ pub(crate) fn set_recorded(root: Option<Arc<OpenRoot>>) {
 /// Returns a root that a backend keeps beside the context of an instance.
 pub(crate) fn reopen(roots: &Arc<Roots>, id: &str, record: &Record) -> Option<Arc<OpenRoot>> {
     let span = record.root.as_deref()?.clone();
-    let run_id = record.run_id.as_deref();
-    let context = record.context.clone();
-    Some(OpenRoot::new(
-        roots,
-        id,
-        run_id,
-        record.generation,
-        context,
-        span,
-    ))
+    let (run_id, generation) = (record.run_id.as_deref(), record.generation);
+    let (context, stage) = (record.context.clone(), Stage::New);
+    let part = Part::new(roots, id, run_id, generation, context, span, stage);
+    Some(OpenRoot::new(part))
 }
 
 impl fmt::Debug for OpenRoot {

@@ -343,6 +343,7 @@ pub(crate) fn ask_for_identity(storage: StorageId, ask: impl FnOnce()) -> Option
 }
 
 /// Answers, as a span of the storage, if that is what is asked.
+#[inline]
 pub(super) fn answer_identity(storage: StorageId, identity: Option<&Identity>) {
     if ASKING_IDENTITY.get() == Some(storage) {
         let _ = IDENTITY.try_with(|answer| answer.replace(identity.cloned()));

@@ -14,6 +14,7 @@ use super::watch::{Memo, Unnamed, Watch};
 use super::{Origin, WorkflowTracer, without_span};
 use crate::decision::{Decision, Moment};
 use crate::explain::author::Author;
+use crate::explain::trail::{Event, SpanNote};
 use crate::fields::identity::{Identity, Names};
 use crate::fields::{Owner, Scope};
 use crate::root::ids;
@@ -266,8 +267,14 @@ where
         let mut started = WorkflowSpan::start(&*self.inner, builder, parent, shared);
         let watch = || Watch::new(shared, None, Some(memo), mark.awaits, Scope::NONE);
         if let (Some((span, _)), Some((instance, decision))) = (started.watch(watch), observed) {
-            let own = span.span_context();
-            shared.note_decision(instance, name, own, &natural, decision.outcome, false);
+            let note = SpanNote {
+                span_name: name,
+                span: span.span_context().into(),
+                natural: (&natural).into(),
+                outcome: decision.outcome,
+                after_end: false,
+            };
+            shared.note(instance, || Event::Started(note));
         }
         started
     }

@@ -20,7 +20,7 @@ pub(super) struct Unsynced {
     bytes: usize,
 }
 
-/// What one group of writes has changed, in order.
+/// The changes of one group of writes, in order.
 pub(super) type Changes = Vec<(Box<[u8]>, Option<Box<[u8]>>)>;
 
 impl Unsynced {
