@@ -3,10 +3,9 @@
 use std::sync::Arc;
 
 use crate::support::*;
-use opentelemetry_sdk::trace::{Sampler, SdkTracerProvider};
+use opentelemetry_sdk::trace::Sampler;
 use tracing::field::Empty;
-use tracing::{Dispatch, info_span};
-use tracing_subscriber::prelude::*;
+use tracing::info_span;
 use tracing_workflow_context::{
     Engine, WorkflowContextStorage as Storage, WorkflowContextStorageBuilder as Builder,
 };
@@ -244,6 +243,9 @@ fn one_trace_for_many_workflows() {
 #[cfg(feature = "durable-root")]
 mod root_missing {
     use super::*;
+    use opentelemetry_sdk::trace::SdkTracerProvider;
+    use tracing::Dispatch;
+    use tracing_subscriber::prelude::*;
 
     fn rooted(both: bool) -> Worker {
         let storage = Storage::builder().durable_root(true).build().unwrap();
