@@ -34,7 +34,7 @@ pub(crate) fn router() -> Router {
         .on_response(|response: &Response, _: Duration, span: &Span| record_status(response, span));
     Router::new()
         .route("/charges/{order}", post(charge))
-        .layer(trace)
+        .route_layer(trace)
         .with_state(Refused::default())
 }
 

@@ -46,7 +46,7 @@ pub(crate) fn router() -> Router {
         .on_response(|response: &Response, _: Duration, span: &Span| record_status(response, span));
     Router::new()
         .route("/orders/{order}", post(place_order))
-        .layer(trace)
+        .route_layer(trace)
         .with_state(queue)
 }
 
