@@ -534,8 +534,8 @@ fn an_evicted_instance_is_found_while_the_backend_is_slow_or_down() {
         }
         assert_eq!(
             controlled.calls(Call::Get),
-            6,
-            "before the first spans alone, a run and an instance each"
+            3,
+            "before the first spans alone, for a run and its instance at once"
         );
         controlled.set(Call::Write, Behaviour::Works);
     }
