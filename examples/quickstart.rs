@@ -1,6 +1,6 @@
 //! The smallest set-up: a workflow that is run in three executions is one trace, and one span from its start to its end.
 //!
-//! `cargo run --example quickstart --features durable-root,testing`
+//! `cargo run -p quickstart` in a checkout, `cargo run --example quickstart --features durable-root,testing` in the published crate.
 
 use opentelemetry::trace::TracerProvider as _;
 use opentelemetry_sdk::trace::{InMemorySpanExporter, Sampler, SdkTracerProvider};
