@@ -164,8 +164,8 @@ impl Engine {
             // each operation is claimed (src/context.rs:390 and 551), on a handle the SDK keeps for that, so `false` is
             // sure to be seen; the span itself is new in each invocation. Child contexts have one of their own with
             // `parent: None` (src/tracing_layer.rs:163), so that a log filter judges each by its own flag: this crate does
-            // that in any case, and nests it where it was created. Around them lambda_runtime 1.0.1 opens
-            // `Lambda runtime invoke` (src/layers/trace.rs:60-68), which names a request only.
+            // that in any case, and nests it where it was created. Around them lambda_runtime opens
+            // `Lambda runtime invoke` (1.0.1, src/layers/trace.rs:60-68; 1.5.0, lines 66-88), which names a request only.
             Self::AwsDurable => Preset {
                 instance_id: anywhere("executionArn"),
                 replaying_children: own("isReplay"),
