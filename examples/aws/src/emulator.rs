@@ -43,7 +43,8 @@ impl Emulator {
         let written = File::create(&log)?;
         let url = |port| format!("http://127.0.0.1:{port}");
         let process = Command::new(program)
-            .args(["start-server", "--host", "127.0.0.1"])
+            .args(["start-server", "--log-level", "WARNING"])
+            .args(["--host", "127.0.0.1"])
             .args(["--port", &port.to_string()])
             .args(["--lambda-endpoint", &url(lambda_port)])
             .args(["--local-runner-endpoint", &url(port)])
@@ -119,7 +120,8 @@ impl Emulator {
 
     fn with_log(&self, error: &str) -> Box<dyn std::error::Error + Send + Sync> {
         let log = std::fs::read_to_string(&self.log).unwrap_or_default();
-        format!("{log}\n{error}; the emulator's log is above").into()
+        eprintln!("{log}\nengine-aws: above is the emulator's log");
+        error.into()
     }
 }
 
