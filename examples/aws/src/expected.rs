@@ -14,6 +14,9 @@ pub const HEADER: &str = "\
 | | executions | invocations | spans | traces | spans of the user's code | of them repeats |
 |---|---|---|---|---|---|---|";
 
+/// The first thing that is done in a child context, whose span the SDK opens without a parent.
+const IN_CHILD: &str = "pick a box";
+
 /// The order whose traces are drawn, with those of its receipt.
 const DRAWN: usize = 0;
 
@@ -115,12 +118,22 @@ impl Found {
             roots.len() == executions && roots.values().all(|number| *number == 1),
             "expected one root in each trace".into(),
         )?;
-        let ids: BTreeSet<_> = spans.iter().map(|span| span_id(span)).collect();
+        let ids: BTreeSet<_> = spans.iter().map(span_id).collect();
         let is_orphan =
             |span: &&SpanData| !is_root(span) && !ids.contains(&span.parent_span_id.to_bytes());
         let orphans = spans.iter().filter(is_orphan).count();
         ensure(orphans == 0, format!("{orphans} spans lack their parent"))?;
-        ensure(ids.len() == spans.len(), "expected no span id twice".into())
+        ensure(ids.len() == spans.len(), "expected no span id twice".into())?;
+        let forest = TraceForest::from_spans(spans);
+        ORDERS.iter().try_for_each(|order| {
+            let first = forest.find(&format!("{IN_CHILD} {order}"));
+            let child = first.and_then(|span| forest.parent_of(span));
+            let outer = child.and_then(|span| forest.parent_of(span));
+            ensure(
+                outer.is_some_and(|outer| outer.name.starts_with("durable_execution")),
+                "expected the child context in the handler that runs it".into(),
+            )
+        })
     }
 }
 
