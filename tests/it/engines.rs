@@ -261,6 +261,34 @@ mod aws {
         });
     }
 
+    /// With the runtime's layer for OpenTelemetry there are two spans around the handler.
+    #[test]
+    fn both_spans_of_the_runtime_join_the_execution() {
+        with(Engine::AwsDurable, |worker| {
+            for number in 0..2 {
+                // lambda_runtime 1.5.0, src/layers/otel.rs:87
+                let layer = info_span!(
+                    target: "lambda_runtime::layers::otel",
+                    "Lambda function invocation",
+                    "otel.name" = "order",
+                    "otel.kind" = Empty,
+                    "faas.invocation_id" = "request",
+                );
+                layer.in_scope(|| invocation(number, &["charge", "pack"]));
+            }
+            let [first, second] = only(worker, "order");
+            let (first, second) = match first.start_time <= second.start_time {
+                true => (first, second),
+                false => (second, first),
+            };
+            assert_root(&first);
+            assert_continues(&second, &first.span_context);
+            assert_nested(&worker.span("invoke 1"), &second);
+            worker.forest().assert_one_trace().assert_no_orphans();
+            assert_eq!(worker.storage.stats().adopted, 4);
+        });
+    }
+
     /// Each invocation runs where nothing is known of the ones before.
     #[cfg(feature = "durable-root")]
     #[test]
