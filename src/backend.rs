@@ -10,6 +10,7 @@ pub(crate) mod client;
 pub(crate) mod codec;
 #[cfg(any(feature = "postgres", feature = "redis"))]
 pub(crate) mod form;
+mod group_size;
 mod guard;
 #[cfg(any(feature = "postgres", feature = "redis"))]
 mod json;
