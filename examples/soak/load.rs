@@ -19,8 +19,18 @@ use tracing_workflow_context::{Stats, WorkflowContext, WorkflowContextStorage};
 use super::store::{self, FAILS, HANGS, NONE, Switched, is_file};
 use super::{Random, Result};
 
-/// The instances that live at any time.
-const LIVE: usize = 200_000;
+/// Returns the number of instances that live at any time. A debug build, as `scripts/test` runs it, takes seconds for the
+/// fewer ones already.
+fn live() -> usize {
+    let given = std::env::var("SOAK_LIVE").ok();
+    let usual = if cfg!(debug_assertions) {
+        20_000
+    } else {
+        200_000
+    };
+    given.and_then(|given| given.parse().ok()).unwrap_or(usual)
+}
+
 const THREADS: usize = 2;
 
 /// An outage begins each so many seconds, and lasts so long.
@@ -175,7 +185,8 @@ pub(crate) fn run(store: &str, time: Duration) -> Result<()> {
         let _ = is_filled.recv();
         let begin = Instant::now();
         println!(
-            "{LIVE} instances live after {:.1} s",
+            "{} instances live after {:.1} s",
+            live(),
             shared.start.elapsed().as_secs_f64()
         );
         resident = outages(shared, begin, time);
@@ -265,7 +276,7 @@ impl<'a> OfThread<'a> {
 
     /// Records all instances, no faster than they are written.
     fn fill(&mut self) {
-        for number in 0..LIVE / THREADS {
+        for number in 0..live() / THREADS {
             let instance = self.born();
             self.instances.push(instance);
             self.perform(number, 0, Kind::Plain);
