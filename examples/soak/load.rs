@@ -158,7 +158,7 @@ pub(crate) fn run(store: &str, time: Duration) -> Result<()> {
     let mut resident = Vec::new();
     thread::scope(|scope| {
         let (results, all) = channel();
-        let (filled, is_filled) = channel();
+        let (filled, is_filled) = channel::<()>();
         for thread in 0..THREADS {
             let (results, filled) = (results.clone(), filled.clone());
             scope.spawn(move || {
@@ -242,6 +242,8 @@ impl Worker {
         let storage = WorkflowContextStorage::builder()
             .backend(Switched { inner, outage })
             .completed_grace(Duration::from_secs(1))
+            // A worker does not hear of an end that another one sees: those make room for others.
+            .max_instances(live() + live() / 4)
             .build()?;
         let provider = SdkTracerProvider::builder()
             .with_span_processor(Noting)

@@ -138,7 +138,12 @@ impl Running {
                 let innermost = self.entered.iter().rposition(|(at, _)| Some(*at) == chosen);
                 drop(innermost.map(|at| self.entered.remove(at)));
             }
-            (17, Some(span)) => drop(span.record("workflow.instance_id", id)),
+            (17, Some(span)) => {
+                // A second id: which of them counts is not looked at here.
+                let is_first = span.metadata().is_some_and(|it| it.name() == "awaiting");
+                self.splits |= !is_first;
+                span.record("workflow.instance_id", id);
+            }
             (18, Some(span)) => {
                 self.splits = true;
                 span.record("workflow.replaying", argument % 2 == 0);

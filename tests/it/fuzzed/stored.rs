@@ -110,7 +110,7 @@ pub(crate) fn stored(data: &[u8]) {
     assert_eq!(again.ids, expected.ids);
     assert_eq!(
         (&again.run_id, again.generation),
-        (&expected.run_id, expected.generation.max(1))
+        (&expected.run_id, expected.generation)
     );
     assert_eq!(again.tracestate, expected.tracestate);
 }
@@ -247,7 +247,8 @@ fn read_binary(data: &[u8]) -> Option<Expected> {
             return None;
         }
     }
-    let is_sound = trace != 0 && span != 0 && trace_flags < 4 && flags < 16 && is_whole;
+    let is_sound =
+        trace != 0 && span != 0 && generation != 0 && trace_flags < 4 && flags < 16 && is_whole;
     is_sound.then_some(Expected {
         ids: (trace, span, trace_flags),
         tracestate,
