@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -17,6 +18,7 @@ use opentelemetry_sdk::trace::{Sampler, SdkTracerProvider, Span, SpanData, SpanP
 use tracing::info_span;
 use tracing_subscriber::prelude::*;
 use tracing_workflow_context::WorkflowContextStorage;
+use tracing_workflow_context::backend::StorageBackend;
 
 use super::store::{self, NONE, Switched};
 use super::{Random, Result};
@@ -24,6 +26,8 @@ use super::{Random, Result};
 /// A new instance begins each so often, and ends after so many others have begun.
 const EACH: Duration = Duration::from_millis(5);
 const LIVES: u64 = 400;
+
+const THREADS: usize = 4;
 
 /// Lines of the history that are not printed yet.
 static LINES: Mutex<Vec<String>> = Mutex::new(Vec::new());
@@ -98,8 +102,46 @@ pub(crate) fn work(store: &str, name: &str, time: Duration) -> Result<()> {
         .with(storage.layer(provider.tracer("history")))
         .init();
 
-    let mut random = Random(u64::from(std::process::id()));
-    let (begin, mut flushed_at) = (Instant::now(), Instant::now());
+    let begin = Instant::now();
+    let results = thread::scope(|scope| {
+        let threads = [(); THREADS].map(|()| {
+            scope.spawn(|| {
+                use_instances(&storage, &*cold, name, begin, time)
+                    .map_err(|error| error.to_string())
+            })
+        });
+        threads.map(|thread| {
+            thread
+                .join()
+                .unwrap_or_else(|_| Err("a thread panicked".into()))
+        })
+    });
+    results
+        .into_iter()
+        .collect::<std::result::Result<Vec<_>, _>>()?;
+    // Roots are exported once their claim is answered.
+    thread::sleep(Duration::from_secs(2));
+    let _ = storage.flush();
+    print_all();
+    let stats = storage.stats();
+    println!("lost_roots - 0 0 {}", stats.lost_roots);
+    println!("done - 0 0 {name}");
+    eprintln!("{name}: {stats:?}");
+    Ok(())
+}
+
+/// What one thread of a worker does.
+fn use_instances(
+    storage: &WorkflowContextStorage,
+    cold: &dyn StorageBackend,
+    name: &str,
+    begin: Instant,
+    time: Duration,
+) -> Result<()> {
+    static SEED: AtomicU64 = AtomicU64::new(1);
+    let seed = u64::from(std::process::id()) << 8 | SEED.fetch_add(1, Relaxed);
+    let mut random = Random(seed);
+    let mut flushed_at = Instant::now();
     let mut touched = HashSet::new();
     let mut ended = HashSet::new();
     while begin.elapsed() < time {
@@ -134,27 +176,19 @@ pub(crate) fn work(store: &str, name: &str, time: Duration) -> Result<()> {
             }
         }
         if flushed_at.elapsed() > Duration::from_millis(200) {
-            confirm(&storage, &mut touched);
+            confirm(storage, &mut touched);
             flushed_at = Instant::now();
             print_all();
         }
         thread::sleep(Duration::from_micros(random.below(600) as u64));
     }
     let deadline = Instant::now() + Duration::from_secs(60);
-    while !confirm(&storage, &mut touched) {
+    while !confirm(storage, &mut touched) {
         if Instant::now() > deadline {
             return Err("no flush succeeds though the network is whole again".into());
         }
         thread::sleep(Duration::from_millis(100));
     }
-    // Roots are exported once their claim is answered.
-    thread::sleep(Duration::from_secs(2));
-    let _ = storage.flush();
-    print_all();
-    let stats = storage.stats();
-    println!("lost_roots - 0 0 {}", stats.lost_roots);
-    println!("done - 0 0 {name}");
-    eprintln!("{name}: {stats:?}");
     Ok(())
 }
 
