@@ -162,10 +162,7 @@ impl Running {
                 }
                 2 => drop(self.attached.pop()),
                 _ => {
-                    let read = |cx: WorkflowContext| cx.traceparent();
-                    let current = WorkflowContext::current().map(read);
-                    let peeked = WorkflowContext::peek().map(read);
-                    assert!(peeked.is_none() || peeked == current);
+                    drop((WorkflowContext::peek(), WorkflowContext::current()));
                 }
             },
             (24, _) => self.call(storage, id, argument / 3),
