@@ -1,7 +1,6 @@
-//! Hostile inputs: the targets of `fuzz/`, run on their seeds and on some thousands of changes of them.
+//! Hostile inputs: each target is a function of bytes, run on its seeds and on some thousands of changes of them.
 //!
-//! libFuzzer needs a nightly compiler, or `RUSTC_BOOTSTRAP=1`, and hours: `scripts/fuzz`. Here the same functions run for a
-//! few seconds, on inputs that are the same each time. `FUZZ_INPUTS` multiplies their number, and `FUZZ_SEED` changes them.
+//! The inputs are the same each time. `FUZZ_INPUTS` multiplies their number, and `FUZZ_SEED` changes them.
 
 mod headers;
 mod span_program;

@@ -17,7 +17,7 @@
 //! | `explain` says why a trace is broken | `explain` |
 //! | filters, other layers, reload, two subscribers | `stacking` |
 //! | ids of any type, size and content; nothing is stored beyond the limit | `hostile` |
-//! | hostile headers, values, files, replies and programs of spans, as `fuzz/` makes them | `fuzzed` |
+//! | hostile headers, values, files, replies and programs of spans | `fuzzed` |
 //! | what becomes of the first span of an instance: requests, pollers, many instances in one trace | `first_spans` |
 //! | a panic in a sampler, processor or exporter costs one span | `panics` |
 //! | docs/SECURITY.md: what a client, a guessed id and a writer of the store can do | `security` |
