@@ -146,7 +146,8 @@ pub(super) fn decode(bytes: &[u8]) -> Option<Record> {
         recorded_at,
         flags & RESUMED != 0,
     )?;
-    (context.flags().to_u8() == trace_flags).then_some(Record {
+    // The other form has no generation 0 either.
+    (context.flags().to_u8() == trace_flags && generation > 0).then_some(Record {
         context,
         run_id,
         generation,
@@ -247,7 +248,7 @@ mod tests {
     fn record() -> impl Strategy<Value = Record> {
         let run_id = prop::option::of(".{0,40}");
         let root = prop::option::of(root().prop_map(Box::new));
-        (context(), run_id, any::<u32>(), any::<u64>(), root).prop_map(
+        (context(), run_id, 1..=u32::MAX, any::<u64>(), root).prop_map(
             |(context, run_id, generation, expires_at, root)| Record {
                 context,
                 run_id,
@@ -362,6 +363,7 @@ mod tests {
             ("a newer version", with(0, &[2])),
             ("a zero trace id", with(17, &[0; 16])),
             ("a zero span id", with(33, &[0; 8])),
+            ("generation 0", with(41, &[0; 4])),
             ("an undefined trace flag", with(45, &[4])),
             ("an undefined flag", with(46, &[16])),
             ("a missing root span", with(46, &[HAS_ROOT])),

@@ -75,10 +75,12 @@ fn encode_root(root: &RootSpan) -> Value {
 }
 
 fn decode_root(root: &Map<String, Value>) -> Option<Box<RootSpan>> {
+    // `from_hex` takes fewer digits, capitals and a sign.
+    let is_digit = |byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f');
     let id = |text: &str| {
-        SpanId::from_hex(text)
-            .ok()
-            .filter(|id| *id != SpanId::INVALID)
+        let is_id = text.len() == 16 && text.bytes().all(is_digit);
+        let id = SpanId::from_hex(text).ok();
+        id.filter(|id| is_id && *id != SpanId::INVALID)
     };
     let parent = match member(root, "parent_span_id", Value::as_str)? {
         None => None,
@@ -235,6 +237,8 @@ mod tests {
             with(r#""root":[]"#),
             with(r#""root":{"name":"order","started_at":1}"#),
             with(r#""root":{"name":"order","started_at":1,"span_id":"0"}"#),
+            with(r#""root":{"name":"order","started_at":1,"span_id":"1"}"#),
+            with(r#""root":{"name":"order","started_at":1,"span_id":"B7AD6B7169203331"}"#),
             format!("{}{}", with(r#""resumed":true"#), "x"),
             "{\"a\":".repeat(100_000),
         ];

@@ -17,8 +17,10 @@
 //! | `explain` says why a trace is broken | `explain` |
 //! | filters, other layers, reload, two subscribers | `stacking` |
 //! | ids of any type, size and content; nothing is stored beyond the limit | `hostile` |
+//! | hostile headers, values, files, replies and programs of spans | `fuzzed` |
 //! | what becomes of the first span of an instance: requests, pollers, many instances in one trace | `first_spans` |
 //! | a panic in a sampler, processor or exporter costs one span | `panics` |
+//! | docs/SECURITY.md: what a client, a guessed id and a writer of the store can do | `security` |
 //! | random sequences of span operations match the documented behaviour | `model` |
 //! | workers that share a backend agree; a slow or failing backend costs continuity only | `shared` |
 //! | a record in a backend lives as long as its instance is used | `refresh` |
@@ -56,6 +58,7 @@ mod engines;
 mod explain;
 mod explicit_api;
 mod first_spans;
+mod fuzzed;
 mod hostile;
 #[cfg(all(feature = "postgres", feature = "redb", feature = "redis"))]
 mod inspect;
@@ -79,6 +82,7 @@ mod replay;
 #[cfg(feature = "redb")]
 mod restart;
 mod runs;
+mod security;
 mod shared;
 mod stacking;
 mod store_contract;
