@@ -19,13 +19,11 @@ impl GroupSize {
         self.0
     }
 
-    /// Halves the group that has failed, of so many writes.
-    pub(super) fn failed(&mut self, writes: usize) {
-        self.0 = (writes / 2).max(1);
-    }
-
-    pub(super) fn succeeded(&mut self) {
-        let more = (self.0 / 8).max(1);
-        self.0 = (self.0 + more).min(MOST);
+    /// Takes into account how a group of so many writes has gone.
+    pub(super) fn adapt(&mut self, writes: usize, has_succeeded: bool) {
+        self.0 = match has_succeeded {
+            true => (self.0 + (self.0 / 8).max(1)).min(MOST),
+            false => (writes / 2).max(1),
+        };
     }
 }

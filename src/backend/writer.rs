@@ -376,7 +376,7 @@ struct ThreadState<'a> {
     held_until: Option<Instant>,
     held_backoff: Backoff,
     size: GroupSize,
-    /// Set if the backend has carried out a group in this turn, and not failed to flush.
+    /// Set if the backend has carried out a group in this turn, and was not asked to flush since.
     has_written: bool,
     /// Set if the backend has carried out a group since its last flush.
     is_dirty: bool,
@@ -451,9 +451,9 @@ impl ThreadState<'_> {
         }
         let is_wanted = turn.is_closing || !turn.flushes.is_empty();
         if is_wanted && self.is_dirty {
-            let flushed = self.backend.call(|backend| backend.flush());
-            self.has_written &= flushed.is_ok();
-            flushed?;
+            // Now only a failure of the flush is left, and no group is too large for it.
+            self.has_written = false;
+            self.backend.call(|backend| backend.flush())?;
             self.is_dirty = false;
         }
         Ok(())
@@ -558,10 +558,7 @@ impl ThreadState<'_> {
         let mut outcomes = Vec::new().into_iter();
         if !writes.is_empty() {
             let written = self.backend.call(|backend| backend.write(writes));
-            match written.is_ok() {
-                true => self.size.succeeded(),
-                false => self.size.failed(group.len()),
-            }
+            self.size.adapt(group.len(), written.is_ok());
             outcomes = written?.into_iter();
             (self.has_written, self.is_dirty) = (true, true);
         }
