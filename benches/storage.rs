@@ -193,7 +193,11 @@ fn subjects(bound: usize) -> Vec<Box<dyn Subject>> {
     vec![
         Box::new(ours.build().expect("good settings")),
         Box::new(DashMap::<String, WorkflowContext>::new()),
-        Box::new(DashMap::<String, WorkflowContext, foldhash::fast::RandomState>::default()),
+        Box::new(DashMap::<
+            String,
+            WorkflowContext,
+            foldhash::fast::RandomState,
+        >::default()),
         Box::new(quick_cache::sync::Cache::<String, Expiring>::new(bound)),
         Box::new(moka.build() as moka::sync::Cache<String, WorkflowContext>),
         Box::new(mini_moka.build() as mini_moka::sync::Cache<String, WorkflowContext>),
