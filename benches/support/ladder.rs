@@ -327,7 +327,7 @@ fn linked(id: &str, other: SpanContext) {
     span.in_scope(|| {});
 }
 
-fn by_api(tracer: &impl Tracer, id: &str) {
+fn by_api<T: Tracer<Span: Send + Sync + 'static>>(tracer: &T, id: &str) {
     let id = KeyValue::new("workflow.instance_id", id.to_owned());
     let span = tracer.span_builder("step").with_attributes([id]);
     drop(Context::current_with_span(span.start(tracer)).attach());
