@@ -11,6 +11,7 @@ use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde_json::{Value, json};
 
 use crate::functions::{ORDER, RECEIPT};
+use crate::lambda::Lambda;
 use crate::{ORDERS, Result};
 
 pub const REGION: &str = "eu-central-1";
@@ -25,7 +26,10 @@ pub const CREDENTIALS: [(&str, &str); 4] = [
 ];
 
 /// How long the emulator may take to start, and all orders until they are done.
-const PATIENCE: Duration = Duration::from_secs(300);
+const PATIENCE: Duration = Duration::from_secs(900);
+
+/// How long no function may run although an execution does: the emulator has lost a timer then. The longest one is of 3 s.
+const STALL: Duration = Duration::from_secs(30);
 
 pub struct Emulator {
     process: Child,
@@ -37,7 +41,7 @@ impl Emulator {
     /// Starts it, with functions behind the Invoke API on `lambda_port`.
     pub fn start(program: &str, port: u16, lambda_port: u16, dir: &Path) -> Result<Self> {
         let durable =
-            json!({ "DurableConfig": { "ExecutionTimeout": 300, "RetentionPeriodInDays": 1 } });
+            json!({ "DurableConfig": { "ExecutionTimeout": 900, "RetentionPeriodInDays": 1 } });
         let functions = json!({ ORDER: durable, RECEIPT: durable }).to_string();
         let log = dir.join("emulator.log");
         let written = File::create(&log)?;
@@ -77,7 +81,7 @@ impl Emulator {
             "FunctionName": function,
             "FunctionQualifier": "$LATEST",
             "ExecutionName": name,
-            "ExecutionTimeoutSeconds": 300,
+            "ExecutionTimeoutSeconds": 900,
             "ExecutionRetentionPeriodDays": 1,
             "InvocationId": name,
             "Input": json!(name).to_string(),
@@ -85,11 +89,18 @@ impl Emulator {
         post(self.port, "start-durable-execution", &start.to_string())
     }
 
-    /// Waits until each order has succeeded with its receipt, or anything has failed.
-    pub fn wait_for_all(&self, failure: impl Fn() -> Option<String>) -> Result<()> {
+    /// Waits until each order has succeeded with its receipt, or anything has failed. Returns `false` if the emulator has
+    /// stalled: it loses a timer that fires just as an invocation ends, which is seen on busy machines.
+    pub fn wait_for_all(&self, lambda: &Lambda) -> Result<bool> {
         let deadline = Instant::now() + PATIENCE;
+        let mut busy = Instant::now();
         loop {
-            if let Some(failure) = failure() {
+            if !lambda.is_idle() {
+                busy = Instant::now();
+            } else if busy.elapsed() > STALL {
+                return Ok(false);
+            }
+            if let Some(failure) = lambda.failure() {
                 return Err(self.with_log(&failure));
             }
             let all = self.get("2025-12-01/durable-executions")?;
@@ -102,7 +113,7 @@ impl Emulator {
                 .collect();
             let is_over = statuses.iter().all(|status| *status == "SUCCEEDED");
             if is_over && statuses.len() == 2 * ORDERS.len() {
-                return Ok(());
+                return Ok(true);
             }
             let is_known = |status: &&str| ["RUNNING", "SUCCEEDED"].contains(status);
             if !statuses.iter().all(is_known) || Instant::now() > deadline {

@@ -10,8 +10,8 @@ use crate::pipe;
 pub const ORDER: &str = "order";
 pub const RECEIPT: &str = "receipt";
 
-/// The least that the service waits.
-const PAUSE: Duration = Duration::from_secs(1);
+/// Longer than most invocations: see `Emulator::wait_for_all`.
+const PAUSE: Duration = Duration::from_secs(3);
 
 /// What an order does, each once: in steps, and in the code around them, which runs again in each invocation.
 pub const OF_ORDER: [&str; 15] = [

@@ -46,13 +46,11 @@ struct Seen {
 
 impl Lambda {
     pub fn new(way: Way, dir: &Path, emulator_port: u16) -> Arc<Self> {
-        // The file of a `RedbBackend` is open in one process at a time.
-        let environments = if way == Way::Redb { 1 } else { 4 };
         Arc::new(Self {
             way,
             dir: dir.to_owned(),
             emulator_port,
-            environments: Semaphore::new(environments),
+            environments: Semaphore::new(environments_of(way)),
             invocations: AtomicUsize::new(0),
             seen: Mutex::default(),
         })
@@ -68,6 +66,11 @@ impl Lambda {
             .route("/2015-03-31/functions/{name}/invocations", post(invoke))
             .with_state(self.clone());
         serve(router).await
+    }
+
+    /// Returns `true` if no function runs.
+    pub fn is_idle(&self) -> bool {
+        self.environments.available_permits() == environments_of(self.way)
     }
 
     pub fn invocations(&self) -> usize {
@@ -172,6 +175,11 @@ impl Lambda {
         }
         Ok(())
     }
+}
+
+/// The file of a `RedbBackend` is open in one process at a time.
+fn environments_of(way: Way) -> usize {
+    if way == Way::Redb { 1 } else { 4 }
 }
 
 /// What a function tells the Runtime API.
