@@ -306,13 +306,22 @@ impl StorageBackend for PostgresBackend {
     }
 
     fn get(&self, key: &str) -> Result<Option<Record>, BackendError> {
-        let (key, most) = (Arc::<[u8]>::from(key.as_bytes()), self.timeouts.response);
+        let found = self.get_first(&[key])?;
+        Ok(found.map(|(_, record)| record))
+    }
+
+    fn get_first(&self, keys: &[&str]) -> Result<Option<(usize, Record)>, BackendError> {
+        let most = self.timeouts.response;
+        let keys: Arc<[_]> = keys.iter().map(|key| key.as_bytes().to_vec()).collect();
         self.call(move |client, table| {
-            let key = key.clone();
+            let keys = keys.clone();
             async move {
-                let parameters: table::Parameters<'_> = &[(&&*key, Type::BYTEA)];
+                let parameters: table::Parameters<'_> = &[(&&*keys, Type::BYTEA_ARRAY)];
                 let rows = table::query(&client, &table.get, parameters, most).await?;
-                Ok(rows.first().and_then(|row| table.record(row)))
+                let row_of =
+                    |key: &Vec<u8>| rows.iter().find(|row| row.get::<_, &[u8]>("key") == key);
+                let found = |(position, key)| Some((position, table.record(row_of(key)?)?));
+                Ok(keys.iter().enumerate().find_map(found))
             }
         })
     }

@@ -22,7 +22,7 @@ use self::node::{Node, Session, Timeouts};
 use super::form::Form;
 use super::outcomes::fail_later_writes;
 use super::url::ConnectError;
-use crate::backend::{BackendError, Record, StorageBackend, Write, WriteOutcome};
+use crate::backend::{BackendError, Record, StorageBackend, Write, WriteOutcome, first_found};
 use crate::stats::Counter;
 
 const KEY_PREFIX: &str = "workflow-context:";
@@ -337,11 +337,18 @@ impl StorageBackend for RedisBackend {
     }
 
     fn get(&self, key: &str) -> Result<Option<Record>, BackendError> {
-        let replies = self.ask_all(&command::read(&*self.key(key)));
-        match &*replies.map_err(|error| self.servers.scoped(error))? {
-            [value, expiry @ Value::Int(_)] => Ok(self.read_record(value, expiry)),
+        let found = self.get_first(&[key])?;
+        Ok(found.map(|(_, record)| record))
+    }
+
+    fn get_first(&self, keys: &[&str]) -> Result<Option<(usize, Record)>, BackendError> {
+        let reads = keys.iter().map(|key| command::read(&*self.key(key)));
+        let replies = self.ask(&reads.flatten().collect::<Vec<_>>());
+        first_found(replies.chunks(2).map(|of_key| match of_key {
+            [Ok(value), Ok(expiry @ Value::Int(_))] => Ok(self.read_record(value, expiry)),
+            [Err(error), _] | [_, Err(error)] => Err(self.servers.scoped(error.clone())),
             _ => Err(self.servers.distrusted()),
-        }
+        }))
     }
 
     /// Visits all masters of a Cluster. Remembers every key, to visit it once. Keys that others add or remove during the

@@ -534,8 +534,8 @@ fn an_evicted_instance_is_found_while_the_backend_is_slow_or_down() {
         }
         assert_eq!(
             controlled.calls(Call::Get),
-            6,
-            "before the first spans alone, a run and an instance each"
+            3,
+            "before the first spans alone, for a run and its instance at once"
         );
         controlled.set(Call::Write, Behaviour::Works);
     }
@@ -687,6 +687,23 @@ fn a_span_that_hits_memory_calls_no_backend() {
         worker.storage.flush().unwrap();
         assert_eq!(calls(), before, "{via:?}");
     });
+}
+
+/// A span waits for one answer of the backend, not for two one after the other.
+#[test]
+fn a_run_and_its_instance_are_asked_for_at_once() {
+    let backend = MemoryBackend::new();
+    let a = worker_on(backend.clone());
+    a.step("client", Tags::instance(ID));
+    a.storage.flush().unwrap();
+    for run in ["asked for the first time", "known by then"] {
+        let controlled = ControlledBackend::over(backend.clone());
+        let b = worker_on(controlled.clone());
+        b.step("step", Tags::instance(ID).run("run"));
+        assert_continues(&b.span("step"), &a.span("client").span_context);
+        assert_eq!(controlled.calls(Call::Get), 1, "{run}");
+        b.storage.flush().unwrap();
+    }
 }
 
 #[test]

@@ -97,7 +97,10 @@ impl Table {
              SET record = excluded.record, context = excluded.context, expires_at = excluded.expires_at"
         );
         Self {
-            get: format!("SELECT {RECORD} FROM {name} AS t WHERE t.id = sha256($1) AND t.expires_at > now()"),
+            get: format!(
+                "SELECT t.key, {RECORD} FROM {name} AS t
+                 WHERE t.id = ANY (ARRAY(SELECT sha256(key) FROM unnest($1::bytea[]) AS key)) AND t.expires_at > now()"
+            ),
             page: format!(
                 "SELECT t.id, t.key, {RECORD} FROM {name} AS t WHERE t.id > $1 ORDER BY t.id LIMIT $2"
             ),
