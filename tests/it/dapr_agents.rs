@@ -32,26 +32,24 @@ impl Process {
             python.display()
         );
         // It ends with its input, and so with this process.
-        let process = Command::new(python)
+        let mut process = Command::new(python)
             .arg(directory.join("tests/agent.py"))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
             .expect("Python can be run");
-        let lines = BufReader::new(process.stdout.expect("it is piped")).lines();
+        let commands = process.stdin.take().expect("it is piped");
+        let lines = BufReader::new(process.stdout.take().expect("it is piped")).lines();
         let (sender, replies) = channel();
         thread::spawn(move || {
-            lines
-                .map_while(Result::ok)
-                .try_for_each(|line| sender.send(line))
+            let mut lines = lines.map_while(Result::ok);
+            let _ = lines.try_for_each(|line| sender.send(line));
+            let _ = process.wait();
         });
         // On a busy machine it takes minutes.
         let ready = replies.recv_timeout(10 * PATIENCE).expect("it starts");
         assert_eq!(ready, "ready");
-        Self {
-            commands: process.stdin.expect("it is piped"),
-            replies,
-        }
+        Self { commands, replies }
     }
 }
 
