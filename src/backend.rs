@@ -10,6 +10,7 @@ pub(crate) mod client;
 pub(crate) mod codec;
 #[cfg(any(feature = "postgres", feature = "redis"))]
 pub(crate) mod form;
+mod group_size;
 mod guard;
 #[cfg(any(feature = "postgres", feature = "redis"))]
 mod json;
@@ -82,7 +83,8 @@ pub trait StorageBackend: fmt::Debug + Send + Sync + 'static {
     /// # Errors
     ///
     /// If the backend failed as a whole. It is then unknown which of the writes were carried out, and all of them are
-    /// tried again. Where only some failed, return `Ok` with a [`WriteOutcome::Failed`] for each of those.
+    /// tried again, in smaller groups, since so many may have taken too long. Where only some failed, return `Ok` with a
+    /// [`WriteOutcome::Failed`] for each of those.
     fn write(&self, writes: &[Write]) -> Result<Vec<WriteOutcome>, BackendError>;
 
     /// Returns the record of a key. A record that cannot be decoded is treated as missing, and counted by

@@ -60,7 +60,8 @@ const GROUP: usize = 1000;
 /// [`backend_errors`](crate::Stats::backend_errors).
 ///
 /// A call waits no longer than the two timeouts together, for each 1,000 writes. The server gives up a statement after the
-/// response timeout too, so that it does not go on, or wait for a lock, for nobody.
+/// response timeout too, so that it does not go on, or wait for a lock, for nobody. Writes that took longer are tried again
+/// in smaller groups, down to single ones, so that a slow server gets on.
 ///
 /// A URL may name several servers, `postgres://a,b/orders?target_session_attrs=read-write`: then the first that can be
 /// written to is used, and after a failover the next one.

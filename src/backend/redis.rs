@@ -63,6 +63,7 @@ const REPLACEMENTS: usize = 10;
 /// [`backend_errors`](crate::Stats::backend_errors).
 ///
 /// A call waits for the server no longer than the two timeouts allow, for each 1,000 writes, however slowly its replies come.
+/// Writes that took longer are tried again in smaller groups, down to single ones, so that a slow server gets on.
 /// The time to resolve the name is up to the operating system.
 ///
 /// # Cluster
@@ -74,7 +75,8 @@ const REPLACEMENTS: usize = 10;
 /// A server that fails is marked down until it replies to a thread that pings it with the same pauses. Meanwhile,
 /// spans of its instances fail open at once, and what they write is kept as above; those of the other servers are not
 /// affected. If a server hangs instead of refusing connections, one call waits for it, for at most the response timeout,
-/// and the lookups behind that call wait too. All this requires a Cluster that itself works without some of its slots:
+/// and the lookups behind that call wait too. What one server did not reply to in time is tried again all at once: a server
+/// that is slow, not down, needs a response timeout that is long enough. All this requires a Cluster that itself works without some of its slots:
 /// `cluster-require-full-coverage no`, or a replica for each master.
 ///
 /// # Keys and permissions

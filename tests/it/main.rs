@@ -33,6 +33,7 @@
 //! | feature `redis`, `redis-tls`: contexts on a server or Cluster that many machines share | `redis` |
 //! | feature `postgres`, `postgres-tls`: contexts in a table that many machines share, behind a pooler too | `postgres` |
 //! | agents of dapr-agents in Python share Redis and PostgreSQL (`scripts/dapr-agents`) | `dapr_agents` |
+//! | `examples/inspect.rs` shows what is in a store | `inspect` |
 //! | feature `metrics`: the counters as OpenTelemetry metrics | `metrics` |
 //! | `tracer_provider` decorates a whole provider | `tracer_provider` |
 //! | feature `testing`: `TraceForest` draws and asserts | `trace_forest` |
@@ -59,6 +60,8 @@ mod explain;
 mod explicit_api;
 mod first_spans;
 mod hostile;
+#[cfg(all(feature = "postgres", feature = "redb", feature = "redis"))]
+mod inspect;
 mod lifecycle;
 mod logs;
 #[cfg(feature = "metrics")]

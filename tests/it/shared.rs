@@ -1,6 +1,6 @@
 //! Several workers on one backend, and one worker on a backend that fails, is slow, hangs or panics.
 
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
@@ -1224,6 +1224,106 @@ fn flush_fails_with_the_backend_and_succeeds_later_with_nothing_lost() {
             assert_eq!(storage.stats().dropped_writes, 0);
         });
     }
+}
+
+/// A backend that takes too long for more than so many writes at once.
+#[derive(Clone, Debug, Default)]
+struct Slow {
+    inner: MemoryBackend,
+    most: Arc<AtomicUsize>,
+    /// How many writes each group had.
+    groups: Arc<Mutex<Vec<usize>>>,
+}
+
+impl Slow {
+    fn set_most(&self, most: usize) {
+        self.groups.lock().unwrap().clear();
+        self.most.store(most, Relaxed);
+    }
+
+    fn groups(&self) -> Vec<usize> {
+        self.groups.lock().unwrap().clone()
+    }
+}
+
+impl StorageBackend for Slow {
+    fn write(&self, writes: &[Write]) -> Result<Vec<WriteOutcome>, BackendError> {
+        self.groups.lock().unwrap().push(writes.len());
+        match writes.len() > self.most.load(Relaxed) {
+            true => Err(BackendError::new("no answer within 1s", None)),
+            false => self.inner.write(writes),
+        }
+    }
+
+    fn get(&self, key: &str) -> Result<Option<Record>, BackendError> {
+        self.inner.get(key)
+    }
+
+    fn scan(&self, visit: &mut dyn FnMut(&str, Record)) -> Result<(), BackendError> {
+        self.inner.scan(visit)
+    }
+
+    fn flush(&self) -> Result<(), BackendError> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_group_that_takes_too_long_is_tried_again_in_smaller_ones() {
+    for most in [1, 7, 300] {
+        let backend = Slow::default();
+        let storage = storage(backend.clone());
+        let writes = most * 10;
+        // None is written before all of them wait.
+        for n in 0..writes {
+            storage.store(&n.to_string(), context(1)).unwrap();
+        }
+        backend.set_most(most);
+        wait_until("all is written", || storage.flush().is_ok());
+        for n in 0..writes {
+            kept(&backend, &n.to_string());
+        }
+        for pair in backend.groups().windows(2) {
+            assert!(pair[0] <= most || pair[1] <= pair[0] / 2, "{pair:?}");
+        }
+        assert_eq!(storage.stats().dropped_writes, 0);
+    }
+}
+
+#[test]
+fn groups_grow_again_once_the_backend_is_as_fast_as_before() {
+    let backend = Slow::default();
+    let storage = storage(backend.clone());
+    for n in 0..30_000 {
+        storage.store(&n.to_string(), context(1)).unwrap();
+    }
+    while storage.stats().backend_errors < 20 {
+        assert!(storage.flush().is_err());
+    }
+    assert_eq!(backend.groups().last(), Some(&1));
+    backend.set_most(usize::MAX);
+    storage.flush().unwrap();
+    let groups = backend.groups();
+    assert_eq!(groups.iter().max(), Some(&1000));
+    assert!(groups.len() < 100, "{} groups", groups.len());
+}
+
+/// Even if each attempt ends with a group that is too large.
+#[test]
+fn a_slow_backend_is_not_taken_for_one_that_is_down() {
+    let backend = Slow::default();
+    let storage = storage(backend.clone());
+    let is_down = || storage.explain("unknown").reason() == Some(Absence::BackendDown);
+    for n in 0..100 {
+        storage.store(&n.to_string(), context(1)).unwrap();
+    }
+    wait_until("it is down", || storage.flush().is_err() && is_down());
+    backend.set_most(1);
+    wait_until("it is slow", || {
+        assert!(storage.flush().is_err());
+        !is_down()
+    });
+    wait_until("all is written", || storage.flush().is_ok());
 }
 
 /// Without a flush, the writer retries by itself.
