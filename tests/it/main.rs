@@ -34,6 +34,7 @@
 //! | feature `redb`: contexts survive the process | `restart` |
 //! | feature `redis`, `redis-tls`: contexts on a server or Cluster that many machines share | `redis` |
 //! | feature `postgres`, `postgres-tls`: contexts in a table that many machines share, behind a pooler too | `postgres` |
+//! | agents of dapr-agents in Python share Redis and PostgreSQL (`scripts/dapr-agents`) | `dapr_agents` |
 //! | `examples/inspect.rs` shows what is in a store | `inspect` |
 //! | feature `metrics`: the counters as OpenTelemetry metrics | `metrics` |
 //! | `tracer_provider` decorates a whole provider | `tracer_provider` |
@@ -51,6 +52,8 @@ mod bounds;
 mod bytes;
 mod concurrency;
 mod continuity;
+#[cfg(all(feature = "postgres", feature = "redis"))]
+mod dapr_agents;
 mod deferral;
 #[cfg(feature = "durable-root")]
 mod durable_root;

@@ -6,6 +6,8 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
+use opentelemetry_sdk::trace::SpanData;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 use tokio::net::TcpStream;
 use tokio::process::{Child, Command};
@@ -15,20 +17,21 @@ use tokio::time::{sleep, timeout};
 use tracing_workflow_context::testing::TraceForest;
 
 use crate::worker::Layer;
-use crate::{Result, spans};
+use crate::{Mode, Result, server_trace, spans};
 
 /// The bound of every single wait. A whole order takes about six seconds.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-pub(crate) async fn run(server: &Path) -> Result<()> {
+pub(crate) async fn run(server: &Path, mode: Mode) -> Result<()> {
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let directory = std::env::temp_dir().join(format!("restate-example-{}", std::process::id()));
     fs::create_dir(&directory)?;
 
-    // Leaving the first branch drops the child processes, and a dropped one is killed.
+    // Leaving a branch drops the child processes, and a dropped one is killed.
     let outcome = tokio::select! {
-        outcome = compare(server, &directory) => outcome,
+        outcome = compare(server, &directory), if mode == Mode::OwnTrace => outcome,
+        outcome = server_trace::compare(server, &directory), if mode == Mode::ServerTrace => outcome,
         _ = interrupt.recv() => Err("interrupted".into()),
         _ = terminate.recv() => Err("terminated".into()),
     };
@@ -39,12 +42,14 @@ pub(crate) async fn run(server: &Path) -> Result<()> {
 }
 
 async fn compare(server: &Path, directory: &Path) -> Result<()> {
-    let mut server = Server::start(server, directory).await?;
-    let plain = one_order(&server, Layer::Plain, directory).await?;
+    let server = Server::start(server, directory, None).await?;
+    let plain = one_order(&server, Layer::Plain, directory, None).await?;
+    let plain = TraceForest::from_spans(&plain);
     println!("With the plain OpenTelemetry layer:\n\n{plain}\n");
-    let ours = one_order(&server, Layer::WorkflowContext, directory).await?;
+    let ours = one_order(&server, Layer::WorkflowContext, directory, None).await?;
+    let ours = TraceForest::from_spans(&ours);
     println!("With the layer of tracing-workflow-context:\n\n{ours}\n");
-    server.process.kill().await?;
+    server.stop().await?;
 
     println!(
         "plain: {} / with tracing-workflow-context: {}",
@@ -57,7 +62,7 @@ async fn compare(server: &Path, directory: &Path) -> Result<()> {
     }
 }
 
-fn summary(forest: &TraceForest) -> String {
+pub(crate) fn summary(forest: &TraceForest) -> String {
     let (traces, spans) = (forest.trace_count(), forest.span_count());
     format!(
         "{traces} {}, {spans} spans",
@@ -65,8 +70,13 @@ fn summary(forest: &TraceForest) -> String {
     )
 }
 
-/// One instance, and all spans its two workers exported.
-async fn one_order(server: &Server, layer: Layer, directory: &Path) -> Result<TraceForest> {
+/// One instance, placed with that `traceparent`, and all spans its two workers exported.
+pub(crate) async fn one_order(
+    server: &Server,
+    layer: Layer,
+    directory: &Path,
+    traceparent: Option<String>,
+) -> Result<Vec<SpanData>> {
     let directory = directory.join(layer.name());
     fs::create_dir(&directory)?;
     let [port] = free_ports()?;
@@ -74,7 +84,8 @@ async fn one_order(server: &Server, layer: Layer, directory: &Path) -> Result<Tr
     let mut first = start_worker(layer, 1, port, &directory).await?;
     server.register(port).await?;
     let order = format!("order-{}", layer.name());
-    let result = tokio::spawn(post(server.order_url(&order), json!("a book").to_string()));
+    let item = json!("a book").to_string();
+    let result = tokio::spawn(post(server.order_url(&order), item, traceparent));
 
     // The first attempt ended in the first sleep, suspended. The second is killed in the second sleep, before it ends.
     let exported = spans::file(&directory, 1);
@@ -104,7 +115,7 @@ async fn one_order(server: &Server, layer: Layer, directory: &Path) -> Result<Tr
     if after.is_empty() {
         return Err("the second worker exported nothing".into());
     }
-    Ok(TraceForest::from_spans(&[before, after].concat()))
+    Ok([before, after].concat())
 }
 
 async fn start_worker(layer: Layer, number: u32, port: u16, directory: &Path) -> Result<Child> {
@@ -129,17 +140,26 @@ async fn start_worker(layer: Layer, number: u32, port: u16, directory: &Path) ->
     Ok(worker)
 }
 
-struct Server {
+pub(crate) struct Server {
     process: Child,
     ingress: String,
     admin: String,
 }
 
 impl Server {
-    async fn start(binary: &Path, directory: &Path) -> Result<Self> {
+    /// Starts it; with a URL, it exports its spans there.
+    pub(crate) async fn start(
+        binary: &Path,
+        directory: &Path,
+        traces: Option<&str>,
+    ) -> Result<Self> {
         let [ingress, admin, node] = free_ports()?;
         let log = File::create(directory.join("server.log"))?;
-        let process = Command::new(binary)
+        let mut command = Command::new(binary);
+        if let Some(url) = traces {
+            command.env("RESTATE_TRACING_ENDPOINT", url);
+        }
+        let process = command
             .args(["--no-logo", "--node-name", "example"])
             .env("RESTATE_BASE_DIR", directory.join("server"))
             // Loopback TCP only, no word to anybody, and straight to the workers.
@@ -179,10 +199,24 @@ impl Server {
         Ok(server)
     }
 
+    /// Lets it end in good order, with its last spans exported.
+    pub(crate) async fn stop(mut self) -> Result<()> {
+        let id = self.process.id().and_then(|id| i32::try_from(id).ok());
+        let id = id.and_then(Pid::from_raw).ok_or("the server has ended")?;
+        kill_process(id, Signal::TERM)?;
+        timeout(PATIENCE, self.process.wait()).await??;
+        Ok(())
+    }
+
     /// Tells the server of a new worker; from then on new orders go there.
     async fn register(&self, port: u16) -> Result<()> {
         let body = json!({ "uri": format!("http://127.0.0.1:{port}") });
-        post(format!("{}/deployments", self.admin), body.to_string()).await
+        post(
+            format!("{}/deployments", self.admin),
+            body.to_string(),
+            None,
+        )
+        .await
     }
 
     fn order_url(&self, order: &str) -> String {
@@ -195,9 +229,12 @@ async fn get(url: String) -> Result<()> {
     Ok(())
 }
 
-async fn post(url: String, body: String) -> Result<()> {
+async fn post(url: String, body: String, traceparent: Option<String>) -> Result<()> {
     let request = move || {
-        let request = http().post(&url).header("content-type", "application/json");
+        let mut request = http().post(&url).header("content-type", "application/json");
+        if let Some(traceparent) = traceparent {
+            request = request.header("traceparent", traceparent);
+        }
         request
             .send(&body)
             .map(drop)

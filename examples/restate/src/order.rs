@@ -1,4 +1,5 @@
-//! The workflow, as its author would write it. Nothing here knows of this crate: the spans only say whose they are.
+//! The workflow, as its author would write it. Nothing here knows of this crate: the spans only say whose they are, and those
+//! inside of `ctx.run`, which the SDK never runs again, that they are no replay.
 
 use std::time::Duration;
 
@@ -27,18 +28,18 @@ impl Order {
     }
 }
 
-#[instrument(skip_all, fields(workflow.instance_id = %order))]
+#[instrument(skip_all, fields(workflow.instance_id = %order, workflow.replaying = false))]
 async fn reserve_stock(order: &str, item: &str) -> HandlerResult<()> {
     info!(item, "reserved");
     work().await
 }
 
-#[instrument(skip_all, fields(workflow.instance_id = %order))]
+#[instrument(skip_all, fields(workflow.instance_id = %order, workflow.replaying = false))]
 async fn charge_card(order: &str) -> HandlerResult<()> {
     work().await
 }
 
-#[instrument(skip_all, fields(workflow.instance_id = %order))]
+#[instrument(skip_all, fields(workflow.instance_id = %order, workflow.replaying = false))]
 async fn ship(order: &str) -> HandlerResult<()> {
     work().await
 }

@@ -20,20 +20,33 @@ use tracing_subscriber::util::SubscriberInitExt;
 use tracing_workflow_context::{Engine, WorkflowContext, WorkflowContextStorage};
 
 use crate::order::Order;
-use crate::{Result, spans};
+use crate::{Result, spans, traceparent};
 
 /// Which layer turns the worker's spans into OpenTelemetry's.
 #[derive(Clone, Copy)]
 pub(crate) enum Layer {
     Plain,
     WorkflowContext,
+    /// The plain one, within the server's trace.
+    PlainInServerTrace,
+    /// This crate's within the server's trace, with replays silent.
+    ServerTrace,
 }
+
+const LAYERS: [Layer; 4] = [
+    Layer::Plain,
+    Layer::WorkflowContext,
+    Layer::PlainInServerTrace,
+    Layer::ServerTrace,
+];
 
 impl Layer {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Plain => "plain",
             Self::WorkflowContext => "workflow-context",
+            Self::PlainInServerTrace => "plain-in-server-trace",
+            Self::ServerTrace => "server-trace",
         }
     }
 }
@@ -42,7 +55,7 @@ impl FromStr for Layer {
     type Err = String;
 
     fn from_str(name: &str) -> std::result::Result<Self, String> {
-        [Self::Plain, Self::WorkflowContext]
+        LAYERS
             .into_iter()
             .find(|layer| layer.name() == name)
             .ok_or_else(|| format!("no layer is called {name}"))
@@ -61,13 +74,16 @@ pub(crate) async fn run(layer: Layer, number: u32, port: u16, directory: &Path) 
     // At TRACE the SDK's core opens spans of its own, which hide the handler's from the engine's: see the README.
     let subscriber = tracing_subscriber::registry().with(LevelFilter::INFO);
     match layer {
-        Layer::Plain => subscriber
+        Layer::Plain | Layer::PlainInServerTrace => subscriber
             .with(tracing_opentelemetry::layer().with_tracer(tracer))
             .init(),
-        Layer::WorkflowContext => {
-            let storage = WorkflowContextStorage::builder()
-                .engine(Engine::Restate)
-                .build()?;
+        Layer::WorkflowContext | Layer::ServerTrace => {
+            let mut builder = WorkflowContextStorage::builder().engine(Engine::Restate);
+            if let Layer::ServerTrace = layer {
+                // Its `false` may be missed, so each span of new work says that it is such: see `order.rs`.
+                builder = builder.replay_children_field("restate.sdk.is_replaying");
+            }
+            let storage = builder.build()?;
             let contexts = directory.join("contexts.json");
             load(&storage, &contexts)?;
             subscriber.with(storage.layer(tracer)).init();
@@ -76,9 +92,17 @@ pub(crate) async fn run(layer: Layer, number: u32, port: u16, directory: &Path) 
     }
 
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, port)).await?;
-    HttpServer::new(Endpoint::builder().bind(Order).build())
-        .serve_with_cancel(listener, closed_input())
-        .await;
+    let endpoint = Endpoint::builder().bind(Order).build();
+    match layer {
+        Layer::Plain | Layer::WorkflowContext => {
+            HttpServer::new(endpoint)
+                .serve_with_cancel(listener, closed_input())
+                .await;
+        }
+        Layer::PlainInServerTrace | Layer::ServerTrace => {
+            traceparent::serve(endpoint, listener, closed_input()).await;
+        }
+    }
     provider.shutdown()?;
     Ok(())
 }

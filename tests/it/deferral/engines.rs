@@ -227,6 +227,45 @@ fn the_handler_span_of_restate_joins_the_instance_of_the_handler() {
     );
 }
 
+/// As examples/restate attaches it: the context of the attempt's request.
+#[test]
+fn the_traceparent_that_restate_sends_is_the_parent_of_the_attempt() {
+    let attempt = |worker: &Worker, sent: u64| {
+        let _current = remote_context(1, sent).attach();
+        restate_handle().in_scope(|| tagged_step("handler", "order"));
+        let is_attempt = |span: &SpanData| span.name == "restate_sdk_endpoint_handle";
+        worker.spans().into_iter().rfind(is_attempt).expect("ended")
+    };
+    in_both_modes_of(
+        || knowing(Engine::Restate),
+        |worker| {
+            for sent in [1, 2] {
+                assert_joined(&attempt(worker, sent), &remote(1, sent));
+            }
+        },
+    );
+    in_both_modes_of(
+        || knowing(Engine::Restate),
+        |worker| {
+            let stored = stored_first(worker, "order");
+            let span = attempt(worker, 1);
+            assert_continues(&span, &stored);
+            assert_eq!(links(&span), [("foreign".to_owned(), ids(&remote(1, 1)))]);
+        },
+    );
+    let make = || {
+        let builder = WorkflowContextStorage::builder().engine(Engine::Restate);
+        let builder = builder.relation(Relation::Foreign, Continuation::Link);
+        builder.build().expect("valid settings")
+    };
+    in_both_modes_of(make, |worker| {
+        let stored = stored_first(worker, "order");
+        let span = attempt(worker, 1);
+        assert_continues(&span, &remote(1, 1));
+        assert_eq!(links(&span), [("foreign".to_owned(), ids(&stored))]);
+    });
+}
+
 #[test]
 fn a_span_with_the_name_but_not_the_target_of_an_engine_span_is_not_held() {
     let builder = WorkflowContextStorage::builder()
