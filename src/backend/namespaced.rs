@@ -50,6 +50,11 @@ impl StorageBackend for Namespaced {
         self.inner.get(&self.key(key))
     }
 
+    fn get_many(&self, keys: &[String]) -> Result<Vec<Option<Record>>, BackendError> {
+        let keys: Vec<_> = keys.iter().map(|key| self.key(key)).collect();
+        self.inner.get_many(&keys)
+    }
+
     fn scan(&self, visit: &mut dyn FnMut(&str, Record)) -> Result<(), BackendError> {
         self.inner.scan(&mut |key, record| {
             if let Some(key) = key.strip_prefix(&self.prefix) {
@@ -64,6 +69,10 @@ impl StorageBackend for Namespaced {
 
     fn malformed(&self) -> u64 {
         self.inner.malformed()
+    }
+
+    fn expired_at_open(&self) -> u64 {
+        self.inner.expired_at_open()
     }
 
     fn warms_up(&self) -> bool {

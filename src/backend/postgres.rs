@@ -7,6 +7,7 @@ mod purge;
 mod server;
 mod table;
 
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -91,8 +92,9 @@ const GROUP: usize = 1000;
 /// a time, and rows that others have locked are left for later.
 ///
 /// Rows that others write are not trusted: one that cannot be decoded is counted in
-/// [`malformed`](crate::Stats::malformed), treated as missing, and replaced by the next context of its instance. With
-/// [`Form::Json`], a context with a NUL in one of its texts is stored in the binary form, since `jsonb` has none.
+/// [`malformed`](crate::Stats::malformed), and treated as missing. It is left alone: the claim of a context in its place is given
+/// up, and told by the next [flush](crate::WorkflowContextStorage::flush). Only a
+/// [call](crate::WorkflowContextStorage::store) replaces it. With [`Form::Json`], a context with a NUL in one of its texts is stored in the binary form, since `jsonb` has none.
 ///
 /// # PgBouncer
 ///
@@ -315,6 +317,21 @@ impl StorageBackend for PostgresBackend {
                 Ok(rows.first().and_then(|row| table.record(row)))
             }
         })
+    }
+
+    fn get_many(&self, keys: &[String]) -> Result<Vec<Option<Record>>, BackendError> {
+        let (asked, most) = (Arc::<[String]>::from(keys), self.timeouts.response);
+        let mut found = self.call(move |client, table| {
+            let asked = asked.clone();
+            async move {
+                let keys: Vec<_> = asked.iter().map(String::as_bytes).collect();
+                let parameters: table::Parameters<'_> = &[(&keys, Type::BYTEA_ARRAY)];
+                let rows = table::query(&client, &table.get_many, parameters, most).await?;
+                let records = rows.iter().filter_map(|row| table.keyed_record(row));
+                Ok(records.collect::<HashMap<_, _>>())
+            }
+        })?;
+        Ok(keys.iter().map(|key| found.remove(key)).collect())
     }
 
     /// Reads pages of 1,000 rows in the order of `id`, each in a transaction of its own.

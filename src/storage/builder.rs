@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::WorkflowContextStorage;
-use super::refresh::Lifetimes;
+use super::lifetimes::Lifetimes;
 use super::remote::{Remote, Settings};
 use super::shared::Shared;
 use super::tier::Tier;
@@ -536,7 +536,8 @@ impl WorkflowContextStorageBuilder {
             let backend = Namespaced::wrap(backend, &self.namespace);
             let (cache, clock) = (cache.clone(), clock.clone());
             let (roots, warnings) = (roots.as_ref(), warnings.clone());
-            Remote::new(backend, cache, clock, settings, roots, warnings)
+            let counters = counters.clone();
+            Remote::new(backend, cache, clock, settings, roots, warnings, counters)
         });
         let keeps_identities = remote.is_some() || roots.is_some() || fields.has_completing();
         Ok(WorkflowContextStorage {

@@ -23,7 +23,7 @@ use tracing_workflow_context::backend::{
 use tracing_workflow_context::{Stats, WorkflowContextStorage};
 
 /// The documented instruments, and the counter that each time series reads.
-const INSTRUMENTS: [(&str, Kind, &str, &[Series]); 18] = [
+const INSTRUMENTS: [(&str, Kind, &str, &[Series]); 21] = [
     (
         COUNT,
         Kind::UpDownCounter,
@@ -119,6 +119,24 @@ const INSTRUMENTS: [(&str, Kind, &str, &[Series]); 18] = [
         Kind::Counter,
         "{record}",
         &[("", |stats| stats.malformed)],
+    ),
+    (
+        "workflow.context.backend.record.given_back",
+        Kind::Counter,
+        "{record}",
+        &[("", |stats| stats.given_back)],
+    ),
+    (
+        "workflow.context.backend.refresh.overdue",
+        Kind::Counter,
+        "{refresh}",
+        &[("", |stats| stats.overdue_refreshes)],
+    ),
+    (
+        "workflow.context.backend.record.expired_at_open",
+        Kind::Counter,
+        "{record}",
+        &[("", |stats| stats.expired_at_open)],
     ),
     (
         "workflow.context.backend.write.dropped",

@@ -26,6 +26,7 @@ pub(crate) enum Behaviour {
 pub(crate) enum Call {
     Write,
     Get,
+    GetMany,
     Scan,
     Flush,
     Connect,
@@ -46,9 +47,9 @@ struct Inner {
 
 #[derive(Debug, Default)]
 struct State {
-    behaviours: [Behaviour; 5],
-    calls: [usize; 5],
-    blocked: [usize; 5],
+    behaviours: [Behaviour; 6],
+    calls: [usize; 6],
+    blocked: [usize; 6],
     malformed: u64,
     /// The writes of each call.
     groups: Vec<Vec<Write>>,
@@ -82,7 +83,7 @@ impl ControlledBackend {
     }
 
     pub(crate) fn set_all(&self, behaviour: Behaviour) {
-        self.state().behaviours = [behaviour; 5];
+        self.state().behaviours = [behaviour; 6];
         self.0.changed.notify_all();
     }
 
@@ -160,6 +161,11 @@ impl StorageBackend for ControlledBackend {
             return Ok(None);
         }
         self.0.inner.get(key)
+    }
+
+    fn get_many(&self, keys: &[String]) -> Result<Vec<Option<Record>>, BackendError> {
+        self.enter(Call::GetMany)?;
+        self.0.inner.get_many(keys)
     }
 
     fn scan(&self, visit: &mut dyn FnMut(&str, Record)) -> Result<(), BackendError> {

@@ -48,6 +48,14 @@ impl<B: StorageBackend> Checked<B> {
                 );
                 Some(record)
             }
+            WriteOutcome::Unreadable => {
+                rule(
+                    false,
+                    "`write` decodes what `write` has stored",
+                    format_args!("{write:?} found something else"),
+                );
+                None
+            }
             WriteOutcome::Failed(error) => succeeded("write", Err(error)),
         };
         writes.iter().zip(outcomes).map(found).collect()
