@@ -321,7 +321,7 @@ impl StorageBackend for PostgresBackend {
 
     fn get_many(&self, keys: &[String]) -> Result<Vec<Option<Record>>, BackendError> {
         let (asked, most) = (Arc::<[String]>::from(keys), self.timeouts.response);
-        let mut found = self.call(move |client, table| {
+        let found = self.call(move |client, table| {
             let asked = asked.clone();
             async move {
                 let keys: Vec<_> = asked.iter().map(String::as_bytes).collect();
@@ -331,7 +331,7 @@ impl StorageBackend for PostgresBackend {
                 Ok(records.collect::<HashMap<_, _>>())
             }
         })?;
-        Ok(keys.iter().map(|key| found.remove(key)).collect())
+        Ok(keys.iter().map(|key| found.get(key).cloned()).collect())
     }
 
     /// Reads pages of 1,000 rows in the order of `id`, each in a transaction of its own.

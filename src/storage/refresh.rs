@@ -301,8 +301,11 @@ impl Walk {
             if !held.is_completed {
                 cache.end_elsewhere(&held.id, &held.context, ends_in);
             }
-            // Another process has extended it in the same moment.
+            // Another process has extended it in the same moment, and may look again only after the grace.
             if left > ends_in.saturating_add(ROUNDING) {
+                let ended = held.context.clone().with_recorded_at(now);
+                let record = Record::new(ended, self.lifetimes.ended_after(now, ends_in));
+                writer.write(Write::Put(ended_key(&held.id), record), None);
                 expire(instance_key(&held.id), ends_in);
             }
         } else if self.lifetimes.is_ended(left) {

@@ -35,6 +35,8 @@ pub(crate) struct Remote {
     cache: Arc<Cache>,
     /// Memory began with the latest run of each instance in the backend, to which nobody else writes.
     loaded_all: bool,
+    /// Nobody else writes to the backend.
+    is_alone: bool,
     clock: Arc<dyn Clock>,
     lifetimes: Lifetimes,
     write_through: bool,
@@ -85,15 +87,15 @@ impl Remote {
                 }
             }
         };
-        // Records that the scan could not read are looked up one by one later.
-        let loaded_all = warms_up && client.load(&mut load) && has_room;
+        // Records that the scan could not read are looked up one by one later, and values that it could not decode are left alone.
+        let loaded_all = warms_up && client.load(&mut load) && has_room && client.malformed() == 0;
         let claims = Arc::<Claims>::default();
         let refresher = Refresher::start(
             &client,
             &cache,
             clock.clone(),
             lifetimes,
-            loaded_all,
+            warms_up,
             claims.clone(),
             counters,
         )?;
@@ -102,6 +104,7 @@ impl Remote {
             client,
             cache,
             loaded_all,
+            is_alone: warms_up,
             clock,
             lifetimes,
             write_through,
@@ -335,7 +338,7 @@ impl Remote {
 
     /// Tells other processes, which may have the instance in memory, that it ends after that grace.
     fn tell_end(&self, id: &str, ended: WorkflowContext, grace: Duration) {
-        if self.loaded_all {
+        if self.is_alone {
             return;
         }
         let now = self.clock.now();
@@ -346,7 +349,7 @@ impl Remote {
 
     /// Returns `true` if other processes cannot see by the expiry of a record that its instance has ended.
     pub(super) fn has_to_tell_ends(&self) -> bool {
-        !self.loaded_all && !self.lifetimes.expiry_tells_ends()
+        !self.is_alone && !self.lifetimes.expiry_tells_ends()
     }
 
     /// Lets the records of an instance expire after the grace. `ended` is its context, if that has to be told.

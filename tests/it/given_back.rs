@@ -32,6 +32,14 @@ fn use_for(worker: &Worker, clock: &ManualClock, time: Duration) {
     }
 }
 
+/// Returns how long the record of the instance has to live.
+fn left_in(backend: &impl StorageBackend, clock: &ManualClock) -> Duration {
+    backend.get(ID).unwrap().map_or(Duration::ZERO, |record| {
+        let left = record.expires_at.duration_since(clock.now());
+        left.unwrap_or_default()
+    })
+}
+
 fn has(backend: &impl StorageBackend, key: &str) -> bool {
     backend.get(key).unwrap().is_some()
 }
@@ -98,8 +106,9 @@ fn assert_end_reaches_another_worker<B: StorageBackend + Clone>(backend: &B) {
     flush(&a);
     b.step("second", Tags::instance(ID));
     assert_eq!(b.storage.get(ID).unwrap(), a.storage.get(ID).unwrap());
-    // Close to the time when it would be extended.
-    use_for(&b, &clock, Duration::from_secs(6 * 60 * 60));
+    // It is extended meanwhile.
+    use_for(&b, &clock, 7 * HOUR);
+    wait_until("it is extended", || left_in(backend, &clock) > 22 * HOUR);
     flush(&b);
 
     a.storage.complete(ID, "completed").unwrap();
@@ -109,12 +118,7 @@ fn assert_end_reaches_another_worker<B: StorageBackend + Clone>(backend: &B) {
         b.storage.explain(ID).to_string().contains("completed")
     });
     flush(&b);
-    let left = backend.get(ID).unwrap().map_or(Duration::ZERO, |record| {
-        record
-            .expires_at
-            .duration_since(clock.now())
-            .unwrap_or_default()
-    });
+    let left = left_in(backend, &clock);
     assert!(
         left <= GRACE - BEHIND + Duration::from_secs(2),
         "extended to {left:?}"
@@ -176,6 +180,27 @@ fn a_backend_in_memory_gets_back_what_it_lost() {
     assert_winner_is_adopted(&backend, || empty(&backend));
 }
 
+/// Another worker extends the record just after the end was told.
+#[test]
+fn an_extension_that_crosses_an_end_is_taken_back() {
+    let clock = ManualClock::new();
+    let backend = MemoryBackend::with_clock(clock.clone());
+    let [a, b] = [(); 2].map(|()| worker(backend.clone(), &clock));
+    a.step("first", Tags::instance(ID));
+    flush(&a);
+    b.step("second", Tags::instance(ID));
+    a.storage.complete(ID, "completed").unwrap();
+    flush(&a);
+    let extended = Write::Expire(ID.to_owned(), clock.now() + 24 * HOUR);
+    backend.write(&[extended]).unwrap();
+    clock.advance(GRACE * 3 / 4);
+    wait_until("it is taken back", || left_in(&backend, &clock) < GRACE);
+    // The other worker may have looked just before.
+    clock.advance(GRACE / 2);
+    b.step("third", Tags::instance(ID));
+    wait_until("it is over", || b.storage.get(ID).unwrap().is_none());
+}
+
 #[test]
 fn the_end_of_an_instance_reaches_another_worker() {
     assert_end_reaches_another_worker(&MemoryBackend::new());
@@ -185,8 +210,8 @@ fn the_end_of_an_instance_reaches_another_worker() {
 /// With a grace of nothing, and one longer than the idle time, the expiry of a record does not tell that it has ended.
 #[test]
 fn an_end_is_told_where_the_expiry_does_not_tell_it() {
-    for (idle, grace) in [(24 * 60 * 60, 0), (60, 5 * 60)]
-        .map(|(idle, grace)| (Duration::from_secs(idle), Duration::from_secs(grace)))
+    for [idle, grace, behind] in
+        [[24 * 60 * 60, 0, 8], [60, 5 * 60, 24]].map(|settings| settings.map(Duration::from_secs))
     {
         let clock = ManualClock::new();
         let backend = MemoryBackend::with_clock(clock.clone());
@@ -200,7 +225,7 @@ fn an_end_is_told_where_the_expiry_does_not_tell_it() {
         b.step("second", Tags::instance(ID));
         a.storage.complete(ID, "completed").unwrap();
         flush(&a);
-        clock.advance(Duration::from_secs(25));
+        clock.advance(behind);
         wait_until("the end is seen", || {
             b.storage.get(ID).unwrap().is_none()
                 || b.storage.explain(ID).to_string().contains("completed")

@@ -195,12 +195,15 @@ fn every_counter_is_reported_by_the_documented_instrument() {
 }
 
 /// Asserts that every counter has a different, nonzero value; otherwise a swapped or missing one would go unnoticed. Those of
-/// workflows' own spans need another tracer provider, and are counted by a test of their own.
+/// workflows' own spans and of refreshes need another set-up, and are counted by tests of their own.
 fn assert_are_all_and_differ(stats: &Stats) {
-    let of_roots = |name: &str| name.starts_with("workflow.context.root.");
+    let of_others = |name: &str| {
+        let others = [".root.", ".given_back", ".refresh."];
+        others.iter().any(|part| name.contains(part))
+    };
     let series: Vec<_> = INSTRUMENTS
         .iter()
-        .filter(|(name, ..)| !of_roots(name))
+        .filter(|(name, ..)| !of_others(name))
         .flat_map(|(_, _, _, series)| *series)
         .collect();
     let values: BTreeSet<_> = series.iter().map(|(_, value)| value(stats)).collect();
@@ -208,7 +211,7 @@ fn assert_are_all_and_differ(stats: &Stats) {
     assert!(!values.contains(&0), "{stats:?}");
     assert_eq!(
         format!("{stats:?}").matches(':').count(),
-        series.len() + 2,
+        series.len() + 4,
         "{stats:?}"
     );
 }
@@ -236,6 +239,39 @@ fn the_own_spans_of_workflows_are_counted() {
     storage.complete("2", "completed").unwrap();
     assert_eq!(metrics.values("workflow.context.root.exported"), [2]);
     assert_eq!(metrics.values("workflow.context.root.lost"), [1]);
+}
+
+#[test]
+fn what_is_given_back_and_what_is_overdue_are_counted() {
+    let metrics = Metrics::new();
+    let (backend, clock) = (ControlledBackend::new(), ManualClock::new());
+    let storage = patient(backend.clone()).clock(clock.clone());
+    let storage = storage.build().unwrap();
+    storage.register_metrics(&metrics.meter());
+    storage.store("order-42", context(8)).unwrap();
+    storage.flush().unwrap();
+    // Neither the record nor an answer is there.
+    backend.set(Call::GetMany, Behaviour::Blocks);
+    clock.advance(HOUR);
+    backend.await_blocked(Call::GetMany);
+    clock.advance(HOUR);
+    backend.set(Call::GetMany, Behaviour::Fails);
+    wait_until("it is overdue", || {
+        metrics.values("workflow.context.backend.refresh.overdue") == [1]
+    });
+    assert_eq!(
+        metrics.values("workflow.context.backend.record.given_back"),
+        [0]
+    );
+    let lost = Write::Remove("order-42".to_owned());
+    backend.write(&[lost]).unwrap();
+    backend.set(Call::GetMany, Behaviour::Works);
+    wait_until("it is given back", || {
+        metrics.values("workflow.context.backend.record.given_back") == [1]
+    });
+    let stats = storage.stats();
+    assert_eq!((stats.given_back, stats.overdue_refreshes), (1, 1));
+    assert!(stats.backend_errors > 0);
 }
 
 #[test]
@@ -546,6 +582,10 @@ impl StorageBackend for Shared {
 
     fn malformed(&self) -> u64 {
         10
+    }
+
+    fn expired_at_open(&self) -> u64 {
+        30
     }
 }
 

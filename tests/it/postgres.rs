@@ -211,6 +211,16 @@ fn rows_that_cannot_be_decoded_are_counted_and_left_alone() {
 }
 
 #[test]
+fn one_of_many_writers_wins() {
+    let server = PostgresServer::start();
+    let backends = [0; 4].map(|_| backend(&server));
+    for round in 0..20 {
+        let key = format!("id {round}");
+        assert_one_of_four_wins(&key, |thread, claim| backends[thread].write_all(claim));
+    }
+}
+
+#[test]
 fn a_refused_write_holds_back_no_other() {
     let server = PostgresServer::start();
     let backend = backend(&server);

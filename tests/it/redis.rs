@@ -194,6 +194,15 @@ fn undecodable_values_are_counted_and_left_alone() {
 }
 
 #[test]
+fn one_of_many_writers_wins() {
+    let server = RedisServer::start();
+    for round in 0..20 {
+        let key = format!("id {round}");
+        assert_one_of_four_wins(&key, |_, claim| backend(&server).write_all(claim));
+    }
+}
+
+#[test]
 fn a_value_without_expiry_is_read() {
     let server = RedisServer::start();
     let backend = backend(&server);

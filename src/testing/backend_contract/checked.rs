@@ -77,6 +77,13 @@ impl<B: StorageBackend> Checked<B> {
         succeeded("get", self.0.get(key))
     }
 
+    /// Reads all these keys at once.
+    #[track_caller]
+    pub(super) fn get_many(&self, keys: &[&str]) -> Vec<Option<Record>> {
+        let keys: Vec<_> = keys.iter().map(|key| (*key).to_owned()).collect();
+        succeeded("get_many", self.0.get_many(&keys))
+    }
+
     #[track_caller]
     pub(super) fn flush(&self) {
         succeeded("flush", self.0.flush());

@@ -77,6 +77,15 @@ pub(super) fn any_text_is_a_key<B: StorageBackend>(backend: &Checked<B>) {
         );
     }
     backend.scan_is(&keys, sentence);
+    let twice_and_none: Vec<_> = keys.into_iter().rev().chain(["none", keys[0]]).collect();
+    let many = backend.get_many(&twice_and_none);
+    let each: Vec<_> = twice_and_none.iter().map(|key| backend.get(key)).collect();
+    let context = |record: &Option<Record>| record.as_ref().map(|record| record.context.clone());
+    rule(
+        many.iter().map(context).eq(each.iter().map(context)),
+        "`get_many` returns for each key what `get` does",
+        format_args!("{many:?} for {twice_and_none:?}"),
+    );
     for (span, key) in (1..).zip(keys) {
         backend.holds(key, &record(span), sentence);
         backend.write(&[Write::Remove(key.to_owned())]);
