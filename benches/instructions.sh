@@ -13,22 +13,32 @@ if [[ ${1:-} == --csv ]]; then
     shift 2
 fi
 count=${COUNT:-5000}
-spans=$(cargo bench --bench spans --all-features --no-run --message-format=json |
-    sed -n 's/.*"name":"spans".*"executable":"\([^"]*\)".*/\1/p')
+built() {
+    cargo bench --bench spans --all-features --no-run --message-format=json |
+        sed -n 's/.*"name":"spans".*"executable":"\([^"]*\)".*/\1/p'
+}
+spans=$(built)
 profiles=$(mktemp -d)
 trap 'rm -rf "$profiles"' EXIT
 rungs=("$@")
 ((${#rungs[@]})) || rungs=(
     registry plain-untagged ours-untagged plain-entered ours-entered plain-tagged ours-tagged-miss
-    ours-tagged-miss-redb ours-tagged-hit ours-tagged-nested ours-tagged-foreign plain-recorded ours-recorded-hit
-    plain-attached by-hand store store-redb rooted-untagged rooted-tagged-hit rooted-tagged-miss
+    ours-tagged-miss-redb ours-tagged-hit ours-tagged-nested ours-tagged-foreign ours-hit-backend ours-hit-bounded
+    plain-run ours-hit-run plain-api ours-hit-api ours-replayed plain-recorded ours-recorded-hit plain-attached
+    plain-linked by-hand by-hand-cached store store-redb rooted-untagged rooted-tagged-hit rooted-tagged-miss
+    lto-plain-untagged lto-ours-untagged lto-plain-tagged lto-ours-tagged-hit
 )
+# Rungs that begin with `lto-` are counted in a build with fat LTO and one codegen unit.
+if [[ " ${rungs[*]}" == *" lto-"* ]]; then
+    spans_lto=$(CARGO_TARGET_DIR=target/lto CARGO_PROFILE_BENCH_LTO=fat CARGO_PROFILE_BENCH_CODEGEN_UNITS=1 built)
+fi
 
 # Of so many spans of a rung: all instructions of the main thread, and those of the allocator.
 collect() {
-    local profile=$profiles/callgrind
+    local profile=$profiles/callgrind program=$spans
+    [[ $1 != lto-* ]] || program=$spans_lto
     valgrind --tool=callgrind --separate-threads=yes --callgrind-out-file="$profile" --compress-strings=no \
-        "$spans" "$1" "$2" >&/dev/null
+        "$program" "${1#lto-}" "$2" >&/dev/null
     awk '
         /^fn=/ { allocator = /^fn=(malloc|free|calloc|realloc|_int_|unlink_chunk|alloc_perturb|sysmalloc|systrim)/ }
         /^calls=/ { getline; next }
@@ -64,10 +74,26 @@ compare() { # name, what, target, expression over rung names
 }
 
 echo
-compare untagged 'untagged: ours / plain' 1.005 'ours-untagged / plain-untagged'
+compare untagged 'untagged: ours / plain' 1.010 'ours-untagged / plain-untagged'
 compare entered 'one entry and exit, untagged: ours / plain' 1.005 'ours-entered / plain-entered'
-compare hit 'tagged, hit: ours / plain' 1.05 'ours-tagged-hit / plain-tagged'
-compare added 'added to a tagged span: ours / by hand' 0.08 \
+compare hit 'tagged, hit: ours / plain' 1.12 'ours-tagged-hit / plain-tagged'
+compare hit-backend 'with a backend: ours / plain' 1.16 'ours-hit-backend / plain-tagged'
+compare hit-bounded 'with max_spans and max_age: ours / plain' 1.16 'ours-hit-bounded / plain-tagged'
+compare hit-run 'with a run id: ours / plain' 1.16 'ours-hit-run / plain-run'
+compare hit-api 'through the OpenTelemetry API: ours / plain' 1.16 'ours-hit-api / plain-api'
+compare added-best 'added to a tagged span: ours / best by hand' 1.15 \
+    '(ours-tagged-hit - plain-tagged) / (by-hand-cached - plain-tagged)'
+compare added 'added to a tagged span: ours / by hand' none \
     '(ours-tagged-hit - plain-tagged) / (by-hand - plain-tagged)'
-compare redb-span 'first span of an instance: with redb / without' 1.5 'ours-tagged-miss-redb / ours-tagged-miss'
-compare redb-store 'store: with redb / without' 1.5 'store-redb / store'
+compare foreign 'out of another trace: ours / plain with a link' 1.25 'ours-tagged-foreign / plain-linked'
+compare nested 'within a span of its instance: ours / plain' none 'ours-tagged-nested / plain-tagged'
+compare first 'first span of an instance: ours / plain' none 'ours-tagged-miss / plain-tagged'
+compare late 'id recorded later: ours / plain' none 'ours-recorded-hit / plain-recorded'
+compare replayed 'replayed: ours / plain' none 'ours-replayed / plain-tagged'
+compare rooted 'durable roots, hit: ours / plain' none 'rooted-tagged-hit / plain-tagged'
+compare rooted-first 'durable roots, first span: ours / plain' none 'rooted-tagged-miss / plain-tagged'
+compare rooted-untagged 'durable roots, untagged: ours / plain' none 'rooted-untagged / plain-untagged'
+compare lto-untagged 'fat LTO, untagged: ours / plain' none 'lto-ours-untagged / lto-plain-untagged'
+compare lto-hit 'fat LTO, tagged, hit: ours / plain' none 'lto-ours-tagged-hit / lto-plain-tagged'
+compare redb-span 'first span of an instance: with redb / without' none 'ours-tagged-miss-redb / ours-tagged-miss'
+compare redb-store 'store: with redb / without' 1.6 'store-redb / store'

@@ -3,7 +3,7 @@
 //! ```text
 //! cargo run --example inspect --features redb,redis,postgres -- <store> [<instance id>] [<options>]
 //!
-//! <store>             a file of RedbBackend, redis://.. or postgres://..
+//! <store>             a file of RedbBackend, redis://.. (rediss:// with the feature redis-tls) or postgres://..
 //! --namespace <name>  that of the workers' builder
 //! --jaeger <url>      the UI in which the trace is to be seen, such as http://localhost:16686;
 //! --phoenix <url>     http://localhost:6006;
@@ -16,6 +16,7 @@
 
 use std::env;
 use std::error::Error;
+use std::io::{self, Write};
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
@@ -94,13 +95,13 @@ fn instances(backend: &dyn StorageBackend, options: &Options) -> Result<Vec<(Str
     Ok(found)
 }
 
-fn inspect(backend: impl StorageBackend, options: &Options) -> Result<()> {
+fn inspect(backend: impl StorageBackend, options: &Options, out: &mut dyn Write) -> Result<()> {
     let found = instances(&backend, options)?;
     for (id, record) in &found {
         if options.json {
-            println!("{}", as_json(id, record, options.url(record)));
+            writeln!(out, "{}", as_json(id, record, options.url(record)))?;
         } else {
-            println!("{}", as_line(id, record, options.url(record)));
+            writeln!(out, "{}", as_line(id, record, options.url(record)))?;
         }
     }
     let Some(id) = &options.id else {
@@ -118,7 +119,7 @@ fn inspect(backend: impl StorageBackend, options: &Options) -> Result<()> {
         }
         let storage = storage.build()?;
         storage.get(id)?; // into memory, which is what is explained
-        println!("\n{}", storage.explain(id));
+        writeln!(out, "\n{}", storage.explain(id))?;
     }
     Ok(())
 }
@@ -158,106 +159,24 @@ fn as_json(id: &str, record: &Record, url: Option<String>) -> serde_json::Value 
     })
 }
 
-fn main() -> Result<()> {
-    let options = Options::parse(env::args().skip(1))?;
+/// Does what the arguments say, and writes what is found to `out`.
+pub(crate) fn run(arguments: impl Iterator<Item = String>, out: &mut dyn Write) -> Result<()> {
+    let options = &Options::parse(arguments)?;
     let store = options.store.as_str();
     match store.split_once("://") {
-        Some(("redis", _)) => inspect(RedisBackend::connect(store)?, &options),
-        Some(("postgres" | "postgresql", _)) => inspect(PostgresBackend::connect(store)?, &options),
+        Some(("redis" | "rediss", _)) => inspect(RedisBackend::connect(store)?, options, out),
+        Some(("postgres" | "postgresql", _)) => {
+            inspect(PostgresBackend::connect(store)?, options, out)
+        }
         Some((scheme, _)) => {
             Err(format!("{scheme}: a store is a file, redis:// or postgres://").into())
         }
         // A missing file would be created.
         None if !Path::new(store).is_file() => Err(format!("there is no file {store}").into()),
-        None => inspect(RedbBackend::open(store)?, &options),
+        None => inspect(RedbBackend::open(store)?, options, out),
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use tracing_workflow_context::{MemoryBackend, WorkflowContext};
-
-    use super::*;
-
-    fn options(arguments: &[&str]) -> Options {
-        Options::parse(arguments.iter().map(|argument| (*argument).to_owned())).unwrap()
-    }
-
-    /// A store with an instance that has a run, and one of a namespace.
-    fn store() -> MemoryBackend {
-        let backend = MemoryBackend::new();
-        let traceparent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
-        let context = || WorkflowContext::parse(traceparent, "").unwrap();
-        for (namespace, id) in [
-            (None, "order-42"),
-            (None, "order\u{1f}7"),
-            (Some("shop"), "cart-1"),
-        ] {
-            let mut storage = WorkflowContextStorage::builder().backend(backend.clone());
-            if let Some(namespace) = namespace {
-                storage = storage.namespace(namespace);
-            }
-            let storage = storage.build().unwrap();
-            storage.store(id, context()).unwrap();
-            storage.flush().unwrap();
-        }
-        backend
-    }
-
-    #[test]
-    fn lists_the_instances_of_one_namespace() {
-        let ids = |options: &Options| {
-            let found = instances(&store(), options).unwrap();
-            found.into_iter().map(|(id, _)| id).collect::<Vec<_>>()
-        };
-        assert_eq!(ids(&options(&["file"])), ["order\u{1f}7", "order-42"]);
-        assert_eq!(ids(&options(&["file", "--namespace", "shop"])), ["cart-1"]);
-        assert_eq!(ids(&options(&["file", "order-42"])), ["order-42"]);
-    }
-
-    #[test]
-    fn an_instance_has_the_url_of_its_trace() {
-        let at = |ui: &[&str]| {
-            let options = options(&[&["file", "order-42"], ui].concat());
-            let found = instances(&store(), &options).unwrap();
-            options.url(&found[0].1).unwrap()
-        };
-        let trace = "0af7651916cd43dd8448eb211c80319c";
-        assert_eq!(
-            at(&["--jaeger", "http://localhost:16686"]),
-            format!("http://localhost:16686/trace/{trace}")
-        );
-        assert_eq!(
-            at(&["--phoenix", "http://localhost:6006"]),
-            format!("http://localhost:6006/redirects/traces/{trace}")
-        );
-        assert_eq!(at(&["--url", "see:{trace}!"]), format!("see:{trace}!"));
-        let tempo = at(&["--tempo", "http://localhost:3000"]);
-        assert!(
-            tempo.contains(&format!("%22query%22%3A%22{trace}%22")),
-            "{tempo}"
-        );
-        assert!(!tempo.contains([' ', '"', '\n']), "{tempo}");
-    }
-
-    #[test]
-    fn json_and_lines_have_the_trace() {
-        let options = options(&["file", "order-42", "--json"]);
-        assert!(options.json);
-        let (id, record) = instances(&store(), &options).unwrap().remove(0);
-        let json = as_json(&id, &record, options.url(&record));
-        assert_eq!(json["instance_id"], "order-42");
-        assert_eq!(json["trace_id"], "0af7651916cd43dd8448eb211c80319c");
-        assert_eq!(json["url"], serde_json::Value::Null);
-        let line = as_line(&id, &record, Some("there".to_owned()));
-        assert!(line.starts_with("\"order-42\"  trace 0af7651916cd43dd8448eb211c80319c"));
-        assert!(line.ends_with("  there"), "{line}");
-    }
-
-    #[test]
-    fn an_instance_is_explained_and_an_unknown_one_an_error() {
-        inspect(store(), &options(&["file", "order-42"])).unwrap();
-        let unknown = inspect(store(), &options(&["file", "order-43"])).unwrap_err();
-        assert!(unknown.to_string().contains("order-43"), "{unknown}");
-    }
+fn main() -> Result<()> {
+    run(env::args().skip(1), &mut io::stdout().lock())
 }

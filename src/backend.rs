@@ -10,6 +10,7 @@ pub(crate) mod client;
 pub(crate) mod codec;
 #[cfg(any(feature = "postgres", feature = "redis"))]
 pub(crate) mod form;
+mod group_size;
 mod guard;
 #[cfg(any(feature = "postgres", feature = "redis"))]
 mod json;
@@ -85,7 +86,8 @@ pub trait StorageBackend: fmt::Debug + Send + Sync + 'static {
     /// # Errors
     ///
     /// If the backend failed as a whole. It is then unknown which of the writes were carried out, and all of them are
-    /// tried again. Where only some failed, return `Ok` with a [`WriteOutcome::Failed`] for each of those.
+    /// tried again, in smaller groups, since so many may have taken too long. Where only some failed, return `Ok` with a
+    /// [`WriteOutcome::Failed`] for each of those.
     fn write(&self, writes: &[Write]) -> Result<Vec<WriteOutcome>, BackendError>;
 
     /// Returns the record of a key. One that cannot be decoded is treated as missing, left alone, and counted by
@@ -104,6 +106,18 @@ pub trait StorageBackend: fmt::Debug + Send + Sync + 'static {
     /// If the backend, or the part of it that has one of the keys, failed.
     fn get_many(&self, keys: &[String]) -> Result<Vec<Option<Record>>, BackendError> {
         keys.iter().map(|key| self.get(key)).collect()
+    }
+
+    /// Returns the record of the first of some keys that has one, with the position of that key.
+    ///
+    /// By default, [`get`](Self::get) is called for one key after the other. A backend on a server asks for all of them in one
+    /// round trip, since a span waits for it: the context of its run, or else that of its instance.
+    ///
+    /// # Errors
+    ///
+    /// If the backend failed, or if no record was found and a part of the backend that has one of the keys failed.
+    fn get_first(&self, keys: &[&str]) -> Result<Option<(usize, Record)>, BackendError> {
+        first_found(keys.iter().map(|key| self.get(key)))
     }
 
     /// Visits once, in no order, every record that exists during the whole scan. Holds no lock while `visit` runs.
@@ -135,6 +149,22 @@ pub trait StorageBackend: fmt::Debug + Send + Sync + 'static {
     fn warms_up(&self) -> bool {
         false
     }
+}
+
+/// Returns the first record of some lookups, with its position. The error of a part counts if nothing is found.
+fn first_found(
+    lookups: impl Iterator<Item = Result<Option<Record>, BackendError>>,
+) -> Result<Option<(usize, Record)>, BackendError> {
+    let mut failed = Ok(None);
+    for (position, found) in lookups.enumerate() {
+        match found {
+            Ok(Some(record)) => return Ok(Some((position, record))),
+            Ok(None) => {}
+            Err(error) if error.is_partial() => failed = Err(error),
+            Err(error) => return Err(error),
+        }
+    }
+    failed
 }
 
 /// The result of one [`Write`].

@@ -96,8 +96,9 @@
 //!   is not named is found out: [`shared_traces`](Stats::shared_traces), a warning, and `explain`.
 //! - **The id is recorded late**: a span that declares the field as `Empty`, or as the text `""`, is held until the id is
 //!   recorded, over exits and awaits, or until its first child opens, its 129th event, or its close. A run id and a parent
-//!   instance id that it declares without a value are waited for as well. What is recorded after that only leaves a link, and is
-//!   counted in [`late`](Stats::late): an id, a run id, a parent instance id, a second id.
+//!   instance id that it declares without a value are waited for as well; a span whose own id is known does not wait. What is
+//!   recorded after that only leaves a link, and is counted in [`late`](Stats::late): an id, a run id, a parent instance id,
+//!   a second id.
 //! - **The engine opens a span around user code without an id**: a span named in an [`Engine`] preset or by
 //!   [`adopt_spans`](WorkflowContextStorageBuilder::adopt_spans) is held until its first child, and joins the child's
 //!   instance. A child that waits for its own id is held with it, and so is a second span of the engine: all start together,

@@ -5,10 +5,12 @@
 use std::collections::HashMap;
 use std::sync::{Barrier, Mutex};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use dashmap::DashMap;
 use opentelemetry::propagation::TextMapPropagator as _;
-use opentelemetry::trace::TracerProvider as _;
+use opentelemetry::trace::{SpanContext, TraceContextExt as _, Tracer, TracerProvider as _};
+use opentelemetry::{Context, KeyValue};
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 #[cfg(feature = "durable-root")]
 use opentelemetry_sdk::trace::Sampler;
@@ -18,10 +20,13 @@ use tracing::{Dispatch, dispatcher, info_span};
 use tracing_opentelemetry::OpenTelemetrySpanExt as _;
 use tracing_subscriber::prelude::*;
 use tracing_subscriber::registry;
-use tracing_workflow_context::{WorkflowContext, WorkflowContextStorage};
+use tracing_workflow_context::{MemoryBackend, WorkflowContext, WorkflowContextStorage};
 
 /// How many instances are known, where nothing else is said.
 pub(crate) const INSTANCES: usize = 1_000;
+
+/// More than any span of a bench is old.
+const A_YEAR: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Rung {
@@ -45,6 +50,13 @@ pub(crate) enum Rung {
     OursNested,
     /// A later one within a span of another trace.
     OursForeign,
+    /// A later one with a backend behind memory; with `max_spans` and `max_age`; with a run id; through the OpenTelemetry API.
+    OursHitBackend,
+    OursHitBounded,
+    OursHitRun,
+    OursHitApi,
+    /// One that is replayed.
+    OursReplayed,
     /// With durable roots, and the two pieces in the provider: an untagged span, a later one and the first one of an instance.
     RootedUntagged,
     RootedHit,
@@ -54,15 +66,21 @@ pub(crate) enum Rung {
     OursRecorded,
     /// What nobody can do better: the parent is there already.
     PlainAttached,
+    /// With a link.
+    PlainLinked,
+    PlainRun,
+    PlainApi,
     /// Looked up, extracted and set as the parent for each span.
     ByHand,
+    /// The best by hand: the parent's context is kept in a map with a fast hasher, and set for each span.
+    ByHandCached,
     /// No span, but a context that is stored for an instance which is new.
     Store,
     StoreRedb,
 }
 
 impl Rung {
-    pub(crate) const ALL: [(&'static str, Self); 21] = [
+    pub(crate) const ALL: [(&'static str, Self); 30] = [
         ("nothing", Self::Nothing),
         ("registry", Self::Registry),
         ("plain-untagged", Self::PlainUntagged),
@@ -75,13 +93,22 @@ impl Rung {
         ("ours-tagged-hit", Self::OursHit),
         ("ours-tagged-nested", Self::OursNested),
         ("ours-tagged-foreign", Self::OursForeign),
+        ("ours-hit-backend", Self::OursHitBackend),
+        ("ours-hit-bounded", Self::OursHitBounded),
+        ("ours-hit-run", Self::OursHitRun),
+        ("ours-hit-api", Self::OursHitApi),
+        ("ours-replayed", Self::OursReplayed),
         ("rooted-untagged", Self::RootedUntagged),
         ("rooted-tagged-hit", Self::RootedHit),
         ("rooted-tagged-miss", Self::RootedMiss),
         ("plain-recorded", Self::PlainRecorded),
         ("ours-recorded-hit", Self::OursRecorded),
         ("plain-attached", Self::PlainAttached),
+        ("plain-linked", Self::PlainLinked),
+        ("plain-run", Self::PlainRun),
+        ("plain-api", Self::PlainApi),
         ("by-hand", Self::ByHand),
+        ("by-hand-cached", Self::ByHandCached),
         ("store", Self::Store),
         ("store-redb", Self::StoreRedb),
     ];
@@ -110,7 +137,11 @@ impl Rung {
                 | Self::PlainTagged
                 | Self::PlainRecorded
                 | Self::PlainAttached
+                | Self::PlainLinked
+                | Self::PlainRun
+                | Self::PlainApi
                 | Self::ByHand
+                | Self::ByHandCached
         )
     }
 }
@@ -126,6 +157,7 @@ pub(crate) struct Stage {
     next: usize,
     new_id: String,
     by_hand: Mutex<HashMap<String, Carrier>>,
+    by_hand_cached: Cached,
     _file: Option<TemporaryFile>,
 }
 
@@ -150,6 +182,10 @@ impl Stage {
             Rung::ByHand => dispatcher::with_default(&dispatch, || carriers(&ids)),
             _ => HashMap::new(),
         };
+        let by_hand_cached = match rung {
+            Rung::ByHandCached => dispatcher::with_default(&dispatch, || contexts(&ids)),
+            _ => Cached::default(),
+        };
         Self {
             rung,
             dispatch,
@@ -159,6 +195,7 @@ impl Stage {
             // Which no instance has.
             new_id: format!("10000000-0000-4000-8000-{:012}", 0),
             by_hand: Mutex::new(by_hand),
+            by_hand_cached,
             _file: file,
         }
     }
@@ -166,7 +203,7 @@ impl Stage {
     /// Has `measure` repeat the whole life of one span.
     pub(crate) fn measure(&mut self, measure: impl FnOnce(&mut dyn FnMut())) {
         let (ids, next, new_id) = (&self.ids, &mut self.next, &mut self.new_id);
-        let (storage, by_hand) = (&self.storage, &self.by_hand);
+        let (storage, by_hand, cached) = (&self.storage, &self.by_hand, &self.by_hand_cached);
         let mut id = || {
             *next = if *next + 1 < ids.len() { *next + 1 } else { 0 };
             ids[*next].as_str()
@@ -205,11 +242,28 @@ impl Stage {
                 let _parent = context().to_otel().attach();
                 measure(&mut || tagged(id()));
             }
+            Rung::OursHitRun | Rung::PlainRun => measure(&mut || tagged_with_run(id())),
+            Rung::OursReplayed => measure(&mut || replayed(id())),
+            Rung::PlainLinked => {
+                let other = context().to_otel().span().span_context().clone();
+                measure(&mut || linked(id(), other.clone()));
+            }
+            Rung::OursHitApi => {
+                let tracer = storage.tracer(tracer());
+                measure(&mut || by_api(&tracer, id()));
+            }
+            Rung::PlainApi => {
+                let tracer = tracer();
+                measure(&mut || by_api(&tracer, id()));
+            }
             Rung::ByHand => measure(&mut || tagged_by_hand(id(), by_hand)),
+            Rung::ByHandCached => measure(&mut || tagged_from_cache(id(), cached)),
             Rung::Nothing
             | Rung::Registry
             | Rung::PlainTagged
             | Rung::OursHit
+            | Rung::OursHitBackend
+            | Rung::OursHitBounded
             | Rung::RootedHit => {
                 measure(&mut || tagged(id()));
             }
@@ -258,12 +312,35 @@ fn tagged(id: &str) {
     info_span!("step", workflow.instance_id = %id).in_scope(|| {});
 }
 
+/// Tagged when the instances were recorded without a run, which is the one that asks first.
+fn tagged_with_run(id: &str) {
+    info_span!("step", workflow.instance_id = %id, workflow.run_id = "run-1").in_scope(|| {});
+}
+
+fn replayed(id: &str) {
+    info_span!("step", workflow.instance_id = %id, workflow.replaying = true).in_scope(|| {});
+}
+
+fn linked(id: &str, other: SpanContext) {
+    let span = info_span!("step", workflow.instance_id = %id);
+    span.add_link(other);
+    span.in_scope(|| {});
+}
+
+fn by_api<T: Tracer<Span: Send + Sync + 'static>>(tracer: &T, id: &str) {
+    let id = KeyValue::new("workflow.instance_id", id.to_owned());
+    let span = tracer.span_builder("step").with_attributes([id]);
+    drop(Context::current_with_span(span.start(tracer)).attach());
+}
+
 fn recorded(id: &str) {
     let span = info_span!("step", workflow.instance_id = Empty).entered();
     span.record("workflow.instance_id", tracing::field::display(id));
 }
 
 type Carrier = HashMap<String, String>;
+
+type Cached = DashMap<String, Context, foldhash::fast::RandomState>;
 
 /// What a program without this crate does for each span.
 fn tagged_by_hand(id: &str, contexts: &Mutex<HashMap<String, Carrier>>) {
@@ -279,7 +356,27 @@ fn tagged_by_hand(id: &str, contexts: &Mutex<HashMap<String, Carrier>>) {
     span.in_scope(|| {});
 }
 
+/// What a program does that keeps the contexts of its instances as well as it can: it looks up, and sets the parent.
+fn tagged_from_cache(id: &str, contexts: &Cached) {
+    let parent = contexts.get(id).map(|context| context.clone());
+    let span = info_span!("step", workflow.instance_id = %id);
+    if let Some(parent) = parent {
+        span.set_parent(parent).expect("not started");
+    }
+    span.in_scope(|| {});
+}
+
 /// What that program has stored.
+fn contexts(ids: &[String]) -> Cached {
+    let context = |id: &String| {
+        let _span = info_span!("step", workflow.instance_id = %id).entered();
+        let context = WorkflowContext::current().expect("inside a span");
+        (id.clone(), context.to_otel())
+    };
+    ids.iter().map(context).collect()
+}
+
+/// What the program without it has stored.
 fn carriers(ids: &[String]) -> HashMap<String, Carrier> {
     let carrier = |id: &String| {
         let _span = info_span!("step", workflow.instance_id = %id).entered();
@@ -323,6 +420,11 @@ fn storage(rung: Rung, file: Option<&TemporaryFile>, instances: usize) -> Workfl
     let builder = WorkflowContextStorage::builder()
         .max_instances(most)
         .max_bytes(u64::MAX);
+    let builder = match rung {
+        Rung::OursHitBackend => builder.backend(MemoryBackend::new()),
+        Rung::OursHitBounded => builder.max_spans(u64::MAX).max_age(A_YEAR),
+        _ => builder,
+    };
     #[cfg(feature = "durable-root")]
     let builder = builder.durable_root(rung.has_roots());
     #[cfg(not(feature = "durable-root"))]

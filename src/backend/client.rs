@@ -108,33 +108,55 @@ impl Client {
 
     /// Returns the record of a key if it is known within the budget; otherwise the callback made by `on_late` is called if
     /// the backend has one.
-    pub(crate) fn get(&self, key: &str, on_late: impl FnOnce() -> OnLate) -> Option<Record> {
+    pub(crate) fn get(&self, key: String, on_late: impl FnOnce() -> OnLate) -> Option<Record> {
+        self.get_first([key], on_late)
+    }
+
+    /// Returns the record of the first of some keys that has one, as [`get`](Self::get) does, in one round trip.
+    pub(crate) fn get_first(
+        &self,
+        keys: impl IntoIterator<Item = String>,
+        on_late: impl FnOnce() -> OnLate,
+    ) -> Option<Record> {
         if self.budgets.lookup.is_zero() {
             return None;
         }
+        let at_first = self.left();
+        let (mut asked, mut expiries) = (Vec::new(), Vec::new());
+        let mut queued = None;
+        let mut is_known = true;
+        for key in keys {
+            let left = self.left();
+            let known = self.waiting(|| self.writer.known(&key, left));
+            is_known &= known.is_ok();
+            let expires_at = match known.unwrap_or(None) {
+                Some(Known::Record(record)) => {
+                    queued = Some(record);
+                    break;
+                }
+                Some(Known::Gone) => continue,
+                Some(Known::Until(expires_at)) => Some(expires_at),
+                None => None,
+            };
+            asked.push(key);
+            expiries.push(expires_at);
+        }
+        if asked.is_empty() {
+            return queued;
+        }
         let left = self.left();
-        let Ok(known) = self.waiting(|| self.writer.known(key, left)) else {
-            self.reader.timeouts.add();
-            self.reader.ask(key, on_late);
-            return None;
-        };
-        let expires_at = match known {
-            Some(Known::Record(record)) => return Some(record),
-            Some(Known::Gone) => return None,
-            Some(Known::Until(expires_at)) => Some(expires_at),
-            None => None,
-        };
-        let before = left;
-        let left = self.left();
-        if left.is_zero() {
-            if !before.is_zero() {
+        if left.is_zero() || !is_known {
+            if !at_first.is_zero() {
                 self.reader.timeouts.add();
             }
-            self.reader.ask(key, on_late);
-            return None;
+            self.reader.ask(asked, on_late);
+            return queued;
         }
-        let mut record = self.waiting(|| self.reader.get(key, left, on_late))?;
-        record.expires_at = expires_at.unwrap_or(record.expires_at);
+        let found = self.waiting(|| self.reader.get_first(asked, left, on_late));
+        let Some((position, mut record)) = found else {
+            return queued;
+        };
+        record.expires_at = expiries[position].unwrap_or(record.expires_at);
         Some(record)
     }
 
@@ -315,7 +337,10 @@ mod tests {
             thread::scope(|scope| {
                 let span = scope.spawn(|| {
                     Client::begin();
-                    assert_eq!(client.get("unknown", || Box::new(|_| ())), None);
+                    assert_eq!(
+                        client.get("unknown".to_owned(), || Box::new(|_, _| ())),
+                        None
+                    );
                     client.write(Write::Put(key.clone(), record(round)));
                     client.write(Write::Put(key.clone(), record(round + 1)));
                     client.write(Write::Put(key.clone(), record(round + 2)));
@@ -327,7 +352,7 @@ mod tests {
             if round % 2 == 0 {
                 Client::begin();
                 let known = client
-                    .get(&key, || Box::new(|_| ()))
+                    .get(key.clone(), || Box::new(|_, _| ()))
                     .expect("it is known")
                     .context;
                 assert_eq!(known.span_id(), record(round + 2).context.span_id());

@@ -55,6 +55,12 @@ impl StorageBackend for Namespaced {
         self.inner.get_many(&keys)
     }
 
+    fn get_first(&self, keys: &[&str]) -> Result<Option<(usize, Record)>, BackendError> {
+        let keys: Vec<_> = keys.iter().map(|key| self.key(key)).collect();
+        self.inner
+            .get_first(&keys.iter().map(String::as_str).collect::<Vec<_>>())
+    }
+
     fn scan(&self, visit: &mut dyn FnMut(&str, Record)) -> Result<(), BackendError> {
         self.inner.scan(&mut |key, record| {
             if let Some(key) = key.strip_prefix(&self.prefix) {

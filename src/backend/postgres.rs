@@ -61,7 +61,8 @@ const GROUP: usize = 1000;
 /// [`backend_errors`](crate::Stats::backend_errors).
 ///
 /// A call waits no longer than the two timeouts together, for each 1,000 writes. The server gives up a statement after the
-/// response timeout too, so that it does not go on, or wait for a lock, for nobody.
+/// response timeout too, so that it does not go on, or wait for a lock, for nobody. Writes that took longer are tried again
+/// in smaller groups, down to single ones, so that a slow server gets on.
 ///
 /// A URL may name several servers, `postgres://a,b/orders?target_session_attrs=read-write`: then the first that can be
 /// written to is used, and after a failover the next one.
@@ -308,13 +309,22 @@ impl StorageBackend for PostgresBackend {
     }
 
     fn get(&self, key: &str) -> Result<Option<Record>, BackendError> {
-        let (key, most) = (Arc::<[u8]>::from(key.as_bytes()), self.timeouts.response);
+        let found = self.get_first(&[key])?;
+        Ok(found.map(|(_, record)| record))
+    }
+
+    fn get_first(&self, keys: &[&str]) -> Result<Option<(usize, Record)>, BackendError> {
+        let most = self.timeouts.response;
+        let keys: Arc<[_]> = keys.iter().map(|key| key.as_bytes().to_vec()).collect();
         self.call(move |client, table| {
-            let key = key.clone();
+            let keys = keys.clone();
             async move {
-                let parameters: table::Parameters<'_> = &[(&&*key, Type::BYTEA)];
+                let parameters: table::Parameters<'_> = &[(&&*keys, Type::BYTEA_ARRAY)];
                 let rows = table::query(&client, &table.get, parameters, most).await?;
-                Ok(rows.first().and_then(|row| table.record(row)))
+                let row_of =
+                    |key: &Vec<u8>| rows.iter().find(|row| row.get::<_, &[u8]>("key") == key);
+                let found = |(position, key)| Some((position, table.record(row_of(key)?)?));
+                Ok(keys.iter().enumerate().find_map(found))
             }
         })
     }
@@ -326,7 +336,7 @@ impl StorageBackend for PostgresBackend {
             async move {
                 let keys: Vec<_> = asked.iter().map(String::as_bytes).collect();
                 let parameters: table::Parameters<'_> = &[(&keys, Type::BYTEA_ARRAY)];
-                let rows = table::query(&client, &table.get_many, parameters, most).await?;
+                let rows = table::query(&client, &table.get, parameters, most).await?;
                 let records = rows.iter().filter_map(|row| table.keyed_record(row));
                 Ok(records.collect::<HashMap<_, _>>())
             }

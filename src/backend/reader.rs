@@ -24,14 +24,18 @@ pub(super) struct Reader {
 }
 
 struct Lookup {
-    key: String,
+    /// The record of the first key that has one is looked up.
+    keys: Vec<String>,
     deadline: Instant,
-    answer: SyncSender<Option<Record>>,
+    answer: SyncSender<Option<Found>>,
     late: Late,
 }
 
-/// Called with the record of a key that was found after its lookup had waited too long.
-pub(crate) type OnLate = Box<dyn FnOnce(Record) + Send>;
+/// The position of a key, and its record.
+type Found = (usize, Record);
+
+/// Called with the key and the record that were found after the lookup had waited too long.
+pub(crate) type OnLate = Box<dyn FnOnce(&str, Record) + Send>;
 
 /// Set once nobody waits for the answer any more. Locked while the answer is sent to whoever waits.
 type Late = Arc<Mutex<Option<OnLate>>>;
@@ -68,21 +72,21 @@ impl Reader {
         (reader, run)
     }
 
-    /// Returns the backend's record if it answers in time; otherwise the callback made by `on_late` is called once it does.
-    /// Asks nothing while the circuit is open.
-    pub(super) fn get(
+    /// Returns the backend's record of the first key that has one, with the key's position, if it answers in time; otherwise
+    /// the callback made by `on_late` is called once it does. Asks nothing while the circuit is open.
+    pub(super) fn get_first(
         &self,
-        key: &str,
+        keys: Vec<String>,
         most: Duration,
         on_late: impl FnOnce() -> OnLate,
-    ) -> Option<Record> {
+    ) -> Option<Found> {
         if !self.breaker.allows() {
             return None;
         }
         let (answer, answered) = sync_channel(1);
         let late = Late::default();
         let lookup = Lookup {
-            key: key.to_owned(),
+            keys,
             deadline: Instant::now().checked_add(most)?,
             answer,
             late: late.clone(),
@@ -108,12 +112,12 @@ impl Reader {
     }
 
     /// Asks for a record that nobody waits for, unless the circuit is open.
-    pub(super) fn ask(&self, key: &str, on_late: impl FnOnce() -> OnLate) {
+    pub(super) fn ask(&self, keys: Vec<String>, on_late: impl FnOnce() -> OnLate) {
         if self.breaker.is_open() {
             return;
         }
         let lookup = Lookup {
-            key: key.to_owned(),
+            keys,
             deadline: Instant::now(),
             answer: sync_channel(1).0,
             late: Arc::new(Mutex::new(Some(on_late()))),
@@ -134,20 +138,23 @@ impl Lookup {
     }
 
     fn answer(self, backend: &Guarded, breaker: &Breaker) {
-        let found = backend.call(|backend| backend.get(&self.key));
+        let keys: Vec<_> = self.keys.iter().map(String::as_str).collect();
+        let found = backend.call(|backend| backend.get_first(&keys));
         match &found {
             Ok(_) if !self.is_late() => breaker.succeeded(),
             Err(error) if !error.is_partial() => breaker.failed(),
             _ => {}
         }
         let found = found.unwrap_or(None);
+        // The backend may be anybody's.
+        let found = found.filter(|(position, _)| *position < keys.len());
         let mut late = lock(&self.late);
         match late.take() {
             None => drop(self.answer.try_send(found)),
             Some(on_late) => {
                 drop(late);
-                if let Some(record) = found {
-                    on_late(record);
+                if let Some((position, record)) = found {
+                    on_late(keys[position], record);
                 }
             }
         }

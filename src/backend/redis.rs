@@ -22,7 +22,7 @@ use self::node::{Node, Session, Timeouts};
 use super::form::Form;
 use super::outcomes::fail_later_writes;
 use super::url::ConnectError;
-use crate::backend::{BackendError, Record, StorageBackend, Write, WriteOutcome};
+use crate::backend::{BackendError, Record, StorageBackend, Write, WriteOutcome, first_found};
 use crate::clock::{Clock, SystemClock};
 use crate::stats::Counter;
 
@@ -61,6 +61,7 @@ const PIPELINE: usize = 1000;
 /// [`backend_errors`](crate::Stats::backend_errors).
 ///
 /// A call waits for the server no longer than the two timeouts allow, for each 1,000 writes, however slowly its replies come.
+/// Writes that took longer are tried again in smaller groups, down to single ones, so that a slow server gets on.
 /// The time to resolve the name is up to the operating system.
 ///
 /// # Cluster
@@ -72,7 +73,8 @@ const PIPELINE: usize = 1000;
 /// A server that fails is marked down until it replies to a thread that pings it with the same pauses. Meanwhile,
 /// spans of its instances fail open at once, and what they write is kept as above; those of the other servers are not
 /// affected. If a server hangs instead of refusing connections, one call waits for it, for at most the response timeout,
-/// and the lookups behind that call wait too. All this requires a Cluster that itself works without some of its slots:
+/// and the lookups behind that call wait too. What one server did not reply to in time is tried again all at once: a server
+/// that is slow, not down, needs a response timeout that is long enough. All this requires a Cluster that itself works without some of its slots:
 /// `cluster-require-full-coverage no`, or a replica for each master.
 ///
 /// # Keys and permissions
@@ -355,11 +357,18 @@ impl StorageBackend for RedisBackend {
     }
 
     fn get(&self, key: &str) -> Result<Option<Record>, BackendError> {
-        let replies = self.ask_all(&command::read(&*self.key(key)));
-        match &*replies.map_err(|error| self.servers.scoped(error))? {
-            [value, expiry @ Value::Int(_)] => Ok(self.read_record(value, expiry)),
+        let found = self.get_first(&[key])?;
+        Ok(found.map(|(_, record)| record))
+    }
+
+    fn get_first(&self, keys: &[&str]) -> Result<Option<(usize, Record)>, BackendError> {
+        let reads = keys.iter().map(|key| command::read(&*self.key(key)));
+        let replies = self.ask(&reads.flatten().collect::<Vec<_>>());
+        first_found(replies.chunks(2).map(|of_key| match of_key {
+            [Ok(value), Ok(expiry @ Value::Int(_))] => Ok(self.read_record(value, expiry)),
+            [Err(error), _] | [_, Err(error)] => Err(self.servers.scoped(error.clone())),
             _ => Err(self.servers.distrusted()),
-        }
+        }))
     }
 
     fn get_many(&self, keys: &[String]) -> Result<Vec<Option<Record>>, BackendError> {

@@ -16,6 +16,7 @@ use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
 use super::breaker::{Backoff, Breaker};
+use super::group_size::GroupSize;
 use super::guard::Guarded;
 use super::write_queue::{
     Callbacks, FollowUp, InFlight, Known, Lost, MAX_WRITES, OnWinner, WriteQueue, overflow, weight,
@@ -24,9 +25,6 @@ use crate::backend::{BackendError, Record, Write, WriteOutcome};
 use crate::error::StorageError;
 use crate::lock::{lock, try_lock};
 use crate::stats::Counter;
-
-/// The largest number of writes that go to the backend as one group.
-const GROUP: usize = 1000;
 
 /// The time for which writes gather before they are taken.
 const GATHERING: Duration = Duration::from_millis(1);
@@ -300,6 +298,8 @@ impl Writer {
             callbacks: Callbacks::new(),
             held_until: None,
             held_backoff: Backoff::new(),
+            size: GroupSize::new(),
+            has_written: false,
             is_dirty: false,
             dropped_before: 0,
             first_failure: None,
@@ -321,15 +321,14 @@ impl Writer {
             if turn.is_closing && is_done {
                 return;
             }
-            match result {
-                Ok(()) => {
-                    self.breaker.succeeded();
-                    backoff = Backoff::new();
-                }
-                Err(_) => {
-                    self.breaker.failed();
-                    self.pause_until(backoff.next_attempt());
-                }
+            // Of a slow backend, which has carried out a part of the writes, the rest is tried again soon.
+            if result.is_ok() || state.has_written {
+                self.breaker.succeeded();
+                backoff = Backoff::new();
+            }
+            if result.is_err() {
+                self.breaker.failed();
+                self.pause_until(backoff.next_attempt());
             }
         }
     }
@@ -398,6 +397,9 @@ struct ThreadState<'a> {
     /// Time of the next attempt at held writes, if there are any.
     held_until: Option<Instant>,
     held_backoff: Backoff,
+    size: GroupSize,
+    /// Set if the backend has carried out a group in this turn, and not failed to flush.
+    has_written: bool,
     /// Set if the backend has carried out a group since its last flush.
     is_dirty: bool,
     /// The number of dropped writes that flushes have told.
@@ -456,6 +458,7 @@ impl ThreadState<'_> {
         turn: &Turn,
         partial: &mut Option<BackendError>,
     ) -> Result<(), BackendError> {
+        self.has_written = false;
         // Left from a turn in which the backend failed as a whole.
         self.write_in_flight(partial)?;
         self.take(|queue| &mut queue.waiting);
@@ -470,7 +473,9 @@ impl ThreadState<'_> {
         }
         let is_wanted = turn.is_closing || !turn.flushes.is_empty();
         if is_wanted && self.is_dirty {
-            self.backend.call(|backend| backend.flush())?;
+            let flushed = self.backend.call(|backend| backend.flush());
+            self.has_written &= flushed.is_ok();
+            flushed?;
             self.is_dirty = false;
         }
         Ok(())
@@ -486,11 +491,7 @@ impl ThreadState<'_> {
         let (dropped, refused) = (all_dropped - self.dropped_before, self.held() as u64);
         for flush in flushes {
             let _ = flush.try_send(match (failure, dropped, refused) {
-                (Some(error), ..) => {
-                    let message = "the backend did not accept the writes";
-                    let cause = Box::new(error.clone());
-                    Err(BackendError::new(message, Some(cause)).into())
-                }
+                (Some(error), ..) => Err(error.clone().into()),
                 (None, 0, 0) => Ok(()),
                 (None, ..) => Err(StorageError::NotWritten {
                     dropped,
@@ -541,7 +542,7 @@ impl ThreadState<'_> {
         partial: &mut Option<BackendError>,
     ) -> Result<(), BackendError> {
         loop {
-            let group = in_flight.next_group(GROUP);
+            let group = in_flight.next_group(self.size.get());
             if group.is_empty() {
                 return Ok(());
             }
@@ -578,9 +579,13 @@ impl ThreadState<'_> {
         }
         let mut outcomes = Vec::new().into_iter();
         if !writes.is_empty() {
-            let written = self.backend.call(|backend| backend.write(writes))?;
-            outcomes = written.into_iter();
-            self.is_dirty = true;
+            let written = self.backend.call(|backend| backend.write(writes));
+            match written.is_ok() {
+                true => self.size.succeeded(),
+                false => self.size.failed(group.len()),
+            }
+            outcomes = written?.into_iter();
+            (self.has_written, self.is_dirty) = (true, true);
         }
         let (mut winners, mut to_hold) = (Vec::new(), Vec::new());
         for write in group {

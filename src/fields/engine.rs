@@ -11,7 +11,7 @@ use super::identity::IdForm;
 /// | `Restate` | | | | `restate_sdk_endpoint_handle` | | |
 /// | `Temporal` | `temporalWorkflowID` | `temporalRunID` | | `RunWorkflow` | | |
 /// | `Dbos` | `workflow_id`* | | | | `queues`, `queue` | `workflow` |
-/// | `AwsDurable` | `executionArn` | | | `Lambda runtime invoke` | | |
+/// | `AwsDurable` | `executionArn` | | | `Lambda runtime invoke`, `Lambda function invocation` | | |
 /// | `Underway` | `underway:` `job.id`* | | | | `process_next_task` | |
 /// | `GraphileWorker` | `graphile:` `job_id`* | | | | | |
 /// | `Apalis` | `apalis:` `task_id`* | | | | | |
@@ -164,13 +164,18 @@ impl Engine {
             // each operation is claimed (src/context.rs:390 and 551), on a handle the SDK keeps for that, so `false` is
             // sure to be seen; the span itself is new in each invocation. Child contexts have one of their own with
             // `parent: None` (src/tracing_layer.rs:163), so that a log filter judges each by its own flag: this crate does
-            // that in any case, and nests it where it was created. Around them lambda_runtime 1.0.1 opens
-            // `Lambda runtime invoke` (src/layers/trace.rs:60-68), which names a request only.
+            // that in any case, and nests it where it was created. Around them lambda_runtime opens
+            // `Lambda runtime invoke` (1.0.1, src/layers/trace.rs:60-68; 1.5.0, lines 66-88), which names a request only; its
+            // layer for OpenTelemetry opens `Lambda function invocation` instead (1.0.1, src/layers/otel.rs:75; 1.5.0, lines
+            // 76 and 87), exported under the name of the function.
             Self::AwsDurable => Preset {
                 instance_id: anywhere("executionArn"),
                 replaying_children: own("isReplay"),
                 targets: &["aws_durable_execution_sdk::tracing_layer"],
-                adopted: &[("Lambda runtime invoke", "lambda_runtime::layers::trace")],
+                adopted: &[
+                    ("Lambda runtime invoke", "lambda_runtime::layers::trace"),
+                    ("Lambda function invocation", "lambda_runtime::layers::otel"),
+                ],
                 nested: &[(
                     "durable_execution",
                     "aws_durable_execution_sdk::tracing_layer",

@@ -63,9 +63,9 @@ impl Roots {
             Client::begin();
             let on_late = || -> OnLate {
                 is_late.set(true);
-                Box::new(|_| ())
+                Box::new(|_, _| ())
             };
-            let there = client.get(&part.record_key(), on_late);
+            let there = client.get(part.record_key(), on_late);
             if is_late.get() {
                 return Some(now + RETRY);
             }

@@ -140,18 +140,15 @@ impl Remote {
         if self.knows_all() && (run_id.is_none() || !self.cache.has(id, None)) {
             return false;
         }
-        let of_run = run_id.and_then(|run_id| {
+        let queued = run_id.and_then(|run_id| {
             let queued = self.client.queued(&instance_key(id));
-            let queued = queued.filter(|record| record.run_id.as_deref() == Some(run_id));
-            let on_late = || self.on_late(id, Some(run_id));
-            queued.or_else(|| self.client.get(&run_key(id, run_id), on_late))
+            queued.filter(|record| record.run_id.as_deref() == Some(run_id))
         });
-        let record = of_run.or_else(|| {
+        let record = queued.or_else(|| {
             // If nobody has recorded the run, the record of the instance decides whether it is a new one.
-            let on_late = || self.on_late(id, None);
-            (!self.cache.has(id, None))
-                .then(|| self.client.get(&instance_key(id), on_late))
-                .flatten()
+            let of_instance = (!self.cache.has(id, None)).then(|| instance_key(id));
+            let keys = of_run(id, run_id).into_iter().chain(of_instance);
+            (self.client).get_first(keys, || self.on_late(id, run_id))
         });
         let now = self.clock.now();
         let Some(record) = record.filter(|record| record.expires_at > now) else {
@@ -292,14 +289,15 @@ impl Remote {
         }
     }
 
-    /// Returns a callback for an answer that comes too late. `asked` is the run whose key is asked for, if it is a run's.
-    fn on_late(&self, id: &str, asked: Option<&str>) -> OnLate {
+    /// Returns a callback for an answer that comes too late. `run_id` is that of the run whose key is asked for too, if any.
+    fn on_late(&self, id: &str, run_id: Option<&str>) -> OnLate {
         let open = self.late.expect(id);
-        let (id, asked) = (id.to_owned(), asked.map(str::to_owned));
+        let (id, run_id) = (id.to_owned(), run_id.map(str::to_owned));
         let (cache, clock) = (self.cache.clone(), self.clock.clone());
-        Box::new(move |found| {
+        Box::new(move |key, found| {
             if found.expires_at > clock.now() {
-                open.answer(&cache, &id, asked.as_deref(), found);
+                let of_run = run_id.filter(|run_id| run_key(&id, run_id) == key);
+                open.answer(&cache, &id, of_run.as_deref(), found);
             }
         })
     }

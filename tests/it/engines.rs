@@ -206,7 +206,7 @@ mod aws {
         )
     }
 
-    /// lambda_runtime 1.0.1, src/layers/trace.rs:60
+    /// lambda_runtime 1.0.1, src/layers/trace.rs:60; 1.5.0, line 66
     fn invoke(request: &str) -> Span {
         info_span!(
             target: "lambda_runtime::layers::trace",
@@ -259,6 +259,77 @@ mod aws {
             let id = attribute(&worker.span("invoke 1"), "workflow.instance_id");
             assert_eq!(id.expect("adopted").as_str(), ARN);
         });
+    }
+
+    /// With the runtime's layer for OpenTelemetry there are two spans around the handler.
+    #[test]
+    fn both_spans_of_the_runtime_join_the_execution() {
+        with(Engine::AwsDurable, |worker| {
+            for number in 0..2 {
+                // lambda_runtime 1.5.0, src/layers/otel.rs:87
+                let layer = info_span!(
+                    target: "lambda_runtime::layers::otel",
+                    "Lambda function invocation",
+                    "otel.name" = "order",
+                    "otel.kind" = Empty,
+                    "faas.invocation_id" = "request",
+                );
+                layer.in_scope(|| invocation(number, &["charge", "pack"]));
+            }
+            let [first, second] = only(worker, "order");
+            let (first, second) = match first.start_time <= second.start_time {
+                true => (first, second),
+                false => (second, first),
+            };
+            assert_root(&first);
+            assert_continues(&second, &first.span_context);
+            assert_nested(&worker.span("invoke 1"), &second);
+            worker.forest().assert_one_trace().assert_no_orphans();
+            assert_eq!(worker.storage.stats().adopted, 4);
+        });
+    }
+
+    /// Each invocation runs where nothing is known of the ones before.
+    #[cfg(feature = "durable-root")]
+    #[test]
+    fn without_a_store_derived_ids_and_roots_make_one_trace_with_one_root() {
+        use opentelemetry_sdk::trace::{Sampler, SdkTracerProvider};
+        use tracing_subscriber::prelude::*;
+
+        let steps = ["charge", "pack", "ship"];
+        let mut spans = Vec::new();
+        for number in 0..steps.len() {
+            let builder = WorkflowContextStorage::builder().engine(Engine::AwsDurable);
+            let derived = builder.durable_root(true).derived_trace_ids(true);
+            let storage = derived.build().expect("valid settings");
+            let provider = SdkTracerProvider::builder()
+                .with_id_generator(storage.id_generator())
+                .with_sampler(storage.sampler(Sampler::AlwaysOn));
+            let worker = Worker::assembled(provider, storage, true, |layer| {
+                tracing::Dispatch::new(tracing_subscriber::registry().with(layer))
+            });
+            worker.run(|| invocation(number, &steps));
+            if number + 1 == steps.len() {
+                worker.storage.complete(ARN, "completed").expect("a status");
+            }
+            spans.extend(worker.spans());
+        }
+
+        let forest = tracing_workflow_context::testing::TraceForest::from_spans(&spans);
+        forest
+            .assert_one_trace()
+            .assert_no_orphans()
+            .assert_no_duplicates();
+        let is_top = |span: &&SpanData| forest.parent_of(span).is_none();
+        let root = forest.spans().find(is_top).expect("one root");
+        assert_root(root);
+        assert!(attribute(root, "workflow.spans").is_some(), "{forest}");
+        let beneath = |span: &&SpanData| span.parent_span_id == root.span_context.span_id();
+        let invocations = forest.spans().filter(beneath);
+        assert_eq!(invocations.count(), steps.len(), "{forest}");
+        for name in steps {
+            assert_eq!(forest.count_by_name()[name], 1, "{forest}");
+        }
     }
 
     /// A branch may do new work while its parent still replays: its own flag counts.

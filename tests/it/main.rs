@@ -35,6 +35,7 @@
 //! | feature `redb`: contexts survive the process | `restart` |
 //! | feature `redis`, `redis-tls`: contexts on a server or Cluster that many machines share | `redis` |
 //! | feature `postgres`, `postgres-tls`: contexts in a table that many machines share, behind a pooler too | `postgres` |
+//! | `examples/inspect.rs` shows what is in a store | `inspect` |
 //! | feature `metrics`: the counters as OpenTelemetry metrics | `metrics` |
 //! | `tracer_provider` decorates a whole provider | `tracer_provider` |
 //! | feature `testing`: `TraceForest` draws and asserts | `trace_forest` |
@@ -61,6 +62,8 @@ mod explicit_api;
 mod first_spans;
 mod given_back;
 mod hostile;
+#[cfg(all(feature = "postgres", feature = "redb", feature = "redis"))]
+mod inspect;
 mod lifecycle;
 mod logs;
 #[cfg(feature = "metrics")]

@@ -9,6 +9,20 @@ use tracing_workflow_context::backend::{StorageBackend, Write, WriteOutcome};
 use tracing_workflow_context::testing::check_backend;
 use tracing_workflow_context::{ConnectError, Form, PostgresBackend, StorageError};
 
+/// Makes two tests of each fault: one for workers that reach the server itself, and one for workers behind PgBouncer.
+macro_rules! both_ways {
+    ($($fault:ident),+ $(,)?) => {
+        mod direct {
+            use crate::support::Way;
+            $(#[test] fn $fault() { super::$fault(Way::Direct); })+
+        }
+        mod pooled {
+            use crate::support::Way;
+            $(#[test] fn $fault() { super::$fault(Way::Pooled); })+
+        }
+    };
+}
+
 mod faults;
 mod interop;
 mod race;
@@ -56,10 +70,10 @@ fn postgres_fulfils_the_contract_with_json() {
 #[test]
 fn postgres_behind_pgbouncer_fulfils_the_contract() {
     let server = PostgresServer::start();
-    let pooler = PgBouncer::before(&server, 3);
+    let pooler = PgBouncer::before(&server);
     server.sql("CREATE SCHEMA \"of JSON\"");
-    assert_fulfils_the_contract(Form::Binary, || backend_at(pooler.url()));
-    assert_fulfils_the_contract(Form::Json, || backend_at(pooler.url()).schema("of JSON"));
+    assert_fulfils_the_contract(Form::Binary, || backend_at(&pooler.url()));
+    assert_fulfils_the_contract(Form::Json, || backend_at(&pooler.url()).schema("of JSON"));
     // Its connections, which others use too, are as they were.
     for setting in ["statement_timeout", "transaction_isolation"] {
         let show = format!("SHOW {setting}");

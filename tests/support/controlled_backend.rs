@@ -168,6 +168,15 @@ impl StorageBackend for ControlledBackend {
         self.0.inner.get_many(keys)
     }
 
+    /// One call, as of a backend on a server.
+    fn get_first(&self, keys: &[&str]) -> Result<Option<(usize, Record)>, BackendError> {
+        self.enter(Call::Get)?;
+        if self.state().behaviours[Call::Get as usize] == Behaviour::Misses {
+            return Ok(None);
+        }
+        self.0.inner.get_first(keys)
+    }
+
     fn scan(&self, visit: &mut dyn FnMut(&str, Record)) -> Result<(), BackendError> {
         self.enter(Call::Scan)?;
         self.0.inner.scan(visit)

@@ -185,12 +185,6 @@ impl PostgresServer {
         assert!(begun, "{sql}: psql failed");
         Transaction(process)
     }
-
-    /// Returns the URL for another user.
-    pub(crate) fn url_of(&self, user: &str) -> String {
-        self.url()
-            .replacen(&format!("{USER}@"), &format!("{user}@"), 1)
-    }
 }
 
 impl Server for PostgresServer {
@@ -199,7 +193,7 @@ impl Server for PostgresServer {
     }
 
     fn url_at(&self, port: u16) -> String {
-        format!("postgres://{USER}@127.0.0.1:{port}/postgres")
+        postgres_url(USER, port)
     }
 }
 
@@ -221,40 +215,78 @@ impl Drop for Transaction {
     }
 }
 
+/// How a worker reaches a server.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Way {
+    Direct,
+    /// Through PgBouncer, in a transaction at a time.
+    Pooled,
+}
+
+impl Way {
+    pub(crate) fn to(self, server: &PostgresServer) -> Route {
+        self.to_port(server.port(), &[])
+    }
+
+    /// Returns the way to what listens at a port of this machine, for the superuser and these users with their passwords.
+    pub(crate) fn to_port(self, port: u16, users: &[(&str, &str)]) -> Route {
+        let pooler = match self {
+            Self::Direct => None,
+            Self::Pooled => Some(PgBouncer::before_port(port, users)),
+        };
+        Route { port, pooler }
+    }
+}
+
+/// A way to one server.
+#[derive(Debug)]
+pub(crate) struct Route {
+    port: u16,
+    pub(crate) pooler: Option<PgBouncer>,
+}
+
+impl Server for Route {
+    fn port(&self) -> u16 {
+        self.pooler.as_ref().map_or(self.port, Server::port)
+    }
+
+    fn url_at(&self, port: u16) -> String {
+        postgres_url(USER, port)
+    }
+}
+
 /// PgBouncer in transaction mode before a server, which is stopped when this is dropped.
 #[derive(Debug)]
 pub(crate) struct PgBouncer {
     process: Child,
-    url: String,
-    _directory: Directory,
+    port: u16,
+    users: String,
+    directory: Directory,
 }
 
 impl PgBouncer {
-    /// Starts it with that many connections to the server.
-    pub(crate) fn before(server: &PostgresServer, connections: usize) -> Self {
+    /// Starts it with three connections to the server.
+    pub(crate) fn before(server: &PostgresServer) -> Self {
+        Self::before_port(server.port(), &[])
+    }
+
+    /// Starts it with three connections to the server at a port of this machine. These users, each with a password, have to
+    /// tell it; the superuser has none.
+    pub(crate) fn before_port(server: u16, users: &[(&str, &str)]) -> Self {
+        let user = |(name, password): &(&str, &str)| format!("\"{name}\" \"{password}\"\n");
+        let users: String = [(USER, "")].iter().chain(users).map(user).collect();
         (0..10)
-            .find_map(|_| Self::try_before(server, connections))
+            .find_map(|_| Self::try_before(server, &users))
             .expect("pgbouncer starts on one of ten free ports")
     }
 
-    fn try_before(server: &PostgresServer, connections: usize) -> Option<Self> {
+    fn try_before(server: u16, users: &str) -> Option<Self> {
         let (directory, port) = (Directory::new(), free_port());
-        let users = directory.file("users");
-        std::fs::write(&users, format!("\"{USER}\" \"\"\n")).expect("a file");
-        let settings = format!(
-            "[databases]\n* = host=127.0.0.1 port={}\n\
-             [pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n\
-             auth_type = trust\nauth_file = {}\npool_mode = transaction\n\
-             default_pool_size = {connections}\nmax_client_conn = 200\n",
-            server.port(),
-            users.display()
-        );
-        let file = directory.file("pgbouncer.ini");
-        std::fs::write(&file, settings).expect("a file");
+        write_settings(&directory, port, server, users);
         let program = ["/usr/sbin/pgbouncer", "/usr/bin/pgbouncer"];
         let program = program.into_iter().find(|path| Path::new(path).exists());
         let mut process = as_user(Path::new(program.unwrap_or("pgbouncer")))
-            .arg(&file)
+            .arg(directory.file("pgbouncer.ini"))
             .stdin(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
@@ -271,20 +303,52 @@ impl PgBouncer {
         }
         Some(Self {
             process,
-            url: server.url_at(port),
-            _directory: directory,
+            port,
+            users: users.to_owned(),
+            directory,
         })
     }
 
-    pub(crate) fn url(&self) -> &str {
-        &self.url
+    /// Replaces its connections by some to another server.
+    pub(crate) fn lead_to(&self, server: &PostgresServer) {
+        write_settings(&self.directory, self.port, server.port(), &self.users);
+        // It reads its settings again.
+        signal("-HUP", &[self.process.id().to_string()]);
     }
 
     /// Runs SQL on one of its connections to the server.
     #[track_caller]
     pub(crate) fn sql(&self, sql: &str) -> String {
-        psql(&self.url, sql).unwrap_or_else(|error| panic!("{sql}: {error}"))
+        psql(&self.url(), sql).unwrap_or_else(|error| panic!("{sql}: {error}"))
     }
+}
+
+impl Server for PgBouncer {
+    fn port(&self) -> u16 {
+        self.port
+    }
+
+    fn url_at(&self, port: u16) -> String {
+        postgres_url(USER, port)
+    }
+}
+
+fn write_settings(directory: &Directory, port: u16, server: u16, users: &str) {
+    let file = directory.file("users");
+    std::fs::write(&file, users).expect("a file");
+    let auth_type = match users.lines().count() {
+        1 => "trust",
+        _ => "scram-sha-256",
+    };
+    // By default, it waits for 15 seconds after it could not connect.
+    let settings = format!(
+        "[databases]\n* = host=127.0.0.1 port={server}\n\
+         [pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n\
+         auth_type = {auth_type}\nauth_file = {}\npool_mode = transaction\nserver_login_retry = 1\n\
+         default_pool_size = 3\nmax_client_conn = 200\n",
+        file.display()
+    );
+    std::fs::write(directory.file("pgbouncer.ini"), settings).expect("a file");
 }
 
 impl Drop for PgBouncer {
@@ -292,6 +356,11 @@ impl Drop for PgBouncer {
         let _ = self.process.kill();
         let _ = self.process.wait();
     }
+}
+
+/// Returns the URL for a user, with the password behind a colon, of what listens at a port of this machine.
+pub(crate) fn postgres_url(user: &str, port: u16) -> String {
+    format!("postgres://{user}@127.0.0.1:{port}/postgres")
 }
 
 fn psql(url: &str, sql: &str) -> Result<String, String> {
@@ -383,7 +452,7 @@ fn template() -> &'static Path {
             .rsplit(' ')
             .find(|word| word.starts_with(char::is_numeric));
         let target = Path::new(env!("CARGO_TARGET_TMPDIR"));
-        let template = target.join(format!("postgres-{}", number.unwrap_or("any").trim()));
+        let template = target.join(format!("small-postgres-{}", number.unwrap_or("any").trim()));
         if template.exists() {
             return template;
         }
@@ -395,6 +464,17 @@ fn template() -> &'static Path {
             .arg(directory.file("data"))
             .args(["-U", USER, "--auth=trust", "--no-sync"])
             .args(["--encoding=UTF8", "--locale=C", "--wal-segsize=1"]);
+        run(&mut command);
+        // No test creates databases. What they would be made from is two thirds of the files, to be copied for each server.
+        let sql = directory.file("sql");
+        let statements = "UPDATE pg_database SET datistemplate = false\n\
+            DROP DATABASE template0\nDROP DATABASE template1\n";
+        std::fs::write(&sql, statements).expect("a file");
+        let mut command = as_user(&program("postgres"));
+        command.args(["--single", "-D"]).arg(directory.file("data"));
+        command
+            .arg(USER)
+            .stdin(std::fs::File::open(&sql).expect("a file"));
         run(&mut command);
         let unfinished = target.join(format!("postgres-{}", std::process::id()));
         copy(&directory.file("data"), &unfinished);

@@ -40,6 +40,7 @@ pub(crate) enum Replies {
 /// A proxy between clients and a server; it runs until the process ends.
 #[derive(Debug)]
 pub(crate) struct Proxy {
+    port: u16,
     url: String,
     replies: Arc<Mutex<Replies>>,
     /// The bytes that the server has replied with.
@@ -69,6 +70,7 @@ impl Proxy {
             }
         });
         Self {
+            port,
             url,
             replies,
             forwarded,
@@ -81,6 +83,11 @@ impl Proxy {
 
     pub(crate) fn url(&self) -> String {
         self.url.clone()
+    }
+
+    #[cfg(feature = "postgres")]
+    pub(crate) fn port(&self) -> u16 {
+        self.port
     }
 
     #[cfg(feature = "redis")]

@@ -74,7 +74,6 @@ pub(super) struct Table {
     is_ready: AtomicBool,
     pub(super) malformed: Counter,
     pub(super) get: String,
-    pub(super) get_many: String,
     pub(super) page: String,
     pub(super) claim: String,
     pub(super) put: String,
@@ -97,11 +96,9 @@ impl Table {
              SET record = excluded.record, context = excluded.context, expires_at = excluded.expires_at"
         );
         Self {
-            get: format!("SELECT {RECORD} FROM {name} AS t WHERE t.id = sha256($1) AND t.expires_at > now()"),
-            get_many: format!(
-                "WITH w AS MATERIALIZED (SELECT key, sha256(key) AS id FROM unnest($1::bytea[]) AS key)
-                 SELECT t.key, {RECORD} FROM (SELECT t.* FROM w JOIN {name} AS t ON t.id = w.id OFFSET 0) AS t
-                 WHERE t.expires_at > now()"
+            get: format!(
+                "SELECT t.key, {RECORD} FROM {name} AS t
+                 WHERE t.id = ANY (ARRAY(SELECT sha256(key) FROM unnest($1::bytea[]) AS key)) AND t.expires_at > now()"
             ),
             page: format!(
                 "SELECT t.id, t.key, {RECORD} FROM {name} AS t WHERE t.id > $1 ORDER BY t.id LIMIT $2"

@@ -164,6 +164,34 @@ pub(super) fn a_record_comes_back_as_it_was<B: StorageBackend>(backend: &Checked
     }
 }
 
+pub(super) fn the_first_key_with_a_record_is_found<B: StorageBackend>(backend: &Checked<B>) {
+    let expired = Record::new(
+        record(3).context,
+        SystemTime::now() - Duration::from_secs(2),
+    );
+    backend.put("first", &record(1));
+    backend.put("second", &record(2));
+    backend.put("gone", &expired);
+    let cases: [(&[&str], _); 7] = [
+        (&[], None),
+        (&["first"], Some((0, 1))),
+        (&["first", "second"], Some((0, 1))),
+        (&["second", "first"], Some((0, 2))),
+        (&["none", "second"], Some((1, 2))),
+        (&["none", "gone", "first", "second"], Some((2, 1))),
+        (&["none", "gone"], None),
+    ];
+    for (keys, expected) in cases {
+        let found = succeeded("`get_first`", backend.0.get_first(keys));
+        let found = found.map(|(position, record)| (position, span_of(&record)));
+        rule(
+            found == expected,
+            "`get_first` returns the record of the first key that has one, and the position of that key",
+            format_args!("of {keys:?}: {found:?} for {expected:?}"),
+        );
+    }
+}
+
 pub(super) fn an_expired_record_is_gone<B: StorageBackend>(backend: &Checked<B>) {
     let sentence = "a record is gone once its `expires_at` has passed";
     for past in [Duration::from_secs(2), DAY] {

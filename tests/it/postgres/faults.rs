@@ -1,15 +1,40 @@
-//! A server failure under load costs continuity for a while, and nothing else.
+//! A server failure costs continuity for a while, and nothing else; behind PgBouncer too.
 
 use std::fs;
 use std::sync::Mutex;
 
 use super::*;
 
+both_ways![
+    a_server_that_is_stopped,
+    a_server_that_is_frozen,
+    a_server_that_is_slow,
+    a_server_that_is_too_slow_for_many_rows_at_once,
+    a_table_that_is_dropped,
+    a_table_of_another_version_or_program_is_refused_and_kept,
+    a_server_that_becomes_read_only,
+    a_read_only_server_is_read_and_not_written,
+    a_connection_closed_by_the_server_is_replaced,
+    a_connection_that_is_killed_at_work,
+    a_server_that_is_restarted_and_empty,
+    a_wrong_password_is_told_and_not_repeated,
+    a_full_disk_is_told_and_recovered_from,
+    a_table_that_cannot_grow_is_told_and_recovered_from,
+    a_disk_that_is_full_for_a_while,
+    a_standby_is_read_and_is_written_to_once_it_is_promoted,
+    a_primary_whose_standby_is_promoted,
+    a_standby_without_the_table_says_so,
+    an_unlogged_table_is_empty_after_a_failover,
+];
+
 const TIMEOUT: Duration = Duration::from_millis(250);
 
 /// A backend whose calls fail soon.
 fn hasty(url: &str) -> PostgresBackend {
-    let backend = PostgresBackend::connect(url).expect("a URL");
+    in_haste(PostgresBackend::connect(url).expect("a URL"))
+}
+
+fn in_haste(backend: PostgresBackend) -> PostgresBackend {
     backend.connect_timeout(TIMEOUT).response_timeout(TIMEOUT)
 }
 
@@ -18,50 +43,83 @@ fn other(server: &Mutex<PostgresServer>) -> impl FnOnce() -> PostgresBackend {
     || backend(&server.lock().unwrap())
 }
 
-/// A server, locked for each use, and its URL.
-fn server() -> (Mutex<PostgresServer>, String) {
+/// A server, locked for each use, and the way to it.
+fn server(way: Way) -> (Mutex<PostgresServer>, Route) {
     let server = PostgresServer::start();
-    let url = server.url();
-    (Mutex::new(server), url)
+    let route = way.to(&server);
+    (Mutex::new(server), route)
 }
 
-#[test]
-fn a_server_that_is_stopped() {
-    let (server, url) = server();
+/// Lets new transactions of a server only read, or write again.
+fn set_read_only(server: &PostgresServer, read_only: bool) {
+    server.sql(&format!(
+        "ALTER SYSTEM SET default_transaction_read_only = {read_only}"
+    ));
+    server.sql("SELECT pg_reload_conf()");
+}
+
+fn a_server_that_is_stopped(way: Way) {
+    let (server, route) = server(way);
     let (stop, start) = (
         || server.lock().unwrap().stop(),
         || server.lock().unwrap().start_again(),
     );
-    under_load("stopped", hasty(&url), other(&server), stop, start)
+    under_load("stopped", hasty(&route.url()), other(&server), stop, start)
         .assert_never_waits_for(TIMEOUT, "stopped");
 }
 
-#[test]
-fn a_server_that_is_frozen() {
-    let (server, url) = server();
+fn a_server_that_is_frozen(way: Way) {
+    let (server, route) = server(way);
     let (freeze, thaw) = (
         || server.lock().unwrap().freeze(),
         || server.lock().unwrap().thaw(),
     );
-    under_load("frozen", hasty(&url), other(&server), freeze, thaw)
+    under_load("frozen", hasty(&route.url()), other(&server), freeze, thaw)
         .assert_never_waits_for(TIMEOUT, "frozen");
 }
 
-#[test]
-fn a_server_that_is_slow() {
-    let (server, _) = server();
+fn a_server_that_is_slow(way: Way) {
+    let server = Mutex::new(PostgresServer::start());
     let proxy = Proxy::before(&*server.lock().unwrap());
+    let route = way.to_port(proxy.port(), &[]);
     let (spoil, mend) = (
         || proxy.set_replies(Replies::Delay(Duration::from_millis(600))),
         || proxy.set_replies(Replies::Forward),
     );
-    under_load("slow", hasty(&proxy.url()), other(&server), spoil, mend)
+    under_load("slow", hasty(&route.url()), other(&server), spoil, mend)
         .assert_never_waits_for(TIMEOUT, "slow");
 }
 
-#[test]
-fn a_table_that_is_dropped() {
-    let (server, url) = server();
+/// All at once, they take three times as long as a call may.
+fn a_server_that_is_too_slow_for_many_rows_at_once(way: Way) {
+    const ROWS: usize = 400;
+    let server = PostgresServer::start();
+    let backend = backend(&server);
+    StorageBackend::connect(&backend).unwrap();
+    server.sql(
+        "CREATE FUNCTION take_time() RETURNS trigger LANGUAGE plpgsql AS \
+             'BEGIN PERFORM pg_sleep(0.002); RETURN NEW; END'; \
+         CREATE TRIGGER slow BEFORE INSERT ON workflow_contexts FOR EACH ROW EXECUTE FUNCTION take_time()",
+    );
+    let route = way.to(&server);
+    let storage = patient(hasty(&route.url()))
+        .build()
+        .expect("sound settings");
+    for row in 0..ROWS {
+        storage
+            .store(&row.to_string(), record(PARENT).context)
+            .unwrap();
+    }
+    wait_until("all are written", || storage.flush().is_ok());
+    let rows = server.sql("SELECT count(*) FROM workflow_contexts");
+    assert_eq!(rows, ROWS.to_string());
+    let stats = storage.stats();
+    assert_eq!(stats.dropped_writes, 0);
+    assert!(stats.backend_errors > 0, "some groups were too large");
+}
+
+fn a_table_that_is_dropped(way: Way) {
+    let (server, route) = server(way);
     let sql = |sql: &str| server.lock().unwrap().sql(sql);
     // The failure makes the next call create it. So may an earlier one, as on a busy machine, and then nobody sees the first drop.
     let drop_it = || {
@@ -71,58 +129,63 @@ fn a_table_that_is_dropped() {
             wait_until("it is created again", || sql(there).trim() == "t");
         }
     };
-    under_load("dropped", hasty(&url), other(&server), drop_it, || ())
-        .assert_never_waits_for(TIMEOUT, "dropped");
+    under_load(
+        "dropped",
+        hasty(&route.url()),
+        other(&server),
+        drop_it,
+        || (),
+    )
+    .assert_never_waits_for(TIMEOUT, "dropped");
 }
 
-#[test]
-fn a_server_that_becomes_read_only() {
-    let (server, url) = server();
-    let set = |read_only: &str| {
-        let server = server.lock().unwrap();
-        server.sql(&format!(
-            "ALTER SYSTEM SET default_transaction_read_only = {read_only}"
-        ));
-        server.sql("SELECT pg_reload_conf()");
-    };
+fn a_table_of_another_version_or_program_is_refused_and_kept(way: Way) {
+    let server = PostgresServer::start();
+    let route = way.to(&server);
+    let change = |sql: &str| server.sql(sql);
+    for (sql, found) in [
+        ("CREATE TABLE workflow_contexts (id int)", r#""""#),
+        ("COMMENT ON TABLE workflow_contexts IS 'orders'", "orders"),
+        (
+            "COMMENT ON TABLE workflow_contexts IS 'tracing-workflow-context, format 2'",
+            "format 2",
+        ),
+    ] {
+        change(sql);
+        let backend = backend_at(&route.url());
+        for _ in 0..2 {
+            for error in [
+                backend.get("id").unwrap_err(),
+                backend.write(&[claim("id", &record(PARENT))]).unwrap_err(),
+                StorageBackend::connect(&backend).unwrap_err(),
+            ] {
+                let text = error.to_string();
+                assert!(text.contains(found) && text.contains("format 1"), "{text}");
+            }
+        }
+    }
+    let columns = "SELECT string_agg(attname, ',') FROM pg_attribute \
+        WHERE attrelid = 'workflow_contexts'::regclass AND attnum > 0";
+    assert_eq!(change(columns), "id");
+}
+
+fn a_server_that_becomes_read_only(way: Way) {
+    let (server, route) = server(way);
+    let set = |read_only| set_read_only(&server.lock().unwrap(), read_only);
     under_load(
         "read-only",
-        hasty(&url),
+        hasty(&route.url()),
         other(&server),
-        || set("on"),
-        || set("off"),
+        || set(true),
+        || set(false),
     )
     .assert_never_waits_for(TIMEOUT, "read-only");
 }
 
-#[test]
-fn a_pooler_whose_server_is_stopped() {
-    let (server, _) = server();
-    let pooler = PgBouncer::before(&server.lock().unwrap(), 3);
-    let (stop, start) = (
-        || server.lock().unwrap().stop(),
-        || server.lock().unwrap().start_again(),
-    );
-    under_load("pooled", hasty(pooler.url()), other(&server), stop, start)
-        .assert_never_waits_for(TIMEOUT, "pooled");
-}
-
-#[test]
-fn a_pooler_whose_server_is_frozen() {
-    let (server, _) = server();
-    let pooler = PgBouncer::before(&server.lock().unwrap(), 3);
-    let (freeze, thaw) = (
-        || server.lock().unwrap().freeze(),
-        || server.lock().unwrap().thaw(),
-    );
-    under_load("pooled", hasty(pooler.url()), other(&server), freeze, thaw)
-        .assert_never_waits_for(TIMEOUT, "pooled");
-}
-
-#[test]
-fn a_connection_closed_by_the_server_is_replaced() {
+fn a_connection_closed_by_the_server_is_replaced(way: Way) {
     let mut server = PostgresServer::start();
-    let backend = backend(&server);
+    let route = way.to(&server);
+    let backend = backend_at(&route.url());
     for _ in 0..3 {
         backend.write_all(&[claim("id", &record(PARENT))]).unwrap();
         let killed = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity \
@@ -133,27 +196,19 @@ fn a_connection_closed_by_the_server_is_replaced() {
         assert!(backend.get("id").unwrap().is_some(), "it was committed");
     }
     server.stop();
-    assert!(backend.get("id").is_err());
-    assert!(backend.flush().is_err());
+    // PgBouncer lets clients wait for a server that is away.
+    let impatient = in_haste(backend.clone());
+    assert!(impatient.get("id").is_err());
+    assert!(impatient.flush().is_err());
     server.start_again();
-    assert!(backend.get("id").is_ok());
+    wait_until("it is reached again", || backend.get("id").is_ok());
 }
 
-#[test]
-fn a_connection_that_is_killed_at_work() {
+fn a_connection_that_is_killed_at_work(way: Way) {
     let server = PostgresServer::start();
-    assert_survives_killed_connections(&server, &backend(&server));
-}
-
-#[test]
-fn a_connection_of_a_pooler_that_is_killed_at_work() {
-    let server = PostgresServer::start();
-    let pooler = PgBouncer::before(&server, 3);
-    assert_survives_killed_connections(&server, &backend_at(pooler.url()));
-}
-
-fn assert_survives_killed_connections(server: &PostgresServer, backend: &PostgresBackend) {
-    StorageBackend::connect(backend).unwrap();
+    let route = way.to(&server);
+    let backend = backend_at(&route.url());
+    StorageBackend::connect(&backend).unwrap();
     std::thread::scope(|scope| {
         let killing = scope.spawn(|| {
             for _ in 0..20 {
@@ -178,11 +233,11 @@ fn assert_survives_killed_connections(server: &PostgresServer, backend: &Postgre
     });
 }
 
-#[test]
-fn a_server_that_is_restarted_and_empty() {
+fn a_server_that_is_restarted_and_empty(way: Way) {
     let mut server = PostgresServer::start();
-    let storage = patient(backend(&server)).build().expect("sound settings");
-    let worker = Worker::with_storage(storage);
+    let route = way.to(&server);
+    let storage = patient(backend_at(&route.url())).build();
+    let worker = Worker::with_storage(storage.expect("sound settings"));
     let step = |id: &str| {
         worker.run(|| tracing::info_span!("step", workflow.instance_id = id).in_scope(|| {}));
         worker.storage.flush()
@@ -199,20 +254,25 @@ fn a_server_that_is_restarted_and_empty() {
     );
 }
 
-#[test]
-fn a_wrong_password_is_told_and_not_repeated() {
+/// The pooler knows the same users, and is the one who refuses them.
+fn a_wrong_password_is_told_and_not_repeated(way: Way) {
     let server = PostgresServer::start_on(&[], |data| {
         let rules =
             "host all postgres 127.0.0.1/32 trust\nhost all all 127.0.0.1/32 scram-sha-256\n";
         fs::write(data.join("pg_hba.conf"), rules).expect("a file");
     });
-    server.sql("CREATE USER worker PASSWORD 'right @ password' SUPERUSER");
-    let with = |password: &str| backend_at(&server.url_of(&format!("worker:{password}")));
+    let password = "right @ password";
+    server.sql(&format!(
+        "CREATE USER worker PASSWORD '{password}' SUPERUSER"
+    ));
+    let route = way.to_port(server.port(), &[("worker", password)]);
+    let with =
+        |password: &str| backend_at(&postgres_url(&format!("worker:{password}"), route.port()));
     let wrong = with("wrong%20secret");
     for _ in 0..2 {
         let error = wrong.get("id").unwrap_err();
         assert!(
-            error.to_string().contains("password authentication failed"),
+            error.to_string().contains("authentication failed"),
             "{error}"
         );
         assert!(!format!("{error:?} {wrong:?} {}", text_of(&error)).contains("secret"));
@@ -222,12 +282,11 @@ fn a_wrong_password_is_told_and_not_repeated() {
     assert!(!format!("{right:?}").contains("password"));
 }
 
-#[test]
-fn a_read_only_server_is_read_and_not_written() {
+fn a_read_only_server_is_read_and_not_written(way: Way) {
     let server = PostgresServer::start();
-    server.sql("ALTER SYSTEM SET default_transaction_read_only = on");
-    server.sql("SELECT pg_reload_conf()");
-    let backend = backend(&server);
+    set_read_only(&server, true);
+    let route = way.to(&server);
+    let backend = backend_at(&route.url());
     let error = backend.get("id").unwrap_err();
     assert!(error.to_string().contains("read-only"), "{error}");
     assert!(error.to_string().contains("is missing"), "{error}");
@@ -238,51 +297,50 @@ fn a_read_only_server_is_read_and_not_written() {
     assert!(error.to_string().contains("read-only"), "{error}");
 }
 
-/// As after a failover: the first server of the URL no longer takes writes.
+/// As after a failover: the first server of the URL no longer takes writes. Not pooled: a URL of several poolers has the
+/// client choose among servers that it does not see, and a pooler accepts clients while its server is away.
 #[test]
 fn the_server_of_several_that_can_be_written_to_is_used() {
     let [one, other] = [0, 1].map(|_| PostgresServer::start());
-    let set = |server: &PostgresServer, read_only: &str| {
-        server.sql(&format!(
-            "ALTER SYSTEM SET default_transaction_read_only = {read_only}"
-        ));
-        server.sql("SELECT pg_reload_conf()");
-    };
-    set(&other, "on");
-    let backend = backend_at(&format!(
-        "postgres://postgres@127.0.0.1:{},127.0.0.1:{}/postgres?target_session_attrs=read-write",
-        one.port(),
-        other.port()
-    ));
+    set_read_only(&other, true);
+    let backend = backend_at(&url_of_both(&one, &other));
     backend.write_all(&[claim("id", &record(PARENT))]).unwrap();
     assert_eq!(one.sql("SELECT count(*) FROM workflow_contexts"), "1");
 
-    set(&one, "on");
-    set(&other, "off");
+    set_read_only(&one, true);
+    set_read_only(&other, false);
     wait_until("the other one is written to", || {
         backend.write_all(&[claim("id", &record(PARENT))]).is_ok()
             && other.sql("SELECT to_regclass('workflow_contexts') IS NOT NULL") == "t"
     });
 }
 
+/// Returns a URL of which the first server is used that can be written to.
+fn url_of_both(one: &PostgresServer, other: &PostgresServer) -> String {
+    format!(
+        "postgres://postgres@127.0.0.1:{},127.0.0.1:{}/postgres?target_session_attrs=read-write",
+        one.port(),
+        other.port()
+    )
+}
+
 /// A server on a tablespace of 4 MiB, see [`PostgresServer::start_on_a_small_disk`] for what that needs.
-#[test]
-fn a_full_disk_is_told_and_recovered_from() {
+fn a_full_disk_is_told_and_recovered_from(way: Way) {
     let server = PostgresServer::start_on_a_small_disk(4 << 20);
-    assert_a_full_disk_is_told_and_recovered_from(&server);
+    assert_a_full_disk_is_told_and_recovered_from(way, &server);
 }
 
 /// A file that may not grow stands for a full disk, where no small one can be mounted.
-#[test]
-fn a_table_that_cannot_grow_is_told_and_recovered_from() {
+fn a_table_that_cannot_grow_is_told_and_recovered_from(way: Way) {
     // More than a segment of the log.
     let server = PostgresServer::start_with_files_of(2_500_000);
-    assert_a_full_disk_is_told_and_recovered_from(&server);
+    assert_a_full_disk_is_told_and_recovered_from(way, &server);
 }
 
-fn assert_a_full_disk_is_told_and_recovered_from(server: &PostgresServer) {
+fn assert_a_full_disk_is_told_and_recovered_from(way: Way, server: &PostgresServer) {
     server.sql("CREATE TABLE reserve AS SELECT repeat('x', 2000) FROM generate_series(1, 500)");
-    let backend = backend(server);
+    let route = way.to(server);
+    let backend = backend_at(&route.url());
     backend
         .write_all(&[claim("first", &record(PARENT))])
         .unwrap();
@@ -309,10 +367,9 @@ fn assert_a_full_disk_is_told_and_recovered_from(server: &PostgresServer) {
     write(50).unwrap();
 }
 
-#[test]
-fn a_disk_that_is_full_for_a_while() {
+fn a_disk_that_is_full_for_a_while(way: Way) {
     let server = PostgresServer::start_on_a_small_disk(4 << 20);
-    let url = server.url();
+    let route = way.to(&server);
     let server = Mutex::new(server);
     let fill = || {
         let server = server.lock().unwrap();
@@ -327,13 +384,12 @@ fn a_disk_that_is_full_for_a_while() {
         }
     };
     let make_room = || drop(server.lock().unwrap().sql("DROP TABLE filler"));
-    under_load("full", hasty(&url), other(&server), fill, make_room)
+    under_load("full", hasty(&route.url()), other(&server), fill, make_room)
         .assert_never_waits_for(TIMEOUT, "full");
 }
 
 /// A streaming standby takes no writes until it is promoted. Meanwhile spans find what it has, and the rest waits.
-#[test]
-fn a_standby_is_read_and_is_written_to_once_it_is_promoted() {
+fn a_standby_is_read_and_is_written_to_once_it_is_promoted(way: Way) {
     let primary = PostgresServer::start();
     let on_primary = backend(&primary);
     on_primary
@@ -342,7 +398,9 @@ fn a_standby_is_read_and_is_written_to_once_it_is_promoted() {
     let standby = PostgresServer::start_standby_of(&primary, &[]);
     assert_eq!(standby.sql("SELECT pg_is_in_recovery()"), "t");
 
-    let worker = Worker::with_storage(patient(backend(&standby)).build().expect("sound settings"));
+    let route = way.to(&standby);
+    let on_standby = || backend_at(&route.url());
+    let worker = Worker::with_storage(patient(on_standby()).build().expect("sound settings"));
     let step = |id: &str| {
         worker.run(|| tracing::info_span!("step", workflow.instance_id = id).in_scope(|| {}));
         worker.spans().pop().expect("a span")
@@ -354,18 +412,19 @@ fn a_standby_is_read_and_is_written_to_once_it_is_promoted() {
         .write_all(&[claim("streamed", &record(PARENT))])
         .unwrap();
     wait_until("it is streamed", || {
-        backend(&standby).get("streamed").unwrap().is_some()
+        on_standby().get("streamed").unwrap().is_some()
     });
 
     let late = step("late").span_context.trace_id();
-    assert!(worker.storage.flush().is_err());
-    let error = backend(&standby).write(&[claim("id", &record(PARENT))]);
-    let text = error.unwrap_err().to_string();
-    let address = format!("127.0.0.1:{}", standby.port());
-    assert!(
-        text.contains("read-only") && text.contains(&address),
-        "{text}"
-    );
+    let of_flush = worker.storage.flush().unwrap_err();
+    let of_write = on_standby().write(&[claim("id", &record(PARENT))]);
+    let address = format!("127.0.0.1:{}", route.port());
+    for text in [text_of(&of_flush), text_of(&of_write.unwrap_err())] {
+        assert!(
+            text.contains("read-only") && text.contains(&address),
+            "{text}"
+        );
+    }
     assert!(worker.storage.stats().backend_errors > 0);
     assert_eq!(step("late").span_context.trace_id(), late, "memory has it");
     assert!(on_primary.get("late").unwrap().is_none());
@@ -377,35 +436,40 @@ fn a_standby_is_read_and_is_written_to_once_it_is_promoted() {
     assert_eq!(worker.storage.stats().dropped_writes, 0);
 }
 
-/// What a storage meets whose URL names a primary and its standby.
-#[test]
-fn a_primary_whose_standby_is_promoted() {
+/// What a storage meets whose URL names a primary and its standby, or a pooler that is then led to the standby.
+fn a_primary_whose_standby_is_promoted(way: Way) {
     let primary = PostgresServer::start();
     let standby = PostgresServer::start_standby_of(&primary, &[]);
-    let url = format!(
-        "postgres://postgres@127.0.0.1:{},127.0.0.1:{}/postgres?target_session_attrs=read-write",
-        primary.port(),
-        standby.port()
-    );
+    let route = way.to(&primary);
+    let url = match &route.pooler {
+        Some(_) => route.url(),
+        None => url_of_both(&primary, &standby),
+    };
+    let promote = || {
+        standby.sql("SELECT pg_promote()");
+        if let Some(pooler) = &route.pooler {
+            pooler.lead_to(&standby);
+        }
+    };
     let primary = Mutex::new(primary);
     under_load(
         "failed over",
         hasty(&url),
         || backend_at(&url),
         || primary.lock().unwrap().stop(),
-        || drop(standby.sql("SELECT pg_promote()")),
+        promote,
     )
     .assert_never_waits_for(TIMEOUT, "failed over");
     assert_ne!(standby.sql("SELECT count(*) FROM workflow_contexts"), "0");
 }
 
-#[test]
-fn a_standby_without_the_table_says_so() {
+fn a_standby_without_the_table_says_so(way: Way) {
     let primary = PostgresServer::start();
     // No standby can do what that asks for.
     let settings = ["default_transaction_isolation=serializable"];
     let standby = PostgresServer::start_standby_of(&primary, &settings);
-    let on_standby = backend(&standby);
+    let route = way.to(&standby);
+    let on_standby = backend_at(&route.url());
     for _ in 0..2 {
         let text = on_standby.get("id").unwrap_err().to_string();
         assert!(text.contains("is missing"), "{text}");
@@ -421,15 +485,15 @@ fn a_standby_without_the_table_says_so() {
 }
 
 /// Replicas do not get the rows of an unlogged table.
-#[test]
-fn an_unlogged_table_is_empty_after_a_failover() {
+fn an_unlogged_table_is_empty_after_a_failover(way: Way) {
     let primary = PostgresServer::start();
-    let unlogged = |server| backend(server).unlogged(true);
-    unlogged(&primary)
+    let unlogged = |url: &str| backend_at(url).unlogged(true);
+    unlogged(&primary.url())
         .write_all(&[claim("id", &record(PARENT))])
         .unwrap();
     let standby = PostgresServer::start_standby_of(&primary, &[]);
-    let on_standby = unlogged(&standby);
+    let route = way.to(&standby);
+    let on_standby = unlogged(&route.url());
     let error = on_standby.get("id").unwrap_err();
     assert!(error.to_string().contains("unlogged"), "{error}");
     standby.sql("SELECT pg_promote()");

@@ -17,8 +17,8 @@ fn two_processes_agree_on_every_instance() {
 fn two_processes_behind_pgbouncer_agree_on_every_instance() {
     let server = PostgresServer::start();
     // Fewer than the four connections that they keep.
-    let pooler = PgBouncer::before(&server, 2);
-    assert_two_processes_agree(module_path!(), pooler.url(), 0);
+    let pooler = PgBouncer::before(&server);
+    assert_two_processes_agree(module_path!(), &pooler.url(), 0);
 }
 
 #[test]

@@ -50,6 +50,34 @@ fn a_server_that_is_slow() {
     spoiled("slow", Replies::Delay(Duration::from_millis(300)));
 }
 
+/// The replies to all at once take twice as long as a call may.
+#[test]
+fn a_server_that_is_too_slow_for_many_writes_at_once() {
+    const WRITES: usize = 100;
+    let server = RedisServer::start();
+    let proxy = Proxy::before(&server);
+    // For each byte: a write is replied to with five.
+    proxy.set_replies(Replies::Trickle(Duration::from_millis(2)));
+    let timeout = Duration::from_millis(500);
+    let slow = RedisBackend::connect(&proxy.url()).expect("a URL");
+    let slow = slow.with_connect_timeout(PATIENCE);
+    let storage = patient(slow.with_response_timeout(timeout)).build();
+    let storage = storage.expect("sound settings");
+    for n in 0..WRITES {
+        let context = record(PARENT).context;
+        storage.store(&n.to_string(), context).unwrap();
+    }
+    wait_until("all are written", || storage.flush().is_ok());
+    let direct = backend(&server);
+    for n in 0..WRITES {
+        assert!(direct.get(&n.to_string()).unwrap().is_some());
+    }
+    assert!(
+        storage.stats().backend_errors > 0,
+        "some groups were too large"
+    );
+}
+
 #[test]
 fn a_server_that_answers_garbage() {
     spoiled(
