@@ -133,7 +133,7 @@ fn record(bench: &mut Bench, directory: &Directory) {
 
 /// What a group costs, of one write and of many.
 fn write(bench: &mut Bench, directory: &Directory) {
-    for sync in [RedbSync::Group, RedbSync::Eventual] {
+    for sync in [RedbSync::Group, RedbSync::TwoPhase, RedbSync::Eventual] {
         let backend = RedbBackend::open_with(directory.0.join(format!("{sync:?} writes")), sync);
         let backend = backend.expect("a new file");
         let mut written = 0;

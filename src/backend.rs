@@ -62,6 +62,9 @@ use crate::context::WorkflowContext;
 /// *Expiry*: a record is gone once its `expires_at` has passed. `get` and `scan` no longer return it, and its space is
 /// freed eventually.
 ///
+/// *Ends*: an instance that has ended is told by its expiry, which is then no further away than the grace. A record whose expiry
+/// is so near is not extended, so `get` and `scan` have to return the expiry that the backend will keep.
+///
 /// *Partial failure*: a backend whose parts fail on their own, such as the nodes of a cluster, reports
 /// [partial](BackendError::partial) errors. Otherwise one failed part holds up everything.
 ///
@@ -87,7 +90,7 @@ pub trait StorageBackend: fmt::Debug + Send + Sync + 'static {
     /// [`WriteOutcome::Failed`] for each of those.
     fn write(&self, writes: &[Write]) -> Result<Vec<WriteOutcome>, BackendError>;
 
-    /// Returns the record of a key. A record that cannot be decoded is treated as missing, and counted by
+    /// Returns the record of a key. One that cannot be decoded is treated as missing, left alone, and counted by
     /// [`malformed`](Self::malformed).
     ///
     /// # Errors
@@ -95,16 +98,18 @@ pub trait StorageBackend: fmt::Debug + Send + Sync + 'static {
     /// If the backend, or the part of it that has the key, failed.
     fn get(&self, key: &str) -> Result<Option<Record>, BackendError>;
 
-    /// Returns the record of the first of some keys that has one, with the position of that key.
+    /// Returns the records of several keys, one for each in their order, as [`get`](Self::get) would one by one. The storage
+    /// asks so for the record of a run and that of its instance, while a span waits, and for up to 128 keys from a thread for
+    /// which nothing else waits.
     ///
     /// By default, [`get`](Self::get) is called for one key after the other. A backend on a server asks for all of them in one
-    /// round trip, since a span waits for it: the context of its run, or else that of its instance.
+    /// round trip.
     ///
     /// # Errors
     ///
-    /// If the backend failed, or if no record was found and a part of the backend that has one of the keys failed.
-    fn get_first(&self, keys: &[&str]) -> Result<Option<(usize, Record)>, BackendError> {
-        first_found(keys.iter().map(|key| self.get(key)))
+    /// If the backend, or the part of it that has one of the keys, failed.
+    fn get_many(&self, keys: &[String]) -> Result<Vec<Option<Record>>, BackendError> {
+        keys.iter().map(|key| self.get(key)).collect()
     }
 
     /// Visits once, in no order, every record that exists during the whole scan. Holds no lock while `visit` runs.
@@ -126,27 +131,16 @@ pub trait StorageBackend: fmt::Debug + Send + Sync + 'static {
         0
     }
 
+    /// Returns the number of records that the first [`scan`](Self::scan) has left out since they had expired.
+    fn expired_at_open(&self) -> u64 {
+        0
+    }
+
     /// Returns `true` if a new storage shall load all records into its memory, and later ask only for those that did
     /// not fit: for a backend that is local, fast to read, and used by no other storage.
     fn warms_up(&self) -> bool {
         false
     }
-}
-
-/// Returns the first record of some lookups, with its position. The error of a part counts if nothing is found.
-fn first_found(
-    lookups: impl Iterator<Item = Result<Option<Record>, BackendError>>,
-) -> Result<Option<(usize, Record)>, BackendError> {
-    let mut failed = Ok(None);
-    for (position, found) in lookups.enumerate() {
-        match found {
-            Ok(Some(record)) => return Ok(Some((position, record))),
-            Ok(None) => {}
-            Err(error) if error.is_partial() => failed = Err(error),
-            Err(error) => return Err(error),
-        }
-    }
-    failed
 }
 
 /// The result of one [`Write`].
@@ -157,6 +151,9 @@ pub enum WriteOutcome {
     Done,
     /// A [`Write::PutIfAbsent`] found this record under its key, and changed nothing.
     Existing(Record),
+    /// A [`Write::PutIfAbsent`] found a value under its key that cannot be decoded, such as that of a newer version of this
+    /// crate or of another program, and left it alone. The write is given up, and counted among the dropped ones.
+    Unreadable,
     /// The write was not carried out. It is tried again, before any later write on its key: after a failure, no other
     /// write on the same key of the same call may be [`Done`](Self::Done).
     Failed(BackendError),
@@ -168,7 +165,7 @@ impl WriteOutcome {
     pub fn existing(&self) -> Option<&Record> {
         match self {
             Self::Existing(record) => Some(record),
-            Self::Done | Self::Failed(_) => None,
+            Self::Done | Self::Unreadable | Self::Failed(_) => None,
         }
     }
 }
@@ -202,7 +199,6 @@ impl BackendError {
     }
 
     /// Names the key that the failure concerns, if that is part of the backend. A long key is cut.
-    #[cfg(feature = "redis")]
     fn on_key(self, key: &str) -> Self {
         const SHOWN_CHARS: usize = 64;
         let shown: String = key.chars().take(SHOWN_CHARS).collect();
@@ -241,7 +237,7 @@ impl Error for BackendError {
 pub enum Write {
     /// Stores the record if there is none under the key, else [finds](WriteOutcome::Existing) the one that is there.
     PutIfAbsent(String, Record),
-    /// Stores the record, over any other.
+    /// Stores the record, over any other value.
     Put(String, Record),
     /// Sets the expiry of an existing record; without one it does nothing.
     Expire(String, SystemTime),

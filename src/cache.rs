@@ -4,6 +4,7 @@ pub(crate) mod entry;
 mod evict;
 mod explained;
 mod inline_str;
+mod revisit;
 mod shards;
 mod slots;
 mod walk;
@@ -27,6 +28,7 @@ use inline_str::InlineStr;
 use shards::{Contents, Counts, Shards};
 use walk::{Ids, Sweep};
 
+pub(crate) use revisit::Held;
 pub(crate) use walk::Cursor;
 
 /// The number of entries that one tick of the sweep reads.
@@ -341,7 +343,11 @@ impl Cache {
             }
             let root = if is_same { ours } else { root.clone() };
             set_recorded(root.clone());
-            run.replace(new.with_root(root));
+            let new = new.with_root(root);
+            match winner.generation > run.generation() {
+                true => run.continue_as(new),
+                false => run.replace(new),
+            }
         });
         !is_of_another_run
     }
@@ -490,25 +496,6 @@ impl Cache {
     /// Returns the current tick.
     pub(crate) fn tick(&self) -> u32 {
         self.time.now()
-    }
-
-    /// Returns `true` if a walk that is to take `all` ticks has not come as far as after that number of them.
-    pub(crate) fn is_behind(&self, cursor: &Cursor, elapsed: u32, all: u32) -> bool {
-        cursor.share(&self.shards) < f64::from(elapsed) / f64::from(all)
-    }
-
-    /// Returns the next page of the instances used since that tick, each with its runs, for the backend to keep them
-    /// longer; `None` when all were read.
-    pub(crate) fn used_since(
-        &self,
-        tick: u32,
-        cursor: &mut Cursor,
-    ) -> Option<Vec<(String, Vec<Box<str>>)>> {
-        cursor.next_page(&self.shards, |_, entry| {
-            let used = entry.used.get() >> 1;
-            let is_in_use = used >= tick && entry.completed.get() == 0;
-            is_in_use.then(|| (entry.id.as_str().to_owned(), entry.run_ids()))
-        })
     }
 
     /// Updates a live entry under the lock of its shard, or inserts a new one with that run.

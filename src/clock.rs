@@ -12,6 +12,9 @@ use crate::lock::lock;
 /// The length of a tick. Durations measured in ticks are accurate to two of them.
 pub(crate) const TICK: Duration = Duration::from_millis(25);
 
+/// The first tick, so that a moment before the start of a process has a tick too: that of an end which another one has told.
+const FIRST_TICK: u32 = 1 << 24;
+
 /// The wall clock of a storage.
 ///
 /// The default asks the operating system. Tests hand in their own with
@@ -56,7 +59,7 @@ impl Ticks {
         match self {
             Self::Shared => NOW.load(Relaxed),
             Self::Clock { clock, start } => {
-                ticks(clock.now().duration_since(*start).unwrap_or_default())
+                since_start(clock.now().duration_since(*start).unwrap_or_default())
             }
         }
     }
@@ -68,6 +71,11 @@ pub(crate) fn ticks(duration: Duration) -> u32 {
     const MAX: u32 = u32::MAX >> 1;
     let ticks = duration.as_nanos().div_ceil(TICK.as_nanos());
     u32::try_from(ticks).map_or(MAX, |ticks| ticks.min(MAX))
+}
+
+/// Returns the tick at that time after the start.
+fn since_start(elapsed: Duration) -> u32 {
+    (ticks(elapsed) + FIRST_TICK).min(u32::MAX >> 1)
 }
 
 /// A subscriber that is called once a tick.
@@ -142,7 +150,7 @@ impl Ticker {
     /// Updates the current tick.
     fn tick(&mut self) {
         let start = *self.start.get_or_insert_with(Instant::now);
-        NOW.store(ticks(start.elapsed()), Relaxed);
+        NOW.store(since_start(start.elapsed()), Relaxed);
     }
 }
 

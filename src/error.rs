@@ -55,7 +55,8 @@ pub enum StorageError {
         "since the last flush, {dropped} writes to the storage backend were dropped, and {refused} are refused by it"
     )]
     NotWritten {
-        /// The number of writes that were dropped, since too many waited for the backend.
+        /// The number of writes that were dropped, since too many waited for the backend, or a value that cannot be decoded was
+        /// in their place.
         dropped: u64,
         /// The number of writes that the backend refuses now.
         refused: u64,

@@ -132,12 +132,21 @@
 //! - **The process restarts, or another machine continues**: a [backend](WorkflowContextStorageBuilder::backend) still has
 //!   the contexts. Without one, hand them over by [`traceparent`](WorkflowContext::traceparent) and
 //!   [`parse`](WorkflowContext::parse), or [resume](WorkflowContextStorage::create_resumed).
+//! - **Another worker ends the instance**, or removes it: a worker that has it in memory too follows within three quarters of the
+//!   [`completed_grace`](WorkflowContextStorageBuilder::completed_grace), 3 minutes 45 seconds by default.
+//! - **The backend loses what it had**, by eviction, a failover or an operator: a worker that still has it gives it back as soon
+//!   ([`given_back`](Stats::given_back)), and follows one that has recorded the instance anew meanwhile
+//!   ([`conflicts`](Stats::conflicts)).
+//! - **A newer version, or another program, has stored something else**: it is left alone and counted
+//!   ([`malformed`](Stats::malformed)), and the next flush tells that a context has no place.
 //! - **The backend does not answer**: a span waits for it no longer than the
 //!   [`lookup_budget`](WorkflowContextStorageBuilder::lookup_budget) of 50 ms, or once the
 //!   [`connect_budget`](WorkflowContextStorageBuilder::connect_budget) of 250 ms, which `stats` counts in
 //!   [`lookup_timeouts`](Stats::lookup_timeouts), and is recorded anew; writes are queued. Once the answer comes, the instance
 //!   follows the older record, and a span still open is linked to it ([`conflicts`](Stats::conflicts)). If one node of several
 //!   is down, this concerns the instances there only.
+//! - **Something has to be told**: each cause is logged as a warning once, then at most once a minute with a number, all under the
+//!   target `tracing-workflow-context`.
 //! - **A sampler, id generator, span processor or exporter panics** while a span starts or ends: that span is lost, the panic is
 //!   caught and counted in [`panics`](Stats::panics), and what is opened beneath continues the parent's trace.
 //! - **The layer's filter hides a span**: it is neither recorded nor continued, as if it were not there.

@@ -30,6 +30,9 @@ impl WorkflowContextStorage {
     /// | `workflow.context.root.lost` | counter | `{span}` | | `lost_roots` |
     /// | `workflow.context.event.replayed` | counter | `{event}` | | `replayed_events` |
     /// | `workflow.context.backend.record.malformed` | counter | `{record}` | | `malformed` |
+    /// | `workflow.context.backend.record.given_back` | counter | `{record}` | | `given_back` |
+    /// | `workflow.context.backend.record.expired_at_open` | counter | `{record}` | | `expired_at_open` |
+    /// | `workflow.context.backend.refresh.overdue` | counter | `{refresh}` | | `overdue_refreshes` |
     /// | `workflow.context.backend.write.dropped` | counter | `{write}` | | `dropped_writes` |
     /// | `workflow.context.backend.call.failed` | counter | `{call}` | | `backend_errors` |
     /// | `workflow.context.backend.lookup.timed_out` | counter | `{lookup}` | | `lookup_timeouts` |
@@ -146,7 +149,7 @@ const RESULT: &str = "workflow.context.result";
 
 /// The instruments. Counters whose sum means something share one, told apart by an attribute; the others have one each,
 /// since a span can be both late and deferred.
-static INSTRUMENTS: [Instrument; 18] = [
+static INSTRUMENTS: [Instrument; 21] = [
     Instrument {
         name: "workflow.context.instance.count",
         unit: "{instance}",
@@ -259,9 +262,30 @@ static INSTRUMENTS: [Instrument; 18] = [
         points: &[Point::new(|stats| stats.malformed)],
     },
     Instrument {
+        name: "workflow.context.backend.record.given_back",
+        unit: "{record}",
+        description: "Records that the backend had lost, and that were given back from memory.",
+        kind: Kind::Counter,
+        points: &[Point::new(|stats| stats.given_back)],
+    },
+    Instrument {
+        name: "workflow.context.backend.refresh.overdue",
+        unit: "{refresh}",
+        description: "Refreshes of the records of all instances that were due before the last one was over.",
+        kind: Kind::Counter,
+        points: &[Point::new(|stats| stats.overdue_refreshes)],
+    },
+    Instrument {
+        name: "workflow.context.backend.record.expired_at_open",
+        unit: "{record}",
+        description: "Records that had expired before the file was opened.",
+        kind: Kind::Counter,
+        points: &[Point::new(|stats| stats.expired_at_open)],
+    },
+    Instrument {
         name: "workflow.context.backend.write.dropped",
         unit: "{write}",
-        description: "Writes that were dropped because too many were waiting for the backend.",
+        description: "Writes that were dropped: too many were waiting for the backend, or an unreadable value was in their place.",
         kind: Kind::Counter,
         points: &[Point::new(|stats| stats.dropped_writes)],
     },

@@ -19,10 +19,15 @@ pub struct Stats {
     pub expired: u64,
     /// Instances removed from memory because there were more than `max_instances`.
     pub evicted: u64,
-    /// Values of the backend that could not be decoded, and were treated as missing.
+    /// Values of the backend that could not be decoded, such as those of a newer version. They are treated as missing, and left
+    /// alone.
     pub malformed: u64,
-    /// Writes dropped because too many were waiting for the backend.
+    /// Writes dropped because too many were waiting for the backend, or because a value that cannot be decoded was in their
+    /// place.
     pub dropped_writes: u64,
+    /// Records that had expired before a backend that [loads all of them](crate::backend::StorageBackend::warms_up) was opened.
+    /// Many of them may be a sign of a clock that was set forward.
+    pub expired_at_open: u64,
     /// Backend calls that failed.
     pub backend_errors: u64,
     /// Lookups, by spans and by calls, that the backend did not answer within the `lookup_budget`; each is a miss if
@@ -33,6 +38,11 @@ pub struct Stats {
     /// Spans that lost the race to be the recorded one, or whose lookup had not been answered in time: their instances follow
     /// the winner, and they are linked to it if they still live when it is known.
     pub conflicts: u64,
+    /// Records that the backend had lost, and that were given back from memory.
+    pub given_back: u64,
+    /// Times at which the instances in memory were to be compared with the backend, and it had not answered for all of them
+    /// since the time before: it is away or too slow. If that lasts, records of instances in use expire there.
+    pub overdue_refreshes: u64,
     /// Spans that were not exported because they are replays.
     pub replayed: u64,
     /// Events dropped together with a replayed span, those included that no real span has taken after the replay.
@@ -60,6 +70,8 @@ pub(crate) struct Counters {
     pub(crate) late: Counter,
     pub(crate) oversized: Counter,
     pub(crate) conflicts: Counter,
+    pub(crate) given_back: Counter,
+    pub(crate) overdue_refreshes: Counter,
     pub(crate) replayed: Counter,
     pub(crate) replayed_events: Counter,
     pub(crate) deferred: Counter,

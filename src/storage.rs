@@ -4,6 +4,7 @@ pub(crate) mod builder;
 mod claim;
 pub(crate) mod global;
 mod late;
+mod lifetimes;
 mod refresh;
 pub(crate) mod remote;
 pub(crate) mod shared;

@@ -60,6 +60,9 @@ fn logged(text: &str) -> Vec<String> {
         let all = log().text();
         let logged: Vec<_> = all.lines().filter(|line| line.contains(text)).collect();
         if !logged.is_empty() {
+            // By one name all of them are filtered.
+            let is_ours = |line: &&str| line.contains(" WARN tracing-workflow-context: ");
+            assert!(logged.iter().all(is_ours), "{logged:?}");
             return logged.into_iter().map(str::to_owned).collect();
         }
         assert!(

@@ -66,11 +66,8 @@ impl StorageBackend for Switched {
         self.or_fail(|| self.inner.get(key))
     }
 
-    fn get_first(
-        &self,
-        keys: &[&str],
-    ) -> std::result::Result<Option<(usize, Record)>, BackendError> {
-        self.or_fail(|| self.inner.get_first(keys))
+    fn get_many(&self, keys: &[String]) -> std::result::Result<Vec<Option<Record>>, BackendError> {
+        self.or_fail(|| self.inner.get_many(keys))
     }
 
     fn scan(&self, visit: &mut dyn FnMut(&str, Record)) -> std::result::Result<(), BackendError> {

@@ -23,15 +23,15 @@ pub(crate) fn jittered(pause: Duration) -> Duration {
 }
 
 /// Growing pauses between attempts.
-pub(super) struct Backoff(Duration);
+pub(crate) struct Backoff(Duration);
 
 impl Backoff {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self(BACKOFF.0)
     }
 
     /// Returns the end of the next pause, which begins now.
-    pub(super) fn next_attempt(&mut self) -> Instant {
+    pub(crate) fn next_attempt(&mut self) -> Instant {
         let pause = self.0;
         self.0 = (pause * 2).min(BACKOFF.1);
         Instant::now() + jittered(pause)

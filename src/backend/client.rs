@@ -233,6 +233,10 @@ impl Client {
         self.reader.timeouts.get()
     }
 
+    pub(crate) fn expired_at_open(&self) -> u64 {
+        self.backend.expired_at_open()
+    }
+
     pub(crate) fn malformed(&self) -> u64 {
         self.backend.malformed()
     }

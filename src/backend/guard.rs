@@ -46,6 +46,10 @@ impl Guarded {
         self.failures.get()
     }
 
+    pub(super) fn expired_at_open(&self) -> u64 {
+        self.backend.expired_at_open()
+    }
+
     pub(super) fn malformed(&self) -> u64 {
         self.backend.malformed()
     }

@@ -6,6 +6,7 @@
 //! | `{id}` U+001F `{run id}` | the latest context of one run |
 //! | `{id}` U+001F U+001F `{span id}` `{run id}` | the trace that follows the one of that span, claimed by the first worker that opens it |
 //! | `{id}` U+001F U+001F U+001F `{span id}` `{part}` | a part of the instance's own span, which has that span id |
+//! | `{id}` U+001F U+001F U+001F U+001F | the end of the instance, or that a call has removed it, where the expiry does not tell that |
 //! | U+001F `sweep` | who looks for abandoned instances; no id is empty |
 //!
 //! In an instance id, U+001F is escaped as U+001E and a space, U+001D as U+001E and a hyphen, and U+001E as two of it. A run id
@@ -125,6 +126,12 @@ pub(crate) fn claim_key(id: &str, run_id: Option<&str>, followed: SpanId) -> Str
 pub(crate) fn root_key(id: &str, root: SpanId, part: impl std::fmt::Display) -> String {
     let instance = instance_key(id);
     format!("{instance}{SEPARATOR}{SEPARATOR}{SEPARATOR}{root}{part}")
+}
+
+/// Returns the key under which the end of an instance is told to other processes.
+pub(crate) fn ended_key(id: &str) -> String {
+    let instance = instance_key(id);
+    format!("{instance}{SEPARATOR}{SEPARATOR}{SEPARATOR}{SEPARATOR}")
 }
 
 /// Returns the instance id, the root's span id and the place if the key is that of one process's part of a root, and of no

@@ -50,10 +50,9 @@ impl StorageBackend for Namespaced {
         self.inner.get(&self.key(key))
     }
 
-    fn get_first(&self, keys: &[&str]) -> Result<Option<(usize, Record)>, BackendError> {
+    fn get_many(&self, keys: &[String]) -> Result<Vec<Option<Record>>, BackendError> {
         let keys: Vec<_> = keys.iter().map(|key| self.key(key)).collect();
-        self.inner
-            .get_first(&keys.iter().map(String::as_str).collect::<Vec<_>>())
+        self.inner.get_many(&keys)
     }
 
     fn scan(&self, visit: &mut dyn FnMut(&str, Record)) -> Result<(), BackendError> {
@@ -70,6 +69,10 @@ impl StorageBackend for Namespaced {
 
     fn malformed(&self) -> u64 {
         self.inner.malformed()
+    }
+
+    fn expired_at_open(&self) -> u64 {
+        self.inner.expired_at_open()
     }
 
     fn warms_up(&self) -> bool {

@@ -7,6 +7,7 @@ mod purge;
 mod server;
 mod table;
 
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -92,8 +93,9 @@ const GROUP: usize = 1000;
 /// a time, and rows that others have locked are left for later.
 ///
 /// Rows that others write are not trusted: one that cannot be decoded is counted in
-/// [`malformed`](crate::Stats::malformed), treated as missing, and replaced by the next context of its instance. With
-/// [`Form::Json`], a context with a NUL in one of its texts is stored in the binary form, since `jsonb` has none.
+/// [`malformed`](crate::Stats::malformed), and treated as missing. It is left alone: the claim of a context in its place is given
+/// up, and told by the next [flush](crate::WorkflowContextStorage::flush). Only a
+/// [call](crate::WorkflowContextStorage::store) replaces it. With [`Form::Json`], a context with a NUL in one of its texts is stored in the binary form, since `jsonb` has none.
 ///
 /// # PgBouncer
 ///
@@ -307,24 +309,23 @@ impl StorageBackend for PostgresBackend {
     }
 
     fn get(&self, key: &str) -> Result<Option<Record>, BackendError> {
-        let found = self.get_first(&[key])?;
-        Ok(found.map(|(_, record)| record))
+        let mut found = self.get_many(&[key.to_owned()])?;
+        Ok(found.pop().flatten())
     }
 
-    fn get_first(&self, keys: &[&str]) -> Result<Option<(usize, Record)>, BackendError> {
-        let most = self.timeouts.response;
-        let keys: Arc<[_]> = keys.iter().map(|key| key.as_bytes().to_vec()).collect();
-        self.call(move |client, table| {
-            let keys = keys.clone();
+    fn get_many(&self, keys: &[String]) -> Result<Vec<Option<Record>>, BackendError> {
+        let (asked, most) = (Arc::<[String]>::from(keys), self.timeouts.response);
+        let found = self.call(move |client, table| {
+            let asked = asked.clone();
             async move {
-                let parameters: table::Parameters<'_> = &[(&&*keys, Type::BYTEA_ARRAY)];
+                let keys: Vec<_> = asked.iter().map(String::as_bytes).collect();
+                let parameters: table::Parameters<'_> = &[(&keys, Type::BYTEA_ARRAY)];
                 let rows = table::query(&client, &table.get, parameters, most).await?;
-                let row_of =
-                    |key: &Vec<u8>| rows.iter().find(|row| row.get::<_, &[u8]>("key") == key);
-                let found = |(position, key)| Some((position, table.record(row_of(key)?)?));
-                Ok(keys.iter().enumerate().find_map(found))
+                let records = rows.iter().filter_map(|row| table.keyed_record(row));
+                Ok(records.collect::<HashMap<_, _>>())
             }
-        })
+        })?;
+        Ok(keys.iter().map(|key| found.get(key).cloned()).collect())
     }
 
     /// Reads pages of 1,000 rows in the order of `id`, each in a transaction of its own.

@@ -138,23 +138,21 @@ impl Lookup {
     }
 
     fn answer(self, backend: &Guarded, breaker: &Breaker) {
-        let keys: Vec<_> = self.keys.iter().map(String::as_str).collect();
-        let found = backend.call(|backend| backend.get_first(&keys));
+        let found = backend.call(|backend| backend.get_many(&self.keys));
         match &found {
             Ok(_) if !self.is_late() => breaker.succeeded(),
             Err(error) if !error.is_partial() => breaker.failed(),
             _ => {}
         }
-        let found = found.unwrap_or(None);
-        // The backend may be anybody's.
-        let found = found.filter(|(position, _)| *position < keys.len());
+        let records = found.unwrap_or_default().into_iter().take(self.keys.len());
+        let found = (records.enumerate()).find_map(|(position, record)| Some((position, record?)));
         let mut late = lock(&self.late);
         match late.take() {
             None => drop(self.answer.try_send(found)),
             Some(on_late) => {
                 drop(late);
                 if let Some((position, record)) = found {
-                    on_late(keys[position], record);
+                    on_late(&self.keys[position], record);
                 }
             }
         }

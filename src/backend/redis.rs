@@ -13,7 +13,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use redis::{Cmd, Value, cmd};
+use redis::{Cmd, Value};
 
 use self::cluster::{Cluster, Reply};
 use self::command::Found;
@@ -22,7 +22,8 @@ use self::node::{Node, Session, Timeouts};
 use super::form::Form;
 use super::outcomes::fail_later_writes;
 use super::url::ConnectError;
-use crate::backend::{BackendError, Record, StorageBackend, Write, WriteOutcome, first_found};
+use crate::backend::{BackendError, Record, StorageBackend, Write, WriteOutcome};
+use crate::clock::{Clock, SystemClock};
 use crate::stats::Counter;
 
 const KEY_PREFIX: &str = "workflow-context:";
@@ -31,9 +32,6 @@ const MIN_TIMEOUT: Duration = Duration::from_millis(1);
 
 /// Number of commands that are sent before the replies are read.
 const PIPELINE: usize = 1000;
-
-/// Number of attempts to replace a malformed value while others change it.
-const REPLACEMENTS: usize = 10;
 
 /// A backend on a [Redis] or Valkey server of version 7 or later, which any number of machines share: a single server,
 /// the master that [sentinels](Self::with_sentinels) name, or a [Cluster](Self::connect_cluster).
@@ -85,15 +83,22 @@ const REPLACEMENTS: usize = 10;
 /// instance `order-42` is `workflow-context:{order-42}`; the others have more text after the brace, so all of them
 /// share one hash slot. Braces in an id are escaped, `{` as U+001E and `<`, `}` as U+001E and `>`, and U+001E as U+001E
 /// and `=`. So no two instances share a key, whatever their ids and the prefixes of their workers are.
-/// The server removes expired keys by its own clock: the clocks of all machines must agree within the
-/// [grace of a completed instance](crate::WorkflowContextStorageBuilder::completed_grace).
+/// The server is told how long a key is to live, and removes it by its own clock, so the clocks of the machines need not agree.
 ///
-/// The user needs `SET`, `GETRANGE`, `DEL`, `PEXPIREAT`, `PEXPIRETIME`, `PING`, `WATCH`, `UNWATCH`, `MULTI` and `EXEC`;
-/// a Cluster also `CLUSTER SLOTS` and `ASKING`, and a [scan](StorageBackend::scan), which a storage never makes, `SCAN`.
+/// The user needs `SET`, `GETRANGE`, `DEL`, `PEXPIRE`, `PTTL` and `PING`; a Cluster also `CLUSTER SLOTS` and `ASKING`, and a [scan](StorageBackend::scan), which a storage never makes, `SCAN`.
 ///
-/// Values that others write are not trusted: one that cannot be decoded is counted in
-/// [`malformed`](crate::Stats::malformed), treated as missing, and replaced by the next context of its instance. Of each
-/// value, 256 KiB are read at most.
+/// Values that others write are not trusted. One that cannot be decoded, of a newer version of this crate or of another type, is
+/// counted in [`malformed`](crate::Stats::malformed), and treated as missing. It is left alone: the claim of a context in its
+/// place is given up, and told by the next [flush](crate::WorkflowContextStorage::flush). Only a
+/// [call](crate::WorkflowContextStorage::store) replaces it. Of each value, 256 KiB are read at most.
+///
+/// # Eviction
+///
+/// Use `maxmemory-policy noeviction`, with memory for what the fleet needs: a full server then refuses writes, which are tried
+/// again and told by each flush. Where it has to evict, `volatile-ttl` takes the keys that expire first: those of ended instances
+/// and of those unused for longest. The `lru`, `lfu` and `random` policies take instances under way as well. What a server
+/// loses is given back by a worker that still has it ([`given_back`](crate::Stats::given_back)), at its next comparison: within
+/// 4 minutes by default. A worker that meets the gap before begins a new trace, which the others then follow.
 ///
 /// # Refused writes
 ///
@@ -132,6 +137,7 @@ pub struct RedisBackend {
     key_prefix: Arc<str>,
     form: Form,
     timeouts: Timeouts,
+    clock: Arc<dyn Clock>,
 }
 
 #[derive(Clone)]
@@ -188,6 +194,7 @@ impl RedisBackend {
             malformed: Arc::default(),
             key_prefix: KEY_PREFIX.into(),
             form: Form::default(),
+            clock: Arc::new(SystemClock),
             timeouts: Timeouts {
                 connect: TIMEOUT,
                 response: TIMEOUT,
@@ -257,6 +264,15 @@ impl RedisBackend {
         self
     }
 
+    /// Sets the clock by which the lifetimes of records are measured; for tests.
+    ///
+    /// By default, the operating system's clock.
+    #[must_use]
+    pub fn with_clock(mut self, clock: Arc<dyn Clock>) -> Self {
+        self.clock = clock;
+        self
+    }
+
     fn key(&self, key: &str) -> String {
         hash_tag::to_server(&self.key_prefix, key)
     }
@@ -272,18 +288,19 @@ impl RedisBackend {
 
     /// Adds the commands of a write: one, or two for a claim.
     fn add_commands(&self, write: &Write, commands: &mut Vec<Cmd>) {
-        let on_server = self.key(write.key());
+        let (on_server, now) = (self.key(write.key()), self.clock.now());
+        let left = |at: SystemTime| at.duration_since(now).unwrap_or_default();
         match write {
             Write::Put(key, record) => {
                 let value = self.form.encode(key, record);
-                commands.push(command::set(&on_server, value, record.expires_at));
+                commands.push(command::set(&on_server, value, left(record.expires_at)));
             }
             Write::PutIfAbsent(key, record) => {
                 let value = self.form.encode(key, record);
-                let set = command::set_if_absent(&on_server, value, record.expires_at);
+                let set = command::set_if_absent(&on_server, value, left(record.expires_at));
                 commands.extend([set, command::read_value(&*on_server)]);
             }
-            Write::Expire(_, at) => commands.push(command::expire(&on_server, *at)),
+            Write::Expire(_, at) => commands.push(command::expire(&on_server, left(*at))),
             Write::Remove(_) => commands.push(command::on_key("DEL", &on_server, &[])),
         }
     }
@@ -298,12 +315,13 @@ impl RedisBackend {
                 return None;
             }
         };
-        if let Some(at) = command::expiry(expiry) {
+        let now = self.clock.now();
+        if let Some(at) = command::expiry(expiry, now) {
             record.expires_at = at;
             return Some(record);
         }
         // Another program wrote it without an expiry on the server.
-        (record.expires_at > SystemTime::now()).then_some(record)
+        (record.expires_at > now).then_some(record)
     }
 }
 
@@ -339,18 +357,31 @@ impl StorageBackend for RedisBackend {
     }
 
     fn get(&self, key: &str) -> Result<Option<Record>, BackendError> {
-        let found = self.get_first(&[key])?;
-        Ok(found.map(|(_, record)| record))
+        let mut found = self.get_many(&[key.to_owned()])?;
+        Ok(found.pop().flatten())
     }
 
-    fn get_first(&self, keys: &[&str]) -> Result<Option<(usize, Record)>, BackendError> {
-        let reads = keys.iter().map(|key| command::read(&*self.key(key)));
-        let replies = self.ask(&reads.flatten().collect::<Vec<_>>());
-        first_found(replies.chunks(2).map(|of_key| match of_key {
-            [Ok(value), Ok(expiry @ Value::Int(_))] => Ok(self.read_record(value, expiry)),
-            [Err(error), _] | [_, Err(error)] => Err(self.servers.scoped(error.clone())),
-            _ => Err(self.servers.distrusted()),
-        }))
+    fn get_many(&self, keys: &[String]) -> Result<Vec<Option<Record>>, BackendError> {
+        let mut records = Vec::with_capacity(keys.len());
+        for some in keys.chunks(PIPELINE / 2) {
+            let commands: Vec<_> = (some.iter())
+                .flat_map(|key| command::read(&*self.key(key)))
+                .collect();
+            let replies = self.ask_all(&commands);
+            let replies = replies.map_err(|error| self.servers.scoped(error))?;
+            if replies.len() != commands.len() {
+                return Err(self.servers.distrusted());
+            }
+            for both in replies.chunks_exact(2) {
+                match both {
+                    [value, expiry @ Value::Int(_)] => {
+                        records.push(self.read_record(value, expiry))
+                    }
+                    _ => return Err(self.servers.distrusted()),
+                }
+            }
+        }
+        Ok(records)
     }
 
     /// Visits all masters of a Cluster. Remembers every key, to visit it once. Keys that others add or remove during the
@@ -426,27 +457,47 @@ impl RedisBackend {
         }
         self.read_expiries(writes, &mut outcomes);
 
-        let mut replaced = HashSet::new();
+        let mut done = HashSet::new();
         for at in malformed {
-            let Write::PutIfAbsent(key, record) = &writes[at] else {
+            let key = writes[at].key();
+            if done.contains(key) {
                 continue;
+            }
+            outcomes[at] = match self.look_again(key) {
+                Ok(Found::Record(existing)) => WriteOutcome::Existing(existing),
+                Ok(Found::Malformed) => {
+                    self.malformed.add();
+                    WriteOutcome::Unreadable
+                }
+                Err(error) => WriteOutcome::Failed(error.on_key(key)),
+                // It has expired just now. The later writes on the key have to be carried out after the claim.
+                Ok(Found::Nothing) => {
+                    done.insert(key);
+                    let of_key = |at: &usize| writes[*at].key() == key;
+                    let these: Vec<_> = (at..writes.len()).filter(of_key).collect();
+                    let again: Vec<_> = these.iter().map(|&at| writes[at].clone()).collect();
+                    for (at, outcome) in these.into_iter().zip(self.write_group(&again)) {
+                        outcomes[at] = outcome;
+                    }
+                    continue;
+                }
             };
-            if !replaced.insert(key) {
-                continue;
-            }
-            outcomes[at] = self.replace(key, record);
-            if failure(&outcomes[at]).is_some() {
-                continue;
-            }
-            // The later writes on the key have to be carried out after it.
-            let of_key = |at: &usize| writes[*at].key() == key;
-            let later: Vec<_> = (at + 1..writes.len()).filter(of_key).collect();
-            let again: Vec<_> = later.iter().map(|&at| writes[at].clone()).collect();
-            for (at, outcome) in later.into_iter().zip(self.write_group(&again)) {
-                outcomes[at] = outcome;
-            }
         }
         outcomes
+    }
+
+    /// Reads what is under a key at which a claim has found nothing that it can read.
+    fn look_again(&self, key: &str) -> Result<Found, BackendError> {
+        let replies = self.ask_all(&command::read(&*self.key(key)))?;
+        let [value, expiry] = &*replies else {
+            return Err(self.servers.distrusted());
+        };
+        let mut found = command::found_at(value, expiry);
+        if let Found::Record(record) = &mut found {
+            record.expires_at =
+                (command::expiry(expiry, self.clock.now())).unwrap_or(record.expires_at);
+        }
+        Ok(found)
     }
 
     /// Takes the expiries of existing records from the server: those in the values are older.
@@ -455,69 +506,20 @@ impl RedisBackend {
         let existing: Vec<_> = (0..outcomes.len()).filter(is_existing).collect();
         let command = |&at: &usize| {
             let key = self.key(writes[at].key());
-            command::on_key("PEXPIRETIME", key, &[])
+            command::lifetime(key)
         };
         let commands: Vec<_> = existing.iter().map(command).collect();
-        for (at, reply) in existing.into_iter().zip(self.ask(&commands)) {
+        let replies = self.ask(&commands);
+        let now = self.clock.now();
+        for (at, reply) in existing.into_iter().zip(replies) {
             match (reply, &mut outcomes[at]) {
                 (Ok(expiry), WriteOutcome::Existing(record)) => {
-                    record.expires_at = command::expiry(&expiry).unwrap_or(record.expires_at);
+                    record.expires_at = command::expiry(&expiry, now).unwrap_or(record.expires_at);
                 }
                 (Ok(_), _) => {}
                 (Err(error), outcome) => *outcome = WriteOutcome::Failed(error),
             }
         }
-    }
-
-    /// Puts a record in place of a malformed value, which is counted, unless another worker has replaced it before, or it
-    /// is gone by now.
-    fn replace(&self, key: &str, record: &Record) -> WriteOutcome {
-        let on_server = self.key(key);
-        let set = command::set(&on_server, self.form.encode(key, record), record.expires_at);
-        let replaced = match &self.servers {
-            Servers::One(node) => self.replace_on(node, &on_server, &set),
-            Servers::Cluster(cluster) => cluster
-                .master(&on_server, self.timeouts)
-                .and_then(|master| self.replace_on(master.node(), &on_server, &set)),
-        };
-        replaced.unwrap_or_else(WriteOutcome::Failed)
-    }
-
-    fn replace_on(
-        &self,
-        node: &Node,
-        on_server: &str,
-        set: &Cmd,
-    ) -> Result<WriteOutcome, BackendError> {
-        let mut session = node.session(self.timeouts)?;
-        for attempt in 0..REPLACEMENTS {
-            let mut commands = vec![command::on_key("WATCH", on_server, &[])];
-            commands.extend(command::read(on_server));
-            let replies = session.call(&commands)?;
-            let found = command::found_at(&replies[1], &replies[2]);
-            if let (Found::Malformed, 0) = (&found, attempt) {
-                self.malformed.add();
-            }
-            if let Found::Record(mut existing) = found {
-                session.call(&[cmd("UNWATCH")])?;
-                session.give_back();
-                existing.expires_at = command::expiry(&replies[2]).unwrap_or(existing.expires_at);
-                return Ok(WriteOutcome::Existing(existing));
-            }
-            let transaction = [cmd("MULTI"), set.clone(), cmd("EXEC")];
-            match session.call(&transaction)?.pop() {
-                Some(Value::Array(_)) => {
-                    session.give_back();
-                    return Ok(WriteOutcome::Done);
-                }
-                // The value was changed after `WATCH`.
-                Some(Value::Nil) => {}
-                _ => return Err(node.failure("unexpected reply to EXEC")),
-            }
-        }
-        Err(node.failure(&format!(
-            "malformed value of {on_server:?} changed during each of {REPLACEMENTS} attempts to replace it"
-        )))
     }
 
     fn scan_node(
@@ -666,6 +668,6 @@ fn freeing_first(writes: &[Write]) -> Vec<usize> {
 fn failure(outcome: &WriteOutcome) -> Option<&BackendError> {
     match outcome {
         WriteOutcome::Failed(error) => Some(error),
-        WriteOutcome::Done | WriteOutcome::Existing(_) => None,
+        WriteOutcome::Done | WriteOutcome::Existing(_) | WriteOutcome::Unreadable => None,
     }
 }

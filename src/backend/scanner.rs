@@ -28,6 +28,14 @@ impl Scanner {
         self.backend.call(|backend| backend.get(key))
     }
 
+    /// Returns the records of several keys. Waits as long as the backend does.
+    pub(crate) fn get_many(&self, keys: &[String]) -> Result<Vec<Option<Record>>, BackendError> {
+        let mut found = self.backend.call(|backend| backend.get_many(keys))?;
+        // One that is missing counts as nothing.
+        found.resize(keys.len(), None);
+        Ok(found)
+    }
+
     /// Returns `true` if the client waits for this.
     pub(crate) fn is_closing(&self) -> bool {
         self.is_closing.load(Relaxed)

@@ -58,7 +58,7 @@ pub(crate) struct Writer {
     /// Set before anything is written.
     thread: OnceLock<Thread>,
     pub(super) breaker: Breaker,
-    /// Writes dropped because the channel was full.
+    /// Writes dropped because the channel was full, or because of an unreadable value in their place.
     dropped: Counter,
 }
 
@@ -158,6 +158,22 @@ impl Writer {
     /// Returns `true` if writes that can wait may be queued now: most of the queue is kept for others.
     pub(crate) fn has_room(&self) -> bool {
         self.with_queue(|queue| queue.waiting.len() < MAX_WRITES / 4)
+    }
+
+    /// Returns for each key whether something is still to be written to it.
+    pub(crate) fn are_queued(&self, keys: &[String]) -> Vec<bool> {
+        let mut queued = Vec::with_capacity(keys.len());
+        for some in keys.chunks(AT_ONCE) {
+            self.with_queue(|queue| {
+                queued.extend(some.iter().map(|key| queue.known(key).is_some()));
+            });
+        }
+        queued
+    }
+
+    /// Returns `true` while the circuit is open.
+    pub(crate) fn is_down(&self) -> bool {
+        self.breaker.is_open()
     }
 
     /// Queues a write and waits, for `most` at most, until it and all that follows from it is done.
@@ -327,6 +343,12 @@ impl Writer {
             thread::park_timeout(left);
         }
     }
+}
+
+/// Returns the cause of a write that is given up since it would replace what others may read.
+fn in_the_way() -> BackendError {
+    let message = "a value that this version cannot decode is in the way, and left alone";
+    BackendError::new(message, None).partial()
 }
 
 /// Returns a callback that drops `pending` once everything that follows from it is done.
@@ -573,6 +595,11 @@ impl ThreadState<'_> {
                 Some(WriteOutcome::Failed(error)) => {
                     partial.get_or_insert(error);
                     to_hold.push((write.clone(), on_winner));
+                    continue;
+                }
+                Some(WriteOutcome::Unreadable) => {
+                    partial.get_or_insert_with(|| in_the_way().on_key(write.key()));
+                    self.writer.dropped.add();
                     continue;
                 }
                 Some(WriteOutcome::Existing(record)) => Some(record),

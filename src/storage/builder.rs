@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::WorkflowContextStorage;
-use super::refresh::Lifetimes;
+use super::lifetimes::Lifetimes;
 use super::remote::{Remote, Settings};
 use super::shared::Shared;
 use super::tier::Tier;
@@ -271,7 +271,7 @@ impl WorkflowContextStorageBuilder {
     /// on.
     ///
     /// A workflow with a longer timer is torn in two: set this to more than the longest one. Records in a backend live as
-    /// long, and are extended while their instances are used: at the latest when half of this time is left, so that a
+    /// long, and are extended while their instances are used: at the latest when a third of this time is left, so that a
     /// second is short, but works. By default, 24 hours.
     pub fn idle_ttl(mut self, ttl: Duration) -> Self {
         self.limits.idle_ttl = ticks(ttl);
@@ -281,6 +281,13 @@ impl WorkflowContextStorageBuilder {
 
     /// Sets the time for which an instance is kept after a terminal `workflow.status`, so that a late span finds its trace.
     /// Late spans do not extend it. As exact as [`idle_ttl`](Self::idle_ttl).
+    ///
+    /// Other workers on the same backend, which may have the instance in memory too, learn of its end or
+    /// [removal](WorkflowContextStorage::cleanup) when they compare their memory with the backend, once in half of this time: at
+    /// the latest three quarters of it after the end has reached the backend, so 3 minutes 45 seconds by default, as long as the
+    /// backend answers. That is 7.5 seconds for a grace of less than 10 seconds, and three eighths of
+    /// [`idle_ttl`](Self::idle_ttl) where that is less. All workers need the same settings of both. An instance whose record
+    /// has no more than this time left has ended.
     ///
     /// By default, 5 minutes. Zero forgets an instance at once.
     pub fn completed_grace(mut self, grace: Duration) -> Self {
@@ -536,7 +543,8 @@ impl WorkflowContextStorageBuilder {
             let backend = Namespaced::wrap(backend, &self.namespace);
             let (cache, clock) = (cache.clone(), clock.clone());
             let (roots, warnings) = (roots.as_ref(), warnings.clone());
-            Remote::new(backend, cache, clock, settings, roots, warnings)
+            let counters = counters.clone();
+            Remote::new(backend, cache, clock, settings, roots, warnings, counters)
         });
         let keeps_identities = remote.is_some() || roots.is_some() || fields.has_completing();
         Ok(WorkflowContextStorage {

@@ -9,9 +9,10 @@ use opentelemetry::TraceId;
 
 use super::claim::{Claim, Claimant, Claims};
 use super::late::LateAnswers;
-use super::refresh::{Lifetimes, Refresher};
+use super::lifetimes::Lifetimes;
+use super::refresh::Refresher;
 use crate::backend::client::{Budgets, Client};
-use crate::backend::keys::{claim_key, instance_key, instance_of, run_key};
+use crate::backend::keys::{claim_key, ended_key, instance_key, instance_of, run_key};
 use crate::backend::reader::OnLate;
 use crate::backend::write_queue::OnWinner;
 use crate::backend::{Record, RootSpan, StorageBackend, Write};
@@ -28,18 +29,20 @@ pub(crate) use super::claim::LateWinner;
 
 /// A backend behind a cache.
 pub(crate) struct Remote {
+    /// Dropped first, since the client waits for its thread.
+    _refresher: Refresher,
     client: Arc<Client>,
     cache: Arc<Cache>,
     /// Memory began with the latest run of each instance in the backend, to which nobody else writes.
     loaded_all: bool,
+    /// Nobody else writes to the backend.
+    is_alone: bool,
     clock: Arc<dyn Clock>,
     lifetimes: Lifetimes,
     write_through: bool,
     misses: RecentMisses,
     late: LateAnswers,
     claims: Arc<Claims>,
-    /// Called by the clock as long as this lives.
-    _refresher: Arc<Refresher>,
 }
 
 /// The settings of a [`Remote`].
@@ -63,6 +66,7 @@ impl Remote {
         settings: Settings,
         roots: Option<&Arc<Roots>>,
         warnings: Arc<Warnings>,
+        counters: Arc<Counters>,
     ) -> std::io::Result<Self> {
         let Settings {
             lifetimes,
@@ -74,29 +78,39 @@ impl Remote {
         if let Some(roots) = roots {
             roots.claim_in(&client, lifetimes.idle, lifetimes.completed);
         }
-        let mut has_room = true;
+        let (mut has_room, now) = (true, clock.now());
         let mut load = |key: &str, record| {
             if let Some(id) = instance_of(key) {
                 has_room &= cache.has_room();
                 if has_room {
-                    cache.insert_fetched(&id, record);
+                    insert(&cache, &lifetimes, &id, record, now);
                 }
             }
         };
-        // Records that the scan could not read are looked up one by one later.
-        let loaded_all = warms_up && client.load(&mut load) && has_room;
-        let refresher = Refresher::new(client.writer(), &cache, clock.clone(), lifetimes.idle);
+        // Records that the scan could not read are looked up one by one later, and values that it could not decode are left alone.
+        let loaded_all = warms_up && client.load(&mut load) && has_room && client.malformed() == 0;
+        let claims = Arc::<Claims>::default();
+        let refresher = Refresher::start(
+            &client,
+            &cache,
+            clock.clone(),
+            lifetimes,
+            warms_up,
+            claims.clone(),
+            counters,
+        )?;
         Ok(Self {
+            _refresher: refresher,
             client,
             cache,
             loaded_all,
+            is_alone: warms_up,
             clock,
             lifetimes,
             write_through,
             misses: RecentMisses::new(),
             late: LateAnswers::default(),
-            claims: Arc::default(),
-            _refresher: refresher,
+            claims,
         })
     }
 
@@ -141,7 +155,7 @@ impl Remote {
             return false;
         };
         self.extend(id, &record, now);
-        self.cache.insert_fetched(id, record);
+        insert(&self.cache, &self.lifetimes, id, record, now);
         true
     }
 
@@ -304,7 +318,11 @@ impl Remote {
         self.client.write(Write::Put(instance_key(id), record));
     }
 
-    pub(super) fn remove(&self, id: &str) {
+    /// Removes an instance. `removed` is the context that it had.
+    pub(super) fn remove(&self, id: &str, removed: Option<WorkflowContext>) {
+        if let Some(removed) = removed {
+            self.tell_end(id, removed, Duration::ZERO);
+        }
         self.client.write(Write::Remove(instance_key(id)));
     }
 
@@ -316,7 +334,27 @@ impl Remote {
         }
     }
 
-    pub(super) fn complete(&self, id: &str, run_id: Option<&str>) {
+    /// Tells other processes, which may have the instance in memory, that it ends after that grace.
+    fn tell_end(&self, id: &str, ended: WorkflowContext, grace: Duration) {
+        if self.is_alone {
+            return;
+        }
+        let now = self.clock.now();
+        let expires_at = self.lifetimes.ended_after(now, grace);
+        let record = Record::new(ended.with_recorded_at(now), expires_at);
+        self.client.write(Write::Put(ended_key(id), record));
+    }
+
+    /// Returns `true` if other processes cannot see by the expiry of a record that its instance has ended.
+    pub(super) fn has_to_tell_ends(&self) -> bool {
+        !self.is_alone && !self.lifetimes.expiry_tells_ends()
+    }
+
+    /// Lets the records of an instance expire after the grace. `ended` is its context, if that has to be told.
+    pub(super) fn complete(&self, id: &str, run_id: Option<&str>, ended: Option<WorkflowContext>) {
+        if let Some(ended) = ended {
+            self.tell_end(id, ended, self.lifetimes.completed);
+        }
         let expiry = self.lifetimes.completed_after(self.clock.now());
         let of_run = of_run(id, run_id);
         if let Some(key) = &of_run {
@@ -334,6 +372,16 @@ impl Remote {
     /// The threads of the backend, for its counters.
     pub(super) fn client(&self) -> &Client {
         &self.client
+    }
+}
+
+/// Inserts a record of the backend into memory, which keeps an instance that has ended no longer than the backend.
+fn insert(cache: &Cache, lifetimes: &Lifetimes, id: &str, record: Record, now: SystemTime) {
+    let left = record.expires_at.duration_since(now).unwrap_or_default();
+    let ended = lifetimes.is_ended(left).then(|| record.context.clone());
+    cache.insert_fetched(id, record);
+    if let Some(ended) = ended {
+        cache.end_elsewhere(id, &ended, left);
     }
 }
 

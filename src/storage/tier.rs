@@ -197,10 +197,11 @@ impl Tier {
             return self.cache.remove(id).is_some();
         };
         remote.ignore_late(id);
+        let removed = self.cache.latest(id);
         let removed_runs = self.cache.remove(id);
         let was_there = removed_runs.is_some();
         remote.forget_runs(id, removed_runs.unwrap_or_default());
-        remote.remove(id);
+        remote.remove(id, removed);
         was_there
     }
 
@@ -209,9 +210,11 @@ impl Tier {
         if let Some(root) = self.cache.root_of(key) {
             root.end(status);
         }
+        let has_to_tell = (self.remote.as_ref()).filter(|remote| remote.has_to_tell_ends());
+        let ended = has_to_tell.and_then(|_| self.cache.latest(key.id));
         let completed = self.cache.complete(key);
         if let (true, Some(remote)) = (completed, &self.remote) {
-            remote.complete(key.id, key.run_id);
+            remote.complete(key.id, key.run_id, ended);
         }
     }
 

@@ -513,6 +513,42 @@ fn a_workflow_that_another_worker_still_uses_is_not_abandoned() {
     assert_eq!(number(&root(&spans), "workflow.spans"), 3);
 }
 
+/// The parts of a root outlive its end. A worker that learns of the end later exports nothing more.
+#[test]
+fn an_end_that_reaches_another_worker_leaves_one_root() {
+    let clock = ManualClock::new();
+    let backend = MemoryBackend::with_clock(clock.clone());
+    let [a, b] = [(); 2].map(|()| {
+        let builder = builder().backend(backend.clone()).clock(clock.clone());
+        worker(builder.lookup_budget(PATIENCE).build().unwrap())
+    });
+    step(&a, "reserve");
+    a.storage.flush().unwrap();
+    step(&b, "charge");
+    b.storage.flush().unwrap();
+    end(&a, "completed");
+    a.storage.flush().unwrap();
+    wait_until("the root is exported", || {
+        a.storage.stats().exported_roots == 1
+    });
+    clock.advance(Duration::from_secs(4 * 60));
+    wait_until("the end is seen", || {
+        b.storage.explain(ID).to_string().contains("completed")
+    });
+    clock.advance(Duration::from_secs(2 * 60));
+    assert_eq!(b.storage.get(ID).unwrap(), None);
+    // The next instance of that id has a root of its own, whoever sees it.
+    step(&b, "anew");
+    b.storage.flush().unwrap();
+    step(&a, "also anew");
+    let (root, anew) = (root(&a.spans()), child(&b, "anew"));
+    assert_eq!(number(&root, "workflow.spans"), 3);
+    assert_ne!(anew.span_context.trace_id(), root.span_context.trace_id());
+    let also = child(&a, "also anew");
+    assert_eq!(also.span_context.trace_id(), anew.span_context.trace_id());
+    assert_eq!(b.storage.stats().exported_roots, 0);
+}
+
 #[test]
 fn a_late_id_gives_its_span_a_root_beneath_it() {
     let worker = worker(builder().build().unwrap());

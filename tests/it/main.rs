@@ -24,6 +24,9 @@
 //! | random sequences of span operations match the documented behaviour | `model` |
 //! | workers that share a backend agree; a slow or failing backend costs continuity only | `shared` |
 //! | a record in a backend lives as long as its instance is used | `refresh` |
+//! | what a backend has lost is given back, and the end of an instance reaches all workers | `given_back` |
+//! | clocks that differ, and one that is set forward | `clocks` |
+//! | what another version or program has stored is left alone | `upgrade` |
 //! | a backend that answers too late or not at all: all workers of a run agree in the end | `misses` |
 //! | every `StorageBackend` fulfils the written contract | `store_contract` |
 //! | `peek` starts nothing, and replays are hidden from logs by `log_filter` | `logs` |
@@ -50,6 +53,7 @@ mod support;
 
 mod bounds;
 mod bytes;
+mod clocks;
 mod concurrency;
 mod continuity;
 #[cfg(all(feature = "postgres", feature = "redis"))]
@@ -62,6 +66,7 @@ mod explain;
 mod explicit_api;
 mod first_spans;
 mod fuzzed;
+mod given_back;
 mod hostile;
 #[cfg(all(feature = "postgres", feature = "redb", feature = "redis"))]
 mod inspect;
@@ -92,3 +97,4 @@ mod store_contract;
 mod symptoms;
 mod trace_forest;
 mod tracer_provider;
+mod upgrade;

@@ -23,7 +23,7 @@ use tracing_workflow_context::backend::{
 use tracing_workflow_context::{Stats, WorkflowContextStorage};
 
 /// The documented instruments, and the counter that each time series reads.
-const INSTRUMENTS: [(&str, Kind, &str, &[Series]); 18] = [
+const INSTRUMENTS: [(&str, Kind, &str, &[Series]); 21] = [
     (
         COUNT,
         Kind::UpDownCounter,
@@ -121,6 +121,24 @@ const INSTRUMENTS: [(&str, Kind, &str, &[Series]); 18] = [
         &[("", |stats| stats.malformed)],
     ),
     (
+        "workflow.context.backend.record.given_back",
+        Kind::Counter,
+        "{record}",
+        &[("", |stats| stats.given_back)],
+    ),
+    (
+        "workflow.context.backend.refresh.overdue",
+        Kind::Counter,
+        "{refresh}",
+        &[("", |stats| stats.overdue_refreshes)],
+    ),
+    (
+        "workflow.context.backend.record.expired_at_open",
+        Kind::Counter,
+        "{record}",
+        &[("", |stats| stats.expired_at_open)],
+    ),
+    (
         "workflow.context.backend.write.dropped",
         Kind::Counter,
         "{write}",
@@ -177,12 +195,15 @@ fn every_counter_is_reported_by_the_documented_instrument() {
 }
 
 /// Asserts that every counter has a different, nonzero value; otherwise a swapped or missing one would go unnoticed. Those of
-/// workflows' own spans need another tracer provider, and are counted by a test of their own.
+/// workflows' own spans and of refreshes need another set-up, and are counted by tests of their own.
 fn assert_are_all_and_differ(stats: &Stats) {
-    let of_roots = |name: &str| name.starts_with("workflow.context.root.");
+    let of_others = |name: &str| {
+        let others = [".root.", ".given_back", ".refresh."];
+        others.iter().any(|part| name.contains(part))
+    };
     let series: Vec<_> = INSTRUMENTS
         .iter()
-        .filter(|(name, ..)| !of_roots(name))
+        .filter(|(name, ..)| !of_others(name))
         .flat_map(|(_, _, _, series)| *series)
         .collect();
     let values: BTreeSet<_> = series.iter().map(|(_, value)| value(stats)).collect();
@@ -190,7 +211,7 @@ fn assert_are_all_and_differ(stats: &Stats) {
     assert!(!values.contains(&0), "{stats:?}");
     assert_eq!(
         format!("{stats:?}").matches(':').count(),
-        series.len() + 2,
+        series.len() + 4,
         "{stats:?}"
     );
 }
@@ -218,6 +239,39 @@ fn the_own_spans_of_workflows_are_counted() {
     storage.complete("2", "completed").unwrap();
     assert_eq!(metrics.values("workflow.context.root.exported"), [2]);
     assert_eq!(metrics.values("workflow.context.root.lost"), [1]);
+}
+
+#[test]
+fn what_is_given_back_and_what_is_overdue_are_counted() {
+    let metrics = Metrics::new();
+    let (backend, clock) = (ControlledBackend::new(), ManualClock::new());
+    let storage = patient(backend.clone()).clock(clock.clone());
+    let storage = storage.build().unwrap();
+    storage.register_metrics(&metrics.meter());
+    storage.store("order-42", context(8)).unwrap();
+    storage.flush().unwrap();
+    // Neither the record nor an answer is there.
+    backend.set(Call::GetMany, Behaviour::Blocks);
+    clock.advance(HOUR);
+    backend.await_blocked(Call::GetMany);
+    clock.advance(HOUR);
+    backend.set(Call::GetMany, Behaviour::Fails);
+    wait_until("it is overdue", || {
+        metrics.values("workflow.context.backend.refresh.overdue") == [1]
+    });
+    assert_eq!(
+        metrics.values("workflow.context.backend.record.given_back"),
+        [0]
+    );
+    let lost = Write::Remove("order-42".to_owned());
+    backend.write(&[lost]).unwrap();
+    backend.set(Call::GetMany, Behaviour::Works);
+    wait_until("it is given back", || {
+        metrics.values("workflow.context.backend.record.given_back") == [1]
+    });
+    let stats = storage.stats();
+    assert_eq!((stats.given_back, stats.overdue_refreshes), (1, 1));
+    assert!(stats.backend_errors > 0);
 }
 
 #[test]
@@ -528,6 +582,10 @@ impl StorageBackend for Shared {
 
     fn malformed(&self) -> u64 {
         10
+    }
+
+    fn expired_at_open(&self) -> u64 {
+        30
     }
 }
 

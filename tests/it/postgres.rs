@@ -164,7 +164,7 @@ fn a_nul_is_stored_in_the_binary_form() {
 }
 
 #[test]
-fn rows_that_cannot_be_decoded_are_counted_and_replaced() {
+fn rows_that_cannot_be_decoded_are_counted_and_left_alone() {
     let server = PostgresServer::start();
     let first = backend(&server);
     StorageBackend::connect(&first).unwrap();
@@ -191,20 +191,28 @@ fn rows_that_cannot_be_decoded_are_counted_and_replaced() {
         assert_eq!(backend.malformed(), 2);
 
         // With other writes around it.
-        let moved = SystemTime::now() + Duration::from_secs(7200);
         let writes = [
             claim("other", &record),
             claim("id", &record),
-            Write::Expire("id".to_owned(), moved),
             claim("id", &record),
         ];
         let outcomes = backend.write_all(&writes).unwrap();
-        let won: Vec<_> = outcomes.iter().map(|o| o.existing().is_none()).collect();
-        assert_eq!(won, [true, true, true, false], "{value}");
-        assert_eq!(backend.malformed(), 3);
+        use WriteOutcome::{Done, Unreadable};
+        assert!(
+            matches!(outcomes[..], [Done, Unreadable, Unreadable]),
+            "{value}: {outcomes:?}"
+        );
+        assert_eq!(backend.malformed(), 4);
+        let there = server.sql(&format!(
+            "SELECT {column} = {value} FROM workflow_contexts WHERE key = 'id'"
+        ));
+        assert_eq!(there, "t", "{value}");
+        // A call decides what is stored.
+        backend
+            .write_all(&[Write::Put("id".to_owned(), record.clone())])
+            .unwrap();
         let found = backend.get("id").unwrap().expect("it was replaced");
         assert_eq!(found.context, record.context);
-        assert!(found.expires_at > moved - Duration::from_secs(60));
     }
     // A key that is no text.
     server.sql(r"UPDATE workflow_contexts SET key = '\xff' WHERE key = 'other'");
@@ -217,15 +225,11 @@ fn rows_that_cannot_be_decoded_are_counted_and_replaced() {
 }
 
 #[test]
-fn one_of_many_writers_replaces_a_row_that_cannot_be_decoded() {
+fn one_of_many_writers_wins() {
     let server = PostgresServer::start();
     let backends = [0; 4].map(|_| backend(&server));
-    StorageBackend::connect(&backends[0]).unwrap();
     for round in 0..20 {
         let key = format!("id {round}");
-        server.sql(&format!(
-            "INSERT INTO workflow_contexts (key, record) VALUES ('{key}', 'garbage')"
-        ));
         assert_one_of_four_wins(&key, |thread, claim| backends[thread].write_all(claim));
     }
 }

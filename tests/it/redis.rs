@@ -5,7 +5,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use crate::support::*;
 use redis::Commands as _;
-use tracing_workflow_context::backend::{StorageBackend, Write};
+use tracing_workflow_context::backend::{StorageBackend, Write, WriteOutcome};
 use tracing_workflow_context::testing::check_backend;
 use tracing_workflow_context::{ConnectError, Form, RedisBackend, StorageError};
 
@@ -137,7 +137,7 @@ fn either_form_is_read_whichever_is_written() {
 }
 
 #[test]
-fn undecodable_values_are_counted_and_replaced() {
+fn undecodable_values_are_counted_and_left_alone() {
     let server = RedisServer::start();
     let mut raw = raw(&server);
     let key = "workflow-context:{id}";
@@ -159,14 +159,15 @@ fn undecodable_values_are_counted_and_replaced() {
             .unwrap();
         assert_eq!(backend.malformed(), 2);
 
-        assert!(
-            backend
-                .write_all(&[claim("id", &record)])
-                .unwrap()
-                .iter()
-                .all(|o| o.existing().is_none())
-        );
+        let outcomes = backend.write_all(&[claim("id", &record)]).unwrap();
+        assert!(matches!(outcomes[..], [WriteOutcome::Unreadable]));
         assert_eq!(backend.malformed(), 3);
+        let there: Vec<u8> = raw.get(key).unwrap();
+        assert!(there == value, "{value:.10?}");
+        // A call decides what is stored.
+        backend
+            .write_all(&[Write::Put("id".to_owned(), record.clone())])
+            .unwrap();
         let found = backend.get("id").unwrap().expect("it was replaced");
         assert_eq!(found.context, record.context);
     }
@@ -176,30 +177,27 @@ fn undecodable_values_are_counted_and_replaced() {
     let () = raw.del(key).unwrap();
     let () = raw.rpush(key, "a list").unwrap();
     assert_eq!(backend.get("id").unwrap(), None);
-    let moved = SystemTime::now() + Duration::from_secs(7200);
     let writes = [
         claim("other", &record),
         claim("id", &record),
-        Write::Expire("id".to_owned(), moved),
         claim("id", &record),
         claim("other", &record),
     ];
-    let winners = backend.write_all(&writes).unwrap();
-    let won: Vec<_> = winners.iter().map(|o| o.existing().is_none()).collect();
-    assert_eq!(won, [true, true, true, false, false]);
-    let left: i64 = raw.pttl(key).unwrap();
-    assert!(left > 3_700_000, "{left} ms are left");
+    use WriteOutcome::{Done, Existing, Unreadable};
+    let outcomes = backend.write_all(&writes).unwrap();
+    assert!(
+        matches!(outcomes[..], [Done, Unreadable, Unreadable, Existing(_)]),
+        "{outcomes:?}"
+    );
+    let list: Vec<String> = raw.lrange(key, 0, -1).unwrap();
+    assert_eq!(list, ["a list"]);
 }
 
 #[test]
-fn one_of_many_writers_replaces_an_undecodable_value() {
+fn one_of_many_writers_wins() {
     let server = RedisServer::start();
-    let mut raw = raw(&server);
     for round in 0..20 {
         let key = format!("id {round}");
-        let () = raw
-            .set(format!("workflow-context:{{{key}}}"), "garbage")
-            .unwrap();
         assert_one_of_four_wins(&key, |_, claim| backend(&server).write_all(claim));
     }
 }

@@ -19,7 +19,7 @@ use crate::support::*;
 
 const ID: &str = "order-42";
 
-const SYNCS: [RedbSync; 2] = [RedbSync::Group, RedbSync::Eventual];
+const SYNCS: [RedbSync; 3] = [RedbSync::Group, RedbSync::TwoPhase, RedbSync::Eventual];
 
 fn storage(path: &Path) -> WorkflowContextStorage {
     patient(RedbBackend::open(path).unwrap()).build().unwrap()
@@ -674,6 +674,41 @@ fn a_damaged_file_is_refused_and_unchanged() {
     assert!(refused > 60, "{refused} of 200 damaged files were refused");
 }
 
+/// Damage to all that the last group of writes has changed, as by a disk that has lost them.
+#[test]
+fn damage_to_the_last_writes_is_noticed_with_two_syncs_a_group() {
+    for sync in [RedbSync::Group, RedbSync::TwoPhase] {
+        let directory = Directory::new();
+        let path = directory.file("contexts");
+        let backend = RedbBackend::open_with(&path, sync).unwrap();
+        backend.write(&puts(1..1_000)).unwrap();
+        let before = fs::read(&path).unwrap();
+        backend.write(&puts(1_000..1_100)).unwrap();
+        // Left open, as by a crash.
+        let mut damaged = fs::read(&path).unwrap();
+        drop(backend);
+        // The first page says which group is the last.
+        for (at, byte) in damaged.iter_mut().enumerate().skip(4096) {
+            if before.get(at) != Some(byte) {
+                *byte ^= 0xff;
+            }
+        }
+        fs::write(&path, &damaged).unwrap();
+        let opened = RedbBackend::open_with(&path, sync);
+        match (sync, opened) {
+            (RedbSync::TwoPhase, Err(OpenError::Damaged { .. })) => {}
+            (RedbSync::Group, Ok(backend)) => {
+                assert!(backend.get("999").unwrap().is_some());
+                assert!(
+                    backend.get("1000").unwrap().is_none(),
+                    "as if it was never written"
+                );
+            }
+            (_, opened) => panic!("{sync:?}: {opened:?}"),
+        }
+    }
+}
+
 #[test]
 fn undecodable_records_are_counted_and_skipped() {
     let directory = Directory::new();
@@ -881,7 +916,7 @@ fn another_process() {
         return;
     }
     let from: u64 = std::env::var("RESTART_FROM").unwrap().parse().unwrap();
-    let backend = RedbBackend::open_with(path, SYNCS[from as usize % 2]).unwrap();
+    let backend = RedbBackend::open_with(path, SYNCS[from as usize % SYNCS.len()]).unwrap();
     let storage = patient(backend).build().unwrap();
     let mut random = Random::new(from);
     let mut span = from;

@@ -25,7 +25,7 @@ fn redb_fulfils_the_contract() {
     use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
     use tracing_workflow_context::{RedbBackend, RedbSync};
 
-    for sync in [RedbSync::Group, RedbSync::Eventual] {
+    for sync in [RedbSync::Group, RedbSync::TwoPhase, RedbSync::Eventual] {
         let (directory, files) = (Directory::new(), AtomicUsize::new(0));
         let next = || directory.file(&files.fetch_add(1, Relaxed).to_string());
         check_backend(|| RedbBackend::open_with(next(), sync).unwrap());

@@ -113,14 +113,14 @@ impl Group {
         kinds
     }
 
-    /// Carries out writes of one kind, all of them or none. Returns the records that claims have found.
+    /// Carries out writes of one kind, all of them or none. Returns what claims have found.
     async fn carry_out(
         &self,
         client: &Arc<Client>,
         table: &Table,
         most: Duration,
         some: &[usize],
-    ) -> Result<Vec<(usize, Record)>, Failure> {
+    ) -> Result<Vec<(usize, WriteOutcome)>, Failure> {
         let keys = self.keys(some);
         let lifetimes = self.lifetimes(some);
         match &self.writes[some[0]] {
@@ -166,7 +166,7 @@ impl Group {
         table: &Table,
         most: Duration,
         some: &[usize],
-    ) -> Result<Vec<(usize, Record)>, Failure> {
+    ) -> Result<Vec<(usize, WriteOutcome)>, Failure> {
         let mut found = Vec::new();
         let mut open: HashMap<_, _> = some.iter().map(|&at| (self.key(at), at)).collect();
         for _ in 0..ATTEMPTS {
@@ -177,25 +177,14 @@ impl Group {
             for row in won {
                 open.remove(row.get::<_, &[u8]>("key"));
             }
-            let (mut keys, mut versions) = (Vec::new(), Vec::new());
             for row in existing {
                 let key: &[u8] = row.get("key");
                 // Won since it was seen, if it is no longer open.
-                let Some(at) = open.get(key).copied() else {
+                let Some(at) = open.remove(key) else {
                     continue;
                 };
-                if let Some(record) = table.record(row) {
-                    found.push((at, record));
-                    open.remove(key);
-                } else {
-                    keys.push(key);
-                    versions.push(row.get::<_, &str>("version"));
-                }
-            }
-            if !keys.is_empty() {
-                let parameters: [(&(dyn ToSql + Sync), Type); 2] =
-                    [(&keys, Type::BYTEA_ARRAY), (&versions, Type::TEXT_ARRAY)];
-                query(client, &table.remove_versions, &parameters, most).await?;
+                let record = table.record(row).map(WriteOutcome::Existing);
+                found.push((at, record.unwrap_or(WriteOutcome::Unreadable)));
             }
             if open.is_empty() {
                 return Ok(found);
@@ -221,9 +210,9 @@ impl Group {
     }
 }
 
-fn outcomes_of(found: Vec<(usize, Record)>, outcomes: &mut [Written]) {
-    for (at, record) in found {
-        outcomes[at] = Ok(WriteOutcome::Existing(record));
+fn outcomes_of(found: Vec<(usize, WriteOutcome)>, outcomes: &mut [Written]) {
+    for (at, outcome) in found {
+        outcomes[at] = Ok(outcome);
     }
 }
 

@@ -79,7 +79,6 @@ pub(super) struct Table {
     pub(super) put: String,
     pub(super) expire: String,
     pub(super) remove: String,
-    pub(super) remove_versions: String,
     pub(super) remove_expired: String,
 }
 
@@ -108,10 +107,10 @@ impl Table {
             claim: format!(
                 "WITH won AS ({insert} WHERE t.expires_at <= now() RETURNING t.key),
                  w AS MATERIALIZED (SELECT sha256(key) AS id FROM unnest($1::bytea[]) AS key)
-                 SELECT key, true AS is_won, NULL::bytea AS value, 0::float8 AS seconds_left, '' AS version FROM won
+                 SELECT key, true AS is_won, NULL::bytea AS value, 0::float8 AS seconds_left FROM won
                  UNION ALL
-                 SELECT t.key, false, {RECORD}, t.version
-                 FROM (SELECT t.*, t.xmin::text AS version FROM w JOIN {name} AS t ON t.id = w.id OFFSET 0) AS t
+                 SELECT t.key, false, {RECORD}
+                 FROM (SELECT t.* FROM w JOIN {name} AS t ON t.id = w.id OFFSET 0) AS t
                  WHERE t.expires_at > now()"
             ),
             put: insert,
@@ -130,14 +129,6 @@ impl Table {
                  DELETE FROM {name} AS t
                  USING (SELECT t.id FROM w JOIN {name} AS t ON t.id = w.id ORDER BY t.id FOR UPDATE OF t) AS w
                  WHERE t.id = w.id"
-            ),
-            remove_versions: format!(
-                "WITH w AS MATERIALIZED (
-                     SELECT sha256(key) AS id, version FROM unnest($1::bytea[], $2::text[]) AS w (key, version)
-                 )
-                 DELETE FROM {name} AS t
-                 USING (SELECT t.id, w.version FROM w JOIN {name} AS t ON t.id = w.id ORDER BY t.id FOR UPDATE OF t) AS w
-                 WHERE t.id = w.id AND t.xmin::text = w.version"
             ),
             // The lock ends with the statement. By `ctid`, since an index on the expiry would make each move of an expiry
             // write to it.

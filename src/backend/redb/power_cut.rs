@@ -103,7 +103,7 @@ impl Platter {
         let file = self.clone();
         let open_file = Box::new(move |_: &Path| Ok(file.clone()));
         let path = PathBuf::from("a file on a simulated disk");
-        RedbBackend::open_on(Disk { path, open_file }, sync)
+        RedbBackend::open_on(Disk { path, open_file }, sync, None)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

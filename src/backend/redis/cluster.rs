@@ -111,21 +111,6 @@ impl Cluster {
             .collect()
     }
 
-    /// Returns the master of a key, for a transaction.
-    pub(super) fn master(
-        &self,
-        key: &str,
-        timeouts: Timeouts,
-    ) -> Result<Arc<Member>, BackendError> {
-        self.members.ensure_known(timeouts)?;
-        let slot = topology::slot(key.as_bytes());
-        match self.members.masters_of(&[slot]).remove(0) {
-            Some(master) if master.is_down() => Err(master.down()),
-            Some(master) => Ok(master),
-            None => Err(self.no_master(slot, timeouts)),
-        }
-    }
-
     /// Returns all masters, or an error if one is down.
     pub(super) fn masters(&self, timeouts: Timeouts) -> Result<Vec<Arc<Member>>, BackendError> {
         self.members.ensure_known(timeouts)?;

@@ -45,7 +45,7 @@ pub(super) fn on_key(name: &str, key: impl ToRedisArgs, arguments: &[u64]) -> Cm
 
 /// Creates the two commands whose replies make a record.
 pub(super) fn read(key: impl ToRedisArgs + Copy) -> [Cmd; 2] {
-    [read_value(key), on_key("PEXPIRETIME", key, &[])]
+    [read_value(key), lifetime(key)]
 }
 
 /// Creates the command that reads a value, but no more than tells that it is too long: anybody may have put it there.
@@ -53,43 +53,46 @@ pub(super) fn read_value(key: impl ToRedisArgs) -> Cmd {
     on_key("GETRANGE", key, &[0, MAX_VALUE as u64])
 }
 
-pub(super) fn set(key: &str, value: Vec<u8>, expires_at: SystemTime) -> Cmd {
+/// Creates the command that asks how long a key is still to live.
+pub(super) fn lifetime(key: impl ToRedisArgs) -> Cmd {
+    on_key("PTTL", key, &[])
+}
+
+/// Creates the command that sets a key, which is to live for so long: for a millisecond at least, since the server refuses 0.
+pub(super) fn set(key: &str, value: Vec<u8>, left: Duration) -> Cmd {
     let mut set = cmd("SET");
     set.arg(key).arg(value);
-    set.arg("PXAT").arg(milliseconds(expires_at));
+    set.arg("PX").arg(milliseconds(left).max(1));
     set
 }
 
 /// Creates the command that sets a key without a value, and replies with nil if it finds one.
-pub(super) fn set_if_absent(key: &str, value: Vec<u8>, expires_at: SystemTime) -> Cmd {
-    let mut set = set(key, value, expires_at);
+pub(super) fn set_if_absent(key: &str, value: Vec<u8>, left: Duration) -> Cmd {
+    let mut set = set(key, value, left);
     set.arg("NX");
     set
 }
 
-pub(super) fn expire(key: &str, at: SystemTime) -> Cmd {
-    on_key("PEXPIREAT", key, &[milliseconds(at)])
+/// Creates the command that lets a key live for so long; with 0, it is removed.
+pub(super) fn expire(key: &str, left: Duration) -> Cmd {
+    on_key("PEXPIRE", key, &[milliseconds(left)])
 }
 
-/// The reply to `PEXPIRETIME` for a key that is not there.
+/// The reply to `PTTL` for a key that is not there.
 const NO_KEY: i64 = -2;
 
-/// Reads the reply to `PEXPIRETIME`. Returns `None` for a key without an expiry.
-pub(super) fn expiry(reply: &Value) -> Option<SystemTime> {
+/// Reads the reply to `PTTL`. Returns `None` for a key without an expiry.
+pub(super) fn expiry(reply: &Value, now: SystemTime) -> Option<SystemTime> {
     match *reply {
-        Value::Int(ms @ 1..) => {
-            SystemTime::UNIX_EPOCH.checked_add(Duration::from_millis(ms as u64))
-        }
+        Value::Int(ms @ 0..) => now.checked_add(Duration::from_millis(ms as u64)),
         _ => None,
     }
 }
 
-/// Milliseconds since 1970, from 1, since the server refuses 0, to the largest number that it takes.
-fn milliseconds(time: SystemTime) -> u64 {
-    let since_epoch = time
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .unwrap_or_default();
-    since_epoch.as_millis().clamp(1, i64::MAX as u128) as u64
+/// Milliseconds, at most a thousand years: the server adds them to its time, which must not overflow.
+fn milliseconds(left: Duration) -> u64 {
+    const LONGEST: u128 = 1000 * 365 * 24 * 60 * 60 * 1000;
+    left.as_millis().min(LONGEST) as u64
 }
 
 /// Creates the command for one page of the keys that begin with `prefix`.

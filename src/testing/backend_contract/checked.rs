@@ -48,6 +48,14 @@ impl<B: StorageBackend> Checked<B> {
                 );
                 Some(record)
             }
+            WriteOutcome::Unreadable => {
+                rule(
+                    false,
+                    "`write` decodes what `write` has stored",
+                    format_args!("{write:?} found something else"),
+                );
+                None
+            }
             WriteOutcome::Failed(error) => succeeded("write", Err(error)),
         };
         writes.iter().zip(outcomes).map(found).collect()
@@ -67,6 +75,13 @@ impl<B: StorageBackend> Checked<B> {
     #[track_caller]
     pub(super) fn get(&self, key: &str) -> Option<Record> {
         succeeded("get", self.0.get(key))
+    }
+
+    /// Reads all these keys at once.
+    #[track_caller]
+    pub(super) fn get_many(&self, keys: &[&str]) -> Vec<Option<Record>> {
+        let keys: Vec<_> = keys.iter().map(|key| (*key).to_owned()).collect();
+        succeeded("get_many", self.0.get_many(&keys))
     }
 
     #[track_caller]

@@ -77,6 +77,15 @@ pub(super) fn any_text_is_a_key<B: StorageBackend>(backend: &Checked<B>) {
         );
     }
     backend.scan_is(&keys, sentence);
+    let twice_and_none: Vec<_> = keys.into_iter().rev().chain(["none", keys[0]]).collect();
+    let many = backend.get_many(&twice_and_none);
+    let each: Vec<_> = twice_and_none.iter().map(|key| backend.get(key)).collect();
+    let context = |record: &Option<Record>| record.as_ref().map(|record| record.context.clone());
+    rule(
+        many.iter().map(context).eq(each.iter().map(context)),
+        "`get_many` returns for each key what `get` does",
+        format_args!("{many:?} for {twice_and_none:?}"),
+    );
     for (span, key) in (1..).zip(keys) {
         backend.holds(key, &record(span), sentence);
         backend.write(&[Write::Remove(key.to_owned())]);
@@ -151,34 +160,6 @@ pub(super) fn a_record_comes_back_as_it_was<B: StorageBackend>(backend: &Checked
             same,
             "`scan` visits a record as it was stored",
             format_args!("{visited:?} for {record:?}"),
-        );
-    }
-}
-
-pub(super) fn the_first_key_with_a_record_is_found<B: StorageBackend>(backend: &Checked<B>) {
-    let expired = Record::new(
-        record(3).context,
-        SystemTime::now() - Duration::from_secs(2),
-    );
-    backend.put("first", &record(1));
-    backend.put("second", &record(2));
-    backend.put("gone", &expired);
-    let cases: [(&[&str], _); 7] = [
-        (&[], None),
-        (&["first"], Some((0, 1))),
-        (&["first", "second"], Some((0, 1))),
-        (&["second", "first"], Some((0, 2))),
-        (&["none", "second"], Some((1, 2))),
-        (&["none", "gone", "first", "second"], Some((2, 1))),
-        (&["none", "gone"], None),
-    ];
-    for (keys, expected) in cases {
-        let found = succeeded("`get_first`", backend.0.get_first(keys));
-        let found = found.map(|(position, record)| (position, span_of(&record)));
-        rule(
-            found == expected,
-            "`get_first` returns the record of the first key that has one, and the position of that key",
-            format_args!("of {keys:?}: {found:?} for {expected:?}"),
         );
     }
 }
