@@ -85,7 +85,8 @@ const PIPELINE: usize = 1000;
 /// and `=`. So no two instances share a key, whatever their ids and the prefixes of their workers are.
 /// The server is told how long a key is to live, and removes it by its own clock, so the clocks of the machines need not agree.
 ///
-/// The user needs `SET`, `GETRANGE`, `DEL`, `PEXPIRE`, `PTTL` and `PING`; a Cluster also `CLUSTER SLOTS` and `ASKING`, and a [scan](StorageBackend::scan), which a storage never makes, `SCAN`.
+/// The user needs `SET`, `GETRANGE`, `DEL`, `PEXPIRE`, `PTTL` and `PING`; a Cluster also `CLUSTER SLOTS` and `ASKING`, and a
+/// [scan](StorageBackend::scan), which a storage never makes, `SCAN`.
 ///
 /// Values that others write are not trusted. One that cannot be decoded, of a newer version of this crate or of another type, is
 /// counted in [`malformed`](crate::Stats::malformed), and treated as missing. It is left alone: the claim of a context in its

@@ -125,7 +125,7 @@ fn assert_shows(store: &str, [order, other, cart]: [Recorded; 3]) {
 fn a_file_is_looked_into() {
     let directory = Directory::new();
     let file = directory.file("contexts.redb");
-    let recorded = record_instances(|| RedbBackend::open(&file).expect("a file"));
+    let recorded = record_instances(|| open(&file));
     assert_shows(file.to_str().expect("text"), recorded);
     let missing = directory.file("missing").display().to_string();
     let error = inspect(&[&missing]).unwrap_err();

@@ -22,7 +22,7 @@ const ID: &str = "order-42";
 const SYNCS: [RedbSync; 3] = [RedbSync::Group, RedbSync::TwoPhase, RedbSync::Eventual];
 
 fn storage(path: &Path) -> WorkflowContextStorage {
-    patient(RedbBackend::open(path).unwrap()).build().unwrap()
+    patient(open(path)).build().unwrap()
 }
 
 fn worker_on(path: &Path) -> Worker {
@@ -247,7 +247,8 @@ fn later_writes_free_the_space_of_expired_records() {
     let directory = Directory::new();
     let path = directory.file("contexts");
     let backend = RedbBackend::open_with(&path, RedbSync::Eventual).unwrap();
-    let over = SystemTime::now() - Duration::from_secs(1);
+    // What had expired before the file was opened would be kept for a while.
+    let over = SystemTime::now() + Duration::from_millis(1);
     for round in 0..100 {
         let writes = (0..1_000).map(|n| {
             let record = Record::new(context(n + 1), over);

@@ -206,7 +206,7 @@ fn an_acl_of_a_prefix_keeps_tenants_apart() {
     let server = RedisServer::start();
     let client = redis::Client::open(server.url()).unwrap();
     let mut raw = client.get_connection().unwrap();
-    let commands = ["set", "getrange", "del", "pexpireat", "pexpiretime", "ping"];
+    let commands = ["set", "getrange", "del", "pexpire", "pttl", "ping"];
     for (user, keys) in [
         ("by-prefix", "~tenant-a:*"),
         ("by-namespace", "~workflow-context:{a\u{1d}*"),

@@ -36,6 +36,23 @@ impl Drop for Directory {
     }
 }
 
+/// Opens a file of contexts. A process that another test is starting may still have an inherited copy of the file's lock, until
+/// it runs its own program.
+#[cfg(feature = "redb")]
+pub(crate) fn open(path: &Path) -> tracing_workflow_context::RedbBackend {
+    use tracing_workflow_context::{OpenError, RedbBackend};
+
+    let deadline = std::time::Instant::now() + super::PATIENCE;
+    loop {
+        match RedbBackend::open(path) {
+            Err(OpenError::Locked { .. }) if std::time::Instant::now() < deadline => {
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+            opened => return opened.expect("a file of contexts"),
+        }
+    }
+}
+
 /// A file system in memory, until this is dropped.
 #[derive(Debug)]
 pub(crate) struct Mount(PathBuf);

@@ -71,7 +71,7 @@ fn serve(mut client: TcpStream, says: &Mutex<Says>) {
                     replies.extend(&says.value);
                     replies.extend(b"\r\n");
                 }
-                b"PEXPIRETIME" => replies.extend(b":-1\r\n"),
+                b"PTTL" => replies.extend(b":-1\r\n"),
                 b"SET" => {
                     says.value.clone_from(&command[2]);
                     replies.extend(b"+OK\r\n");
