@@ -15,7 +15,7 @@ use super::guard::Guarded;
 use super::reader::{OnLate, Reader};
 use super::scanner::Scanner;
 use super::write_queue::{Known, OnWinner};
-use super::writer::Writer;
+use super::writer::{Writer, turns};
 use crate::backend::{Record, StorageBackend, Write};
 use crate::error::StorageError;
 use crate::lock::lock;
@@ -95,7 +95,7 @@ impl Client {
             alive.clone(),
             answer,
         )?;
-        let write = move |backend| writer.run(&backend);
+        let write = move |backend| turns::run(&writer, &backend);
         let thread = spawn("workflow-context-writes", backend, alive, write)?;
         client.writer.set_thread(thread.thread());
         Ok(client)

@@ -4,7 +4,7 @@
 //! thread that locks the queue first moves messages from the channel into it: the writer's own, a lookup, and a span
 //! that finds the channel crowded and the queue unlocked.
 
-mod thread_state;
+pub(super) mod turns;
 
 use std::convert::Infallible;
 use std::sync::atomic::{
@@ -16,9 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
-use self::thread_state::ThreadState;
-use super::breaker::{Backoff, Breaker};
-use super::guard::Guarded;
+use super::breaker::Breaker;
 use super::write_queue::{InFlight, Known, Lost, MAX_WRITES, OnWinner, WriteQueue, weight};
 use crate::backend::{BackendError, Write};
 use crate::error::StorageError;
@@ -287,49 +285,6 @@ impl Writer {
         drop(queue);
         drop(callbacks);
         result
-    }
-
-    /// Carries out writes on the calling thread, until the writer is closed.
-    pub(super) fn run(&self, backend: &Guarded) {
-        let mut state = ThreadState::new(self, backend);
-        let mut backoff = Backoff::new();
-        loop {
-            let turn = state.next_turn();
-            let mut partial = None;
-            let result = state.carry_out(&turn, &mut partial);
-            if let Some(error) = &partial {
-                backend.report(error);
-            }
-            state.schedule_held(&turn);
-            if let Some(error) = result.as_ref().err().or(partial.as_ref()) {
-                state.first_failure.get_or_insert_with(|| error.clone());
-            }
-            state.answer(&turn.flushes, result.as_ref().err());
-            let is_done = result.is_err() || self.with_queue(|queue| queue.waiting.is_empty());
-            if turn.is_closing && is_done {
-                return;
-            }
-            // Of a slow backend, which has carried out a part of the writes, the rest is tried again soon.
-            if result.is_ok() || state.has_written {
-                self.breaker.succeeded();
-                backoff = Backoff::new();
-            }
-            if result.is_err() {
-                self.breaker.failed();
-                self.pause_until(backoff.next_attempt());
-            }
-        }
-    }
-
-    /// Pauses, but not while a flush or the close waits for another attempt.
-    fn pause_until(&self, moment: Instant) {
-        while !self.with_queue(|queue| queue.is_waited_for()) {
-            let left = moment.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return;
-            }
-            thread::park_timeout(left);
-        }
     }
 }
 

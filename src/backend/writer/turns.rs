@@ -15,8 +15,51 @@ use crate::backend::write_queue::{Callbacks, FollowUp, InFlight, OnWinner, Write
 use crate::backend::{BackendError, Record, Write, WriteOutcome};
 use crate::error::StorageError;
 
+/// Carries out writes on the calling thread, until the writer is closed.
+pub(in crate::backend) fn run(writer: &Writer, backend: &Guarded) {
+    let mut state = ThreadState::new(writer, backend);
+    let mut backoff = Backoff::new();
+    loop {
+        let turn = state.next_turn();
+        let mut partial = None;
+        let result = state.carry_out(&turn, &mut partial);
+        if let Some(error) = &partial {
+            backend.report(error);
+        }
+        state.schedule_held(&turn);
+        if let Some(error) = result.as_ref().err().or(partial.as_ref()) {
+            state.first_failure.get_or_insert_with(|| error.clone());
+        }
+        state.answer(&turn.flushes, result.as_ref().err());
+        let is_done = result.is_err() || writer.with_queue(|queue| queue.waiting.is_empty());
+        if turn.is_closing && is_done {
+            return;
+        }
+        // Of a slow backend, which has carried out a part of the writes, the rest is tried again soon.
+        if result.is_ok() || state.has_written {
+            writer.breaker.succeeded();
+            backoff = Backoff::new();
+        }
+        if result.is_err() {
+            writer.breaker.failed();
+            pause_until(writer, backoff.next_attempt());
+        }
+    }
+}
+
+/// Pauses, but not while a flush or the close waits for another attempt.
+fn pause_until(writer: &Writer, moment: Instant) {
+    while !writer.with_queue(|queue| queue.is_waited_for()) {
+        let left = moment.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return;
+        }
+        thread::park_timeout(left);
+    }
+}
+
 /// The part of the writer that its thread alone uses.
-pub(super) struct ThreadState<'a> {
+struct ThreadState<'a> {
     writer: &'a Writer,
     backend: &'a Guarded,
     /// The callbacks of the writes in flight that are not done.
@@ -26,17 +69,17 @@ pub(super) struct ThreadState<'a> {
     held_backoff: Backoff,
     size: GroupSize,
     /// Set if the backend has carried out a group in this turn, and was not asked to flush since.
-    pub(super) has_written: bool,
+    has_written: bool,
     /// Set if the backend has carried out a group since its last flush.
     is_dirty: bool,
     /// The number of dropped writes that flushes have told.
     dropped_before: u64,
     /// The first failure since the last flush that succeeded.
-    pub(super) first_failure: Option<BackendError>,
+    first_failure: Option<BackendError>,
 }
 
 impl<'a> ThreadState<'a> {
-    pub(super) fn new(writer: &'a Writer, backend: &'a Guarded) -> Self {
+    fn new(writer: &'a Writer, backend: &'a Guarded) -> Self {
         Self {
             writer,
             backend,
@@ -54,7 +97,7 @@ impl<'a> ThreadState<'a> {
 
 impl ThreadState<'_> {
     /// Waits until there is something to do.
-    pub(super) fn next_turn(&self) -> Turn {
+    fn next_turn(&self) -> Turn {
         let mut idle = 0;
         loop {
             let is_held_due = self.held_until.is_some_and(|due| Instant::now() >= due);
@@ -97,7 +140,7 @@ impl ThreadState<'_> {
     /// `partial`.
     ///
     /// What was refused comes last: among the writes before it may be those that free the memory which it lacked.
-    pub(super) fn carry_out(
+    fn carry_out(
         &mut self,
         turn: &Turn,
         partial: &mut Option<BackendError>,
@@ -127,7 +170,7 @@ impl ThreadState<'_> {
 
     /// Answers flushes: with the failure of the whole backend, else with what was dropped since the last answer and what
     /// is held now.
-    pub(super) fn answer(&mut self, flushes: &[Flush], failure: Option<&BackendError>) {
+    fn answer(&mut self, flushes: &[Flush], failure: Option<&BackendError>) {
         if flushes.is_empty() {
             return;
         }
@@ -285,7 +328,7 @@ impl ThreadState<'_> {
         self.writer.with_queue(|queue| queue.held.len())
     }
 
-    pub(super) fn schedule_held(&mut self, turn: &Turn) {
+    fn schedule_held(&mut self, turn: &Turn) {
         if self.held() == 0 {
             self.held_until = None;
             self.held_backoff = Backoff::new();
