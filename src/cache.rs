@@ -318,7 +318,7 @@ impl Cache {
         if !entry.touch(now, &self.shards.limits) {
             return true;
         }
-        let mut is_of_another_run = false;
+        let (mut is_of_another_run, mut told) = (false, None);
         self.shards.change_runs(entry, |run| {
             if !run.context().is_same_span(ours) || !run.may_be(run_id) {
                 return;
@@ -339,7 +339,7 @@ impl Cache {
             let span_of = |root: &Arc<OpenRoot>| root.record().span_id;
             let is_same = ours.as_ref().map(span_of) == theirs.as_ref().map(|root| root.span_id);
             if let (Some(ours), Some(at), false) = (&ours, at, is_same) {
-                ours.give_way_to(winner.context.to_span_context(), at);
+                told = ours.give_way_to(winner.context.to_span_context(), at);
             }
             let root = if is_same { ours } else { root.clone() };
             set_recorded(root.clone());
@@ -349,6 +349,10 @@ impl Cache {
                 false => run.replace(new),
             }
         });
+        drop(shard);
+        if let (Some(root), Some(status)) = (root, told) {
+            root.end(status);
+        }
         !is_of_another_run
     }
 

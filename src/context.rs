@@ -354,7 +354,6 @@ impl WorkflowContext {
     }
 
     /// Returns this, recorded at another time.
-    #[cfg(any(test, feature = "postgres", feature = "redis"))]
     pub(crate) fn with_recorded_at(self, recorded_at: SystemTime) -> Self {
         Self {
             recorded_at: since_epoch(recorded_at),

@@ -174,6 +174,11 @@ impl EndStatus {
         }
     }
 
+    /// Returns `true` if somebody has told this end, which no process concluded.
+    pub(crate) fn is_told(self) -> bool {
+        !matches!(self, Self::Abandoned | Self::Continued | Self::Superseded)
+    }
+
     /// Returns `true` if the span status of an instance that ended so is an error.
     pub(crate) fn is_error(self) -> bool {
         matches!(self, Self::Failed | Self::TimedOut | Self::Terminated)

@@ -58,6 +58,10 @@ impl Roots {
     /// Ends a forgotten root, or returns the time at which it is to be looked at again.
     fn look_at(&self, part: &Arc<Part>, now: SystemTime) -> Option<SystemTime> {
         let is_over = lock(&part.progress).ending.is_some();
+        if !is_over && self.backing.get().is_some() && self.client().is_none() {
+            // The storage was dropped, as when a process ends: others may use the root, or find that nobody does.
+            return None;
+        }
         if let Some(client) = self.client().filter(|_| !is_over) {
             let is_late = Cell::new(client.is_down());
             Client::begin();

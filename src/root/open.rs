@@ -110,13 +110,15 @@ impl OpenRoot {
     }
 
     /// Takes the root of another process, which was recorded first: what has started here is exported beneath this one. Does
-    /// not export it at once: memory is locked. For the same reason the time is the caller's.
-    pub(crate) fn give_way_to(&self, winner: SpanContext, at: SystemTime) {
+    /// not export it at once: memory is locked. For the same reason the time is the caller's. Returns the end of the instance
+    /// that was told of this root, and is now the other one's.
+    pub(crate) fn give_way_to(&self, winner: SpanContext, at: SystemTime) -> Option<EndStatus> {
         let progress = &mut *lock(&self.0.progress);
         let relation = Relation::Late.as_str().to_owned();
         progress.links.push((winner, relation));
         let status = EndStatus::Superseded;
-        progress.ending = Some(Ending { status, at });
+        let told = progress.ending.replace(Ending { status, at });
+        told.map(|ending| ending.status).filter(|it| it.is_told())
     }
 }
 

@@ -455,6 +455,52 @@ fn two_workers_that_see_the_end_at_once_export_one_root() {
     }
 }
 
+/// The end was told of its own root, which gives way.
+#[test]
+fn an_end_told_by_a_worker_that_was_not_the_first_is_that_of_the_root_which_was() {
+    // With and without an open span when it learns that.
+    for is_open in [true, false] {
+        let backend = MemoryBackend::new();
+        let first = worker(patient(backend.clone()).durable_root(true).build().unwrap());
+        step(&first, "first");
+        first.storage.flush().unwrap();
+        let controlled = ControlledBackend::over(backend);
+        controlled.set(Call::Get, Behaviour::Misses);
+        controlled.set(Call::Write, Behaviour::Blocks);
+        let storage = patient(controlled.clone()).durable_root(true);
+        let late = worker(storage.build().unwrap());
+        late.run(|| {
+            let open = order();
+            let end = info_span!("end", workflow.instance_id = ID, workflow.status = "failed");
+            end.in_scope(|| ());
+            drop(end);
+            let _open = is_open.then_some(open);
+            controlled.set(Call::Write, Behaviour::Works);
+            late.storage.flush().unwrap();
+        });
+        wait_until("both roots are exported", || {
+            late.storage.stats().exported_roots == 2
+        });
+
+        let first = child(&first, "first");
+        let is_root = |span: &&SpanData| attribute(span, "workflow.spans").is_some();
+        let spans = late.spans();
+        let of_first =
+            |span: &&SpanData| span.span_context.trace_id() == first.span_context.trace_id();
+        let roots: Vec<_> = spans.iter().filter(is_root).filter(of_first).collect();
+        assert_eq!(roots.len(), 1, "with an open span: {is_open}");
+        assert_eq!(roots[0].span_context.span_id(), first.parent_span_id);
+        assert_eq!(roots[0].status, Status::error("failed"));
+        let own = spans.iter().filter(is_root).find(|span| !of_first(span));
+        let status = own.and_then(|own| attribute(own, "workflow.status"));
+        assert_eq!(
+            status,
+            Some("superseded".into()),
+            "with an open span: {is_open}"
+        );
+    }
+}
+
 #[test]
 fn a_root_never_ends_before_it_starts_nor_before_a_child_whatever_the_clock_says() {
     let clock = ManualClock::new();
