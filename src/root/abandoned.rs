@@ -58,11 +58,9 @@ impl Roots {
     /// Ends a forgotten root, or returns the time at which it is to be looked at again.
     fn look_at(&self, part: &Arc<Part>, now: SystemTime) -> Option<SystemTime> {
         let is_over = lock(&part.progress).ending.is_some();
-        if !is_over && self.backing.get().is_some() && self.client().is_none() {
-            // The storage was dropped, as when a process ends: others may use the root, or find that nobody does.
-            return None;
-        }
-        if let Some(client) = self.client().filter(|_| !is_over) {
+        if !is_over && self.backing.get().is_some() {
+            // Once the storage is dropped, as when a process ends, others may use the root, or find that nobody does.
+            let client = self.client()?;
             let is_late = Cell::new(client.is_down());
             Client::begin();
             let on_late = || -> OnLate {
