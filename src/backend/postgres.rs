@@ -95,7 +95,8 @@ const GROUP: usize = 1000;
 /// Rows that others write are not trusted: one that cannot be decoded is counted in
 /// [`malformed`](crate::Stats::malformed), and treated as missing. It is left alone: the claim of a context in its place is given
 /// up, and told by the next [flush](crate::WorkflowContextStorage::flush). Only a
-/// [call](crate::WorkflowContextStorage::store) replaces it. With [`Form::Json`], a context with a NUL in one of its texts is stored in the binary form, since `jsonb` has none.
+/// [call](crate::WorkflowContextStorage::store) replaces it. With [`Form::Json`], a context with a NUL in one of its texts is
+/// stored in the binary form, since `jsonb` has none.
 ///
 /// # PgBouncer
 ///

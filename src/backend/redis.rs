@@ -74,8 +74,8 @@ const PIPELINE: usize = 1000;
 /// spans of its instances fail open at once, and what they write is kept as above; those of the other servers are not
 /// affected. If a server hangs instead of refusing connections, one call waits for it, for at most the response timeout,
 /// and the lookups behind that call wait too. What one server did not reply to in time is tried again all at once: a server
-/// that is slow, not down, needs a response timeout that is long enough. All this requires a Cluster that itself works without some of its slots:
-/// `cluster-require-full-coverage no`, or a replica for each master.
+/// that is slow, not down, needs a response timeout that is long enough. All this requires a Cluster that itself works
+/// without some of its slots: `cluster-require-full-coverage no`, or a replica for each master.
 ///
 /// # Keys and permissions
 ///

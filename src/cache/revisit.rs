@@ -1,4 +1,4 @@
-//! What memory has, compared with a backend: a walk through all instances, and what follows if the backend tells otherwise.
+//! The comparison of memory with a backend: a walk through all instances, and the consequences if the backend tells otherwise.
 
 use std::sync::Arc;
 use std::time::Duration;

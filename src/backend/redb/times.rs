@@ -12,8 +12,8 @@ use crate::clock::Clock;
 /// The time for which what had expired before the file was opened is kept: a clock that is wrong is set right meanwhile.
 const WAIT: Duration = Duration::from_secs(10 * 60);
 
-/// What has expired so long before is not kept, if it had when the file was written last: otherwise a file that is always open for
-/// less than [`WAIT`] would grow without end.
+/// The age from which an expired record is not kept, if it had expired when the file was written last: otherwise a file that is
+/// always open for less than [`WAIT`] would grow without end.
 const LONG_AGO: Duration = Duration::from_secs(24 * 60 * 60);
 
 #[derive(Debug)]

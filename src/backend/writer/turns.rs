@@ -139,7 +139,7 @@ impl ThreadState<'_> {
     /// Carries out the writes of a turn, and flushes if the turn is to. Leaves the first failure of a single write in
     /// `partial`.
     ///
-    /// What was refused comes last: among the writes before it may be those that free the memory which it lacked.
+    /// Refused writes come last: among the writes before them may be those that free the memory which they lacked.
     fn carry_out(
         &mut self,
         turn: &Turn,
