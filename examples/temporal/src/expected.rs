@@ -47,6 +47,11 @@ const SECOND_RUN: [&str; 6] = [
     "call_mailer",
 ];
 
+/// The spans of a signal. The core of SDK 1.1.1 takes a workflow task that brought no commands, and is followed by another one at
+/// once, for a heartbeat (temporalio-sdk-core 0.10.1, src/worker/workflow/history_update.rs:740): a signal in it is handled again
+/// with the next, and told to be new.
+const RUN_AGAIN_BY_CORE: [&str; 2] = ["HandleSignal:approve", "approve"];
+
 /// Fails on anything but the traces expected of one order, and draws those of the ways that are to be compared. Returns the
 /// counts.
 pub fn check(way: Way, spans: &[SpanData]) -> Result<String> {
@@ -139,7 +144,15 @@ impl<'a> Found<'a> {
             ensure!(to.trace_id() == trace_of(first), "expected a link to run 1");
         }
         if way.has_interceptor() {
-            ensure!(self.repeats == 0, "expected no span twice");
+            for (name, spans) in &self.by_name {
+                let name = name.split(" [").next().unwrap_or(name);
+                let most = if RUN_AGAIN_BY_CORE.contains(&name) {
+                    2
+                } else {
+                    1
+                };
+                ensure!(spans.len() <= most, "expected {name} once");
+            }
         }
         Ok(())
     }
