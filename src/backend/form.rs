@@ -28,6 +28,21 @@ impl Form {
     }
 }
 
+/// The forms without a server between, for the targets in `fuzz/`. No other build has them.
+#[cfg(fuzzing)]
+#[doc(hidden)]
+impl Form {
+    /// Encodes the record of a key.
+    pub fn encode_value(self, key: &str, record: &Record) -> Vec<u8> {
+        self.encode(key, record)
+    }
+
+    /// Decodes a value in either form.
+    pub fn decode_value(value: &[u8]) -> Option<Record> {
+        decode(value)
+    }
+}
+
 /// Decodes a record in either form. Returns `None` for anything else.
 pub(super) fn decode(bytes: &[u8]) -> Option<Record> {
     match bytes.first() {

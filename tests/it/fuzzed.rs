@@ -1,6 +1,6 @@
 //! Hostile inputs: each target is a function of bytes, run on its seeds and on some thousands of changes of them.
 //!
-//! The inputs are the same each time. `FUZZ_INPUTS` multiplies their number, and `FUZZ_SEED` changes them.
+//! `fuzz/` gives the same functions to libFuzzer: `scripts/fuzz`. Here the inputs are the same each time. `FUZZ_INPUTS` multiplies their number, and `FUZZ_SEED` changes them.
 
 mod headers;
 mod span_program;
@@ -13,6 +13,8 @@ mod redb_file;
 mod redis_replies;
 #[cfg(feature = "redis")]
 mod stored;
+#[cfg(feature = "redis")]
+mod values;
 
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};

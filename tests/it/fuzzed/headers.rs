@@ -1,6 +1,7 @@
 //! Headers, read by the crate and by a second reader that follows the text of the specification word by word.
 
 use std::collections::HashMap;
+use std::sync::OnceLock;
 
 use opentelemetry::propagation::{Extractor, TextMapPropagator as _};
 use opentelemetry::trace::TraceContextExt as _;
@@ -135,12 +136,14 @@ pub(crate) fn tracestate(data: &[u8]) {
     }
 
     // What a storage keeps is bounded, and whole members of it.
-    let storage = WorkflowContextStorage::builder()
-        .max_trace_state(most)
-        .max_instances(1)
-        .recent_decisions(0)
-        .clock(std::sync::Arc::new(Now));
-    let storage = storage.build().expect("sound settings");
+    let storage = STORAGES[most / 4].get_or_init(|| {
+        let storage = WorkflowContextStorage::builder()
+            .max_trace_state(most)
+            .max_instances(1)
+            .recent_decisions(0)
+            .clock(std::sync::Arc::new(Now));
+        storage.build().expect("sound settings")
+    });
     storage.store("id", cx.clone()).expect("a sound id");
     let kept = storage.get("id").expect("a sound id").expect("just stored");
     assert!(
@@ -155,6 +158,9 @@ pub(crate) fn tracestate(data: &[u8]) {
         assert_eq!(kept.tracestate(), cx.tracestate());
     }
 }
+
+/// One for each bound: to build them again would take most of the time.
+static STORAGES: [OnceLock<WorkflowContextStorage>; 256] = [const { OnceLock::new() }; 256];
 
 /// A clock that does not tick: no thread is started for a storage.
 #[derive(Debug)]
