@@ -74,7 +74,13 @@ pub(crate) fn redb_file(data: &[u8]) {
     let _removed = Removed(&path);
     match RedbBackend::open(&path) {
         Err(_) => {
-            let now = std::fs::read(&path).expect("it is there");
+            let mut now = std::fs::read(&path).expect("it is there");
+            // Before redb finds damage in a page it may write the flags of its header again, without those that it does not know.
+            for image in [&mut now, &mut content] {
+                if let Some(flags) = image.get_mut(9) {
+                    *flags &= 0x0f;
+                }
+            }
             assert!(now == content, "a file that is refused is left as it was");
         }
         Ok(backend) => {
