@@ -51,6 +51,7 @@ const PIPELINE: usize = 1000;
 /// | [`with_form`](Self::with_form) | [`Form::Binary`] |
 /// | [`with_connect_timeout`](Self::with_connect_timeout) | 1 second |
 /// | [`with_response_timeout`](Self::with_response_timeout) | 1 second |
+/// | [`with_replicas`](Self::with_replicas) | 0 |
 ///
 /// # When the server is down
 ///
@@ -110,8 +111,8 @@ const PIPELINE: usize = 1000;
 ///
 /// # What can be lost
 ///
-/// A write is done when the server has replied. Whether it survives a crash of the server depends on the persistence and
-/// replication of the server.
+/// A write is done when the server has replied, and as many [replicas](Self::with_replicas) as are set. Whether it survives a
+/// crash of the server depends on the persistence and replication of the server.
 ///
 /// # TLS
 ///
@@ -138,6 +139,8 @@ pub struct RedisBackend {
     key_prefix: Arc<str>,
     form: Form,
     timeouts: Timeouts,
+    /// The number of replicas that have to confirm a write.
+    replicas: u32,
     clock: Arc<dyn Clock>,
 }
 
@@ -199,7 +202,9 @@ impl RedisBackend {
             timeouts: Timeouts {
                 connect: TIMEOUT,
                 response: TIMEOUT,
+                replicas: 0,
             },
+            replicas: 0,
         }
     }
 
@@ -265,6 +270,22 @@ impl RedisBackend {
         self
     }
 
+    /// Sets the number of replicas that have to confirm a write before it counts as done, by `WAIT`, for which the user needs the
+    /// permission. A write that fewer confirm within half of the [response timeout](Self::with_response_timeout) is set aside and
+    /// tried again as a [refused](Self#refused-writes) one, so a [flush](crate::WorkflowContextStorage::flush) that answers `Ok`
+    /// means that so many replicas have all that was stored before it. What the server has is read meanwhile.
+    ///
+    /// It takes a round trip to the replicas for each group of writes, on a thread for which no span waits. A failover loses what
+    /// was confirmed only if a replica takes over that has not confirmed it; no such replica is left if this is the number of
+    /// replicas.
+    ///
+    /// By default, 0: replication is not waited for.
+    #[must_use]
+    pub fn with_replicas(mut self, replicas: u32) -> Self {
+        self.replicas = replicas;
+        self
+    }
+
     /// Sets the clock by which the lifetimes of records are measured; for tests.
     ///
     /// By default, the operating system's clock.
@@ -280,6 +301,15 @@ impl RedisBackend {
 
     fn ask(&self, commands: &[Cmd]) -> Vec<Reply> {
         self.servers.ask(commands, self.timeouts)
+    }
+
+    /// Asks as [`ask`](Self::ask) does, and waits for the replicas that have to confirm.
+    fn ask_to_write(&self, commands: &[Cmd]) -> Vec<Reply> {
+        let timeouts = Timeouts {
+            replicas: self.replicas,
+            ..self.timeouts
+        };
+        self.servers.ask(commands, timeouts)
     }
 
     /// Returns the replies, or the first error.
@@ -431,7 +461,7 @@ impl RedisBackend {
         for &at in &order {
             self.add_commands(&writes[at], &mut commands);
         }
-        let mut replies = self.ask(&commands).into_iter();
+        let mut replies = self.ask_to_write(&commands).into_iter();
         let mut malformed = Vec::new();
         let mut outcomes = vec![WriteOutcome::Done; writes.len()];
         let mut next = |is_expected: fn(&Value) -> bool| match replies.next() {
@@ -596,13 +626,14 @@ impl Servers {
         match self {
             Self::Cluster(cluster) => cluster.ask(commands, timeouts),
             Self::One(node) => {
-                let reply = |value: Value| match node::error_reply(&value) {
-                    Some(error) => Err(node.refused_by(error)),
-                    None => Ok(value),
-                };
                 let asked = node.session(timeouts).and_then(|mut session| {
-                    let replies = session.ask(commands)?;
-                    let replies: Vec<_> = replies.into_iter().map(reply).collect();
+                    let mut received = session.ask(commands)?;
+                    let values = std::mem::take(&mut received.values);
+                    let reply = |value: Value| match node::error_reply(&value) {
+                        Some(error) => Err(node.refused_by(error)),
+                        None => received.confirmed(value),
+                    };
+                    let replies: Vec<_> = values.into_iter().map(reply).collect();
                     let is_refused = |reply: &Reply| {
                         (reply.as_ref()).map_or_else(BackendError::is_partial, |_| true)
                     };

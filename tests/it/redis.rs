@@ -7,7 +7,9 @@ use crate::support::*;
 use redis::Commands as _;
 use tracing_workflow_context::backend::{StorageBackend, Write, WriteOutcome};
 use tracing_workflow_context::testing::check_backend;
-use tracing_workflow_context::{ConnectError, Form, RedisBackend, StorageError};
+use tracing_workflow_context::{
+    ConnectError, Form, RedisBackend, StorageError, WorkflowContextStorage,
+};
 
 mod cluster;
 mod faults;
@@ -379,7 +381,7 @@ fn no_reply_makes_the_backend_panic() {
         let backend = RedisBackend::connect(&proxy.url()).unwrap();
         let backend = backend.with_response_timeout(Duration::from_millis(50));
         proxy.set_replies(Replies::Forward);
-        backend.flush().unwrap();
+        wait_until("the server replies", || backend.flush().is_ok());
         proxy.set_replies(Replies::Replace(answer.to_owned()));
         for _ in 0..2 {
             assert!(!matches!(backend.get("id"), Ok(Some(_))));
@@ -441,6 +443,62 @@ fn sentinels_give_the_master_and_its_successor() {
     let unknown = unknown.with_sentinels([&*sentinel.url()], "other").unwrap();
     let error = unknown.flush().unwrap_err();
     assert!(error.to_string().contains("\"other\""), "{error}");
+}
+
+#[test]
+fn a_flush_waits_for_the_replicas_that_have_to_confirm() {
+    const RESPONSE: Duration = Duration::from_secs(1);
+    let until_flushed = |storage: &WorkflowContextStorage| {
+        let deadline = Instant::now() + PATIENCE;
+        while storage.flush().is_err() {
+            assert!(Instant::now() < deadline, "the replica confirms");
+        }
+    };
+    let master = RedisServer::start();
+    let replica = RedisServer::start_replica_of(&master);
+    let backend = |replicas| {
+        let backend = backend(&master).with_response_timeout(RESPONSE);
+        backend.with_replicas(replicas)
+    };
+    let storage_on = |backend| {
+        let builder = WorkflowContextStorage::builder().backend(backend);
+        builder.build().expect("sound settings")
+    };
+    let on_replica = |key: &str| {
+        let key = format!("workflow-context:{{{key}}}");
+        raw(&replica).exists::<_, bool>(key).expect("a reply")
+    };
+    let storage = storage_on(backend(1));
+    let deadline = Instant::now() + PATIENCE;
+    while backend(1)
+        .write_all(&[claim("early", &record(PARENT))])
+        .is_err()
+    {
+        assert!(Instant::now() < deadline, "the replica follows its master");
+    }
+    for n in 0..100 {
+        let id = format!("confirmed {n}");
+        storage.store(&id, record(PARENT).context).unwrap();
+    }
+    until_flushed(&storage);
+    assert!((0..100).all(|n| on_replica(&format!("confirmed {n}"))));
+
+    replica.freeze();
+    storage.store("later", record(PARENT).context).unwrap();
+    let error = storage.flush().unwrap_err();
+    let StorageError::NotWritten { refused: 1, .. } = error else {
+        panic!("{error:?}");
+    };
+    let cause = causes(&error);
+    assert!(cause.contains("confirmed by 0 of 1 replicas"), "{cause}");
+    // The server has it, and others go on with that.
+    assert!(storage_on(backend(0)).get("later").unwrap().is_some());
+    storage_on(backend(0)).flush().unwrap();
+
+    replica.thaw();
+    until_flushed(&storage);
+    assert!(on_replica("later"));
+    assert_eq!(storage.stats().dropped_writes, 0);
 }
 
 /// The server has a clock of its own.

@@ -22,7 +22,7 @@ use std::time::Instant;
 use redis::{Arg, Client, Cmd, Value, cmd};
 
 use self::members::{Member, Members};
-use super::node::{self, Sent, Session, Timeouts};
+use super::node::{self, Replies, Sent, Session, Timeouts};
 use super::topology;
 use crate::backend::BackendError;
 
@@ -86,10 +86,10 @@ impl Cluster {
             let sent: Vec<_> = sent.collect();
             pending = Vec::new();
             for (batch, sent) in batches.iter().zip(sent) {
-                let values = sent.and_then(|(session, sent)| receive(session, sent, timeouts));
-                match values {
-                    Ok(values) => {
-                        self.sort(batch, values, timeouts, &mut replies, &mut pending);
+                let received = sent.and_then(|(session, sent)| receive(session, sent, timeouts));
+                match received {
+                    Ok(received) => {
+                        self.sort(batch, received, timeouts, &mut replies, &mut pending);
                     }
                     Err(error) => {
                         self.members.mark_down(&batch.member, timeouts);
@@ -189,17 +189,18 @@ impl Cluster {
     fn sort(
         &self,
         batch: &Batch,
-        values: Vec<Value>,
+        mut received: Replies,
         timeouts: Timeouts,
         replies: &mut [Option<Reply>],
         pending: &mut Vec<Pending>,
     ) {
         // The reply to `ASKING` precedes each.
         let skipped = usize::from(batch.asking);
-        let values = values.into_iter().skip(skipped).step_by(1 + skipped);
+        let values = std::mem::take(&mut received.values).into_iter();
+        let values = values.skip(skipped).step_by(1 + skipped);
         for (&at, value) in batch.places.iter().zip(values) {
             let Some(error) = node::error_reply(&value) else {
-                replies[at] = Some(Ok(value));
+                replies[at] = Some(received.confirmed(value));
                 continue;
             };
             let code = error.code().unwrap_or_default();
@@ -257,10 +258,10 @@ fn receive(
     mut session: Session<'_>,
     sent: Sent,
     timeouts: Timeouts,
-) -> Result<Vec<Value>, BackendError> {
-    let values = session.receive(sent, Instant::now() + timeouts.response)?;
+) -> Result<Replies, BackendError> {
+    let received = session.receive(sent, Instant::now() + timeouts.response)?;
     session.give_back();
-    Ok(values)
+    Ok(received)
 }
 
 /// Returns the slot of the key that is the first argument.

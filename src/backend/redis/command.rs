@@ -78,6 +78,14 @@ pub(super) fn expire(key: &str, left: Duration) -> Cmd {
     on_key("PEXPIRE", key, &[milliseconds(left)])
 }
 
+/// Creates the command that waits until so many replicas have all writes of this connection, and replies with their number.
+pub(super) fn wait(replicas: u32, timeout: Duration) -> Cmd {
+    let mut wait = cmd("WAIT");
+    // 0 would be no limit.
+    wait.arg(replicas).arg(milliseconds(timeout).max(1));
+    wait
+}
+
 /// The reply to `PTTL` for a key that is not there.
 const NO_KEY: i64 = -2;
 

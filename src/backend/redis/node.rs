@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use redis::{Client, Cmd, RedisError, RedisResult, Value, cmd};
 
-use super::connect;
 use super::wire::Wire;
+use super::{command, connect};
 use crate::backend::BackendError;
 use crate::lock::lock;
 
@@ -17,6 +17,8 @@ const IDLE: usize = 8;
 pub(super) struct Timeouts {
     pub(super) connect: Duration,
     pub(super) response: Duration,
+    /// The number of replicas that have to confirm what is sent; 0 for reads.
+    pub(super) replicas: u32,
 }
 
 pub(super) struct Node {
@@ -158,18 +160,31 @@ pub(super) struct Sent {
     sent: RedisResult<()>,
 }
 
+/// The reply to each command, error replies included.
+pub(super) struct Replies {
+    pub(super) values: Vec<Value>,
+    /// Set if fewer replicas than asked for have confirmed what was carried out.
+    unconfirmed: Option<BackendError>,
+}
+
+impl Replies {
+    /// Returns the result of a command that the server has carried out.
+    pub(super) fn confirmed(&self, value: Value) -> Result<Value, BackendError> {
+        self.unconfirmed.clone().map_or(Ok(value), Err)
+    }
+}
+
 impl Session<'_> {
     /// Returns the reply to each command. An error reply fails the call, unless it says that a value is no string.
     pub(super) fn call(&mut self, commands: &[Cmd]) -> Result<Vec<Value>, BackendError> {
-        let replies = self.ask(commands)?;
+        let replies = self.ask(commands)?.values;
         match replies.iter().find_map(error_reply) {
             Some(error) => Err(self.node.refused_by(error)),
             None => Ok(replies),
         }
     }
 
-    /// Returns the reply to each command, error replies included.
-    pub(super) fn ask(&mut self, commands: &[Cmd]) -> Result<Vec<Value>, BackendError> {
+    pub(super) fn ask(&mut self, commands: &[Cmd]) -> Result<Replies, BackendError> {
         let deadline = Instant::now() + self.timeouts.response;
         let sent = self.send(commands);
         self.receive(sent, deadline)
@@ -187,6 +202,12 @@ impl Session<'_> {
             command.write_packed_command(&mut packed);
             count += 1;
         }
+        if self.timeouts.replicas > 0 {
+            // Half of the time is left for the server itself.
+            let wait = command::wait(self.timeouts.replicas, self.timeouts.response / 2);
+            wait.write_packed_command(&mut packed);
+            count += 1;
+        }
         Sent {
             sent: self
                 .connection
@@ -196,12 +217,11 @@ impl Session<'_> {
         }
     }
 
-    /// Returns the reply to each command, error replies included.
     pub(super) fn receive(
         &mut self,
         sent: Sent,
         deadline: Instant,
-    ) -> Result<Vec<Value>, BackendError> {
+    ) -> Result<Replies, BackendError> {
         let Sent {
             packed,
             commands,
@@ -217,7 +237,23 @@ impl Session<'_> {
             replies = sent.and_then(|()| self.receive_until(deadline, commands));
         }
         self.reused = false;
-        replies.map_err(|error| self.node.failure_by(error, "no reply"))
+        let mut values = replies.map_err(|error| self.node.failure_by(error, "no reply"))?;
+        let confirmations = (self.timeouts.replicas > 0).then(|| values.pop()).flatten();
+        Ok(Replies {
+            unconfirmed: confirmations.and_then(|reply| self.unconfirmed(&reply)),
+            values,
+        })
+    }
+
+    /// Reads the reply to `WAIT`.
+    fn unconfirmed(&self, reply: &Value) -> Option<BackendError> {
+        let asked = i64::from(self.timeouts.replicas);
+        let confirmed = match *reply {
+            Value::Int(confirmed) => confirmed,
+            _ => 0,
+        };
+        let message = format!("written, and confirmed by {confirmed} of {asked} replicas");
+        (confirmed < asked).then(|| self.node.failure(&message).partial())
     }
 
     /// Receives all replies by one deadline.

@@ -547,8 +547,23 @@ fn a_replica_takes_over() {
     let mut cluster = Cluster::with_replicas(1, Duration::from_secs(1));
     let backend = cluster.backend();
     let id = cluster.ids_on(0, 1).remove(0);
-    backend.write_all(&[claim(&id, &record(PARENT))]).unwrap();
-    wait_until("the replica has it", || !cluster.keys(3).is_empty());
+    let confirmed = cluster.backend().with_replicas(1);
+    confirmed.write_all(&[claim(&id, &record(PARENT))]).unwrap();
+    assert!(!cluster.keys(3).is_empty(), "the replica has it");
+    // The other masters have no replica, and go on all the same.
+    let other = cluster.ids_on(1, 1).remove(0);
+    let hasty = confirmed.with_response_timeout(Duration::from_millis(500));
+    let outcomes = hasty.write(&[claim(&other, &record(PARENT))]).unwrap();
+    let [WriteOutcome::Failed(error)] = &outcomes[..] else {
+        panic!("{outcomes:?}");
+    };
+    assert!(
+        error.is_partial() && error.to_string().contains("0 of 1"),
+        "{error}"
+    );
+    wait_until("its server is not marked down", || {
+        matches!(hasty.get(&other), Ok(Some(_)))
+    });
     cluster.nodes[0].stop();
     wait_until("the replica is written to", || {
         backend

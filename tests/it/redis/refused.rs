@@ -2,8 +2,6 @@
 
 use std::collections::HashSet;
 
-use tracing_workflow_context::{StorageError, WorkflowContextStorage};
-
 use super::*;
 
 fn storage_on(backend: RedisBackend) -> WorkflowContextStorage {
