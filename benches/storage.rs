@@ -379,7 +379,7 @@ impl Hashes for RandomState {
 }
 
 impl Hashes for foldhash::fast::RandomState {
-    const MAP: &str = "DashMap, foldhash";
+    const MAP: &str = "DashMap with foldhash";
 }
 
 impl<S: Hashes> Map for DashMap<String, WorkflowContext, S> {

@@ -13,11 +13,11 @@ from html import escape
 from pathlib import Path
 
 OURS = "ours"
-MAPS = ["DashMap", "DashMap, foldhash", "papaya", "Mutex<HashMap>", "RwLock<HashMap>", "quick_cache", "moka", "mini-moka"]
+MAPS = ["DashMap", "DashMap with foldhash", "papaya", "Mutex<HashMap>", "RwLock<HashMap>", "quick_cache", "moka", "mini-moka"]
 COLOURS = {
     OURS: "#e8590c",
     "DashMap": "#1c7ed6",
-    "DashMap, foldhash": "#74c0fc",
+    "DashMap with foldhash": "#74c0fc",
     "papaya": "#2f9e44",
     "Mutex<HashMap>": "#868e96",
     "RwLock<HashMap>": "#adb5bd",
