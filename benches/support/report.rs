@@ -110,6 +110,7 @@ impl Bench {
             );
             if let Some(csv) = &mut self.csv {
                 let ratio = ratio.map_or(String::new(), |ratio| format!("{ratio:.4}"));
+                assert!(!subject.name.contains(','), "fields are not quoted");
                 let line = format!(
                     "{},{what},{size},{threads},{},{unit},{median:.2},{best:.2},{ratio}",
                     self.name, subject.name

@@ -18,7 +18,7 @@ use redis::{Cmd, Value};
 use self::cluster::{Cluster, Reply};
 use self::command::Found;
 use self::connect::client;
-use self::node::{Node, Session, Timeouts};
+use self::node::{Node, Replies, Session, Timeouts};
 use super::form::Form;
 use super::outcomes::fail_later_writes;
 use super::url::ConnectError;
@@ -627,11 +627,13 @@ impl Servers {
             Self::Cluster(cluster) => cluster.ask(commands, timeouts),
             Self::One(node) => {
                 let asked = node.session(timeouts).and_then(|mut session| {
-                    let mut received = session.ask(commands)?;
-                    let values = std::mem::take(&mut received.values);
+                    let Replies {
+                        values,
+                        unconfirmed,
+                    } = session.ask(commands)?;
                     let reply = |value: Value| match node::error_reply(&value) {
                         Some(error) => Err(node.refused_by(error)),
-                        None => received.confirmed(value),
+                        None => unconfirmed.clone().map_or(Ok(value), Err),
                     };
                     let replies: Vec<_> = values.into_iter().map(reply).collect();
                     let is_refused = |reply: &Reply| {

@@ -1,6 +1,7 @@
 //! Hostile inputs: each target is a function of bytes, run on its seeds and on some thousands of changes of them.
 //!
-//! `fuzz/` gives the same functions to libFuzzer: `scripts/fuzz`. Here the inputs are the same each time. `FUZZ_INPUTS` multiplies their number, and `FUZZ_SEED` changes them.
+//! The inputs are the same each time. `FUZZ_INPUTS` multiplies their number, and `FUZZ_SEED` changes them. `scripts/fuzz` gives the
+//! same functions to libFuzzer, by way of `fuzz/`.
 
 mod headers;
 mod span_program;

@@ -31,6 +31,10 @@ fn raw(server: &RedisServer) -> redis::Connection {
     client.get_connection().expect("the server is up")
 }
 
+fn storage_on(backend: RedisBackend) -> WorkflowContextStorage {
+    patient(backend).build().expect("sound settings")
+}
+
 /// Runs the contract suite, with a new key prefix for each backend.
 fn assert_fulfils_the_contract(form: Form, connect: impl Fn() -> RedisBackend) {
     let numbers = std::cell::RefCell::new(0..);
@@ -447,40 +451,28 @@ fn sentinels_give_the_master_and_its_successor() {
 
 #[test]
 fn a_flush_waits_for_the_replicas_that_have_to_confirm() {
-    const RESPONSE: Duration = Duration::from_secs(1);
-    let until_flushed = |storage: &WorkflowContextStorage| {
-        let deadline = Instant::now() + PATIENCE;
-        while storage.flush().is_err() {
-            assert!(Instant::now() < deadline, "the replica confirms");
-        }
-    };
+    /// Half of it is waited for the replica.
+    const RESPONSE: Duration = Duration::from_secs(2);
     let master = RedisServer::start();
     let replica = RedisServer::start_replica_of(&master);
     let backend = |replicas| {
         let backend = backend(&master).with_response_timeout(RESPONSE);
         backend.with_replicas(replicas)
     };
-    let storage_on = |backend| {
-        let builder = WorkflowContextStorage::builder().backend(backend);
-        builder.build().expect("sound settings")
-    };
     let on_replica = |key: &str| {
         let key = format!("workflow-context:{{{key}}}");
         raw(&replica).exists::<_, bool>(key).expect("a reply")
     };
     let storage = storage_on(backend(1));
-    let deadline = Instant::now() + PATIENCE;
-    while backend(1)
-        .write_all(&[claim("early", &record(PARENT))])
-        .is_err()
-    {
-        assert!(Instant::now() < deadline, "the replica follows its master");
-    }
+    wait_until("the replica follows its master", || {
+        let early = [claim("early", &record(PARENT))];
+        backend(1).write_all(&early).is_ok()
+    });
     for n in 0..100 {
         let id = format!("confirmed {n}");
         storage.store(&id, record(PARENT).context).unwrap();
     }
-    until_flushed(&storage);
+    wait_until("the replica confirms", || storage.flush().is_ok());
     assert!((0..100).all(|n| on_replica(&format!("confirmed {n}"))));
 
     replica.freeze();
@@ -496,7 +488,7 @@ fn a_flush_waits_for_the_replicas_that_have_to_confirm() {
     storage_on(backend(0)).flush().unwrap();
 
     replica.thaw();
-    until_flushed(&storage);
+    wait_until("the replica is back", || storage.flush().is_ok());
     assert!(on_replica("later"));
     assert_eq!(storage.stats().dropped_writes, 0);
 }

@@ -189,18 +189,21 @@ impl Cluster {
     fn sort(
         &self,
         batch: &Batch,
-        mut received: Replies,
+        received: Replies,
         timeouts: Timeouts,
         replies: &mut [Option<Reply>],
         pending: &mut Vec<Pending>,
     ) {
+        let Replies {
+            values,
+            unconfirmed,
+        } = received;
         // The reply to `ASKING` precedes each.
         let skipped = usize::from(batch.asking);
-        let values = std::mem::take(&mut received.values).into_iter();
-        let values = values.skip(skipped).step_by(1 + skipped);
+        let values = values.into_iter().skip(skipped).step_by(1 + skipped);
         for (&at, value) in batch.places.iter().zip(values) {
             let Some(error) = node::error_reply(&value) else {
-                replies[at] = Some(received.confirmed(value));
+                replies[at] = Some(unconfirmed.clone().map_or(Ok(value), Err));
                 continue;
             };
             let code = error.code().unwrap_or_default();

@@ -163,15 +163,8 @@ pub(super) struct Sent {
 /// The reply to each command, error replies included.
 pub(super) struct Replies {
     pub(super) values: Vec<Value>,
-    /// Set if fewer replicas than asked for have confirmed what was carried out.
-    unconfirmed: Option<BackendError>,
-}
-
-impl Replies {
-    /// Returns the result of a command that the server has carried out.
-    pub(super) fn confirmed(&self, value: Value) -> Result<Value, BackendError> {
-        self.unconfirmed.clone().map_or(Ok(value), Err)
-    }
+    /// Set if fewer replicas than asked for have confirmed what was carried out: the error of each command that was.
+    pub(super) unconfirmed: Option<BackendError>,
 }
 
 impl Session<'_> {

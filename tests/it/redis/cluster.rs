@@ -552,7 +552,7 @@ fn a_replica_takes_over() {
     assert!(!cluster.keys(3).is_empty(), "the replica has it");
     // The other masters have no replica, and go on all the same.
     let other = cluster.ids_on(1, 1).remove(0);
-    let hasty = confirmed.with_response_timeout(Duration::from_millis(500));
+    let hasty = confirmed.with_response_timeout(Duration::from_secs(2));
     let outcomes = hasty.write(&[claim(&other, &record(PARENT))]).unwrap();
     let [WriteOutcome::Failed(error)] = &outcomes[..] else {
         panic!("{outcomes:?}");

@@ -4,14 +4,6 @@ use std::collections::HashSet;
 
 use super::*;
 
-fn storage_on(backend: RedisBackend) -> WorkflowContextStorage {
-    let builder = WorkflowContextStorage::builder().backend(backend);
-    builder
-        .lookup_budget(PATIENCE)
-        .build()
-        .expect("sound settings")
-}
-
 fn keys(raw: &mut redis::Connection) -> HashSet<String> {
     raw.keys("workflow-context:*").expect("a list")
 }
