@@ -457,9 +457,11 @@ fn look_up_and_decide(
     arrival: &Arrival<'_>,
     now: Option<SystemTime>,
 ) -> Decision {
+    // The closure would copy the whole key.
+    let run_id = key.run_id;
     shared.tier.look_up(key, |entry: Option<&Entry>| {
         let decision = decide(arrival, entry, &shared.policy, now);
-        if let Some(run) = entry.and_then(|entry| entry.run(key.run_id)) {
+        if let Some(run) = entry.and_then(|entry| entry.run(run_id)) {
             decision.mark(run);
         }
         decision

@@ -44,6 +44,7 @@ const TERMINAL: [(&str, EndStatus); 11] = [
 pub(super) const LONGEST_TEXT: usize = 6 * MAX_INSTANCE_ID_BYTES + 64;
 
 /// Formats a value as an id; empty if it is none.
+#[inline]
 pub(super) fn printed(value: &Value) -> Cow<'_, str> {
     match value {
         Value::String(text) => plain(text.as_str()),
