@@ -819,7 +819,8 @@ fn only_the_last_decisions_of_all_instances_are_kept() {
 fn by_default_a_busy_instance_leaves_room_for_the_decisions_of_others() {
     let (worker, _clock) = worker_with(|builder| builder);
     let storage = &worker.storage;
-    let quiet: Vec<_> = (0..32).map(|n| format!("quiet {n}")).collect();
+    // So many that some certainly share a ring buffer with the busy one, though hashes are random: none of 32 did in one run of 70.
+    let quiet: Vec<_> = (0..200).map(|n| format!("quiet {n}")).collect();
     for id in &quiet {
         storage.store(id, context(1)).unwrap();
         storage.cleanup(id).unwrap();
@@ -829,7 +830,7 @@ fn by_default_a_busy_instance_leaves_room_for_the_decisions_of_others() {
     }
     let is_reported = |id: &&String| storage.explain(id).reason() == Some(Absence::CleanedUp);
     let reported = quiet.iter().filter(is_reported).count();
-    assert!((1..32).contains(&reported), "{reported}");
+    assert!((1..quiet.len()).contains(&reported), "{reported}");
     let decisions = storage.explain(ID).to_string().matches(" ago  ").count();
     assert_eq!(decisions, 128);
 }
