@@ -286,8 +286,9 @@ impl WorkflowContextStorageBuilder {
     /// [removal](WorkflowContextStorage::cleanup) when they compare their memory with the backend, once in half of this time: at
     /// the latest three quarters of it after the end has reached the backend, so 3 minutes 45 seconds by default, as long as the
     /// backend answers. That is 7.5 seconds for a grace of less than 10 seconds, and three eighths of
-    /// [`idle_ttl`](Self::idle_ttl) where that is less. All workers need the same settings of both. An instance whose record
-    /// has no more than this time left has ended.
+    /// [`idle_ttl`](Self::idle_ttl) where that is less. If one of them extends the record in the very moment of the end, the
+    /// worker that has ended it takes that back when it compares next, and the others learn of the end after that. All workers
+    /// need the same settings of both. An instance whose record has no more than this time left has ended.
     ///
     /// By default, 5 minutes. Zero forgets an instance at once.
     pub fn completed_grace(mut self, grace: Duration) -> Self {

@@ -14,7 +14,8 @@ pub(crate) struct ManualClock(Mutex<SystemTime>);
 
 impl ManualClock {
     pub(crate) fn new() -> Arc<Self> {
-        let start = SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000);
+        // In the year 2096, so that a server which goes by the real time does not expire at once what is written by this one.
+        let start = SystemTime::UNIX_EPOCH + Duration::from_secs(4_000_000_000);
         Arc::new(Self(Mutex::new(start)))
     }
 
