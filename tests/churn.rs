@@ -1,7 +1,7 @@
 //! Memory stays bounded while a hundred times as many instances pass through a storage as it keeps; a binary of its own, because
 //! its allocator counts.
 //!
-//! A debug build keeps 20,000; run `cargo test --release --all-features --test churn` for ten million instances.
+//! A debug build keeps 10,000; run `cargo test --release --all-features --test churn` for ten million instances.
 #![allow(
     unsafe_code,
     reason = "an allocator that counts is one of unsafe methods"
@@ -28,7 +28,7 @@ use tracing_subscriber::prelude::*;
 use tracing_workflow_context::{WorkflowContext, WorkflowContextStorage};
 
 const KEPT: u64 = if cfg!(debug_assertions) {
-    20_000
+    10_000
 } else {
     100_000
 };
