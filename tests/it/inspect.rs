@@ -1,7 +1,7 @@
 //! `examples/inspect.rs` looks into stores of each kind, as workers leave them.
 
 use tracing_workflow_context::backend::StorageBackend;
-use tracing_workflow_context::{PostgresBackend, RedbBackend, RedisBackend};
+use tracing_workflow_context::{PostgresBackend, RedisBackend};
 
 use crate::support::*;
 
@@ -126,6 +126,7 @@ fn a_file_is_looked_into() {
     let directory = Directory::new();
     let file = directory.file("contexts.redb");
     let recorded = record_instances(|| open(&file));
+    drop(open(&file)); // waits until it is closed
     assert_shows(file.to_str().expect("text"), recorded);
     let missing = directory.file("missing").display().to_string();
     let error = inspect(&[&missing]).unwrap_err();
@@ -155,7 +156,8 @@ fn a_postgresql_database_is_looked_into() {
 fn the_trace_of_an_instance_has_a_url_in_each_ui() {
     let directory = Directory::new();
     let file = directory.file("contexts.redb");
-    let [order, ..] = record_instances(|| RedbBackend::open(&file).expect("a file"));
+    let [order, ..] = record_instances(|| open(&file));
+    drop(open(&file)); // waits until it is closed
     let url = |ui: &[&str]| {
         let store = [file.to_str().expect("text"), order.id];
         let line = inspect(&[&store, ui].concat()).unwrap();

@@ -5,7 +5,8 @@ use std::error::Error as _;
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -74,7 +75,7 @@ fn runs_and_generations_survive_a_restart() {
     let directory = Directory::new();
     let path = directory.file("contexts");
     let open = || {
-        let storage = patient(RedbBackend::open(&path).unwrap()).max_spans(2);
+        let storage = patient(open(&path)).max_spans(2);
         Worker::with_storage(storage.build().unwrap())
     };
     let before = open();
@@ -333,6 +334,30 @@ fn a_file_that_another_process_has_open_is_refused() {
     holder.kill().unwrap();
     holder.wait().unwrap();
     assert!(storage(&path).get(ID).unwrap().is_some());
+}
+
+/// A process that is being started has a copy of each open file, and of its lock, until it runs its own program.
+#[cfg(unix)]
+#[test]
+fn a_file_is_created_and_opened_again_while_other_threads_start_processes() {
+    let directory = Directory::new();
+    let is_over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while !is_over.load(Relaxed) {
+                    Command::new("true").status().unwrap();
+                }
+            });
+        }
+        let refused = (0..100).filter(|n| {
+            let path = directory.file(&n.to_string());
+            (0..2).any(|_| RedbBackend::open(&path).is_err())
+        });
+        let refused = refused.count();
+        is_over.store(true, Relaxed);
+        assert_eq!(refused, 0, "of 100");
+    });
 }
 
 #[test]

@@ -144,6 +144,7 @@ fn a_value_of_another_version_stays_in_a_file() {
     old.step("first", Tags::instance(ID));
     old.step("of another", Tags::instance("another"));
     drop(old);
+    drop(open(&path)); // waits until it is closed
     let database = redb::Database::open(&path).unwrap();
     let records = database.begin_read().unwrap().open_table(RECORDS).unwrap();
     let there = redb::ReadableTable::get(&records, ID.as_bytes())

@@ -36,8 +36,8 @@ impl Drop for Directory {
     }
 }
 
-/// Opens a file of contexts. A process that another test is starting may still have an inherited copy of the file's lock, until
-/// it runs its own program.
+/// Opens a file of contexts, also right after a [`Worker`](super::Worker) on it was dropped: whenever another test registers a
+/// callsite or a subscriber, `tracing` holds all subscribers for a moment, and with it the last handle of the storage.
 #[cfg(feature = "redb")]
 pub(crate) fn open(path: &Path) -> tracing_workflow_context::RedbBackend {
     use tracing_workflow_context::{OpenError, RedbBackend};

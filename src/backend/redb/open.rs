@@ -48,7 +48,8 @@ const FIRST_PAGE: usize = 4096;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum OpenError {
-    /// Another process has the file open, or another backend of this one.
+    /// Another process has the file open, or another backend of this one. A storage has it open until its last handle is dropped: a
+    /// subscriber is one, and `tracing` can hold that for some milliseconds longer, while another thread registers a callsite.
     #[error("{}: the file is open already, in this process or in another one", path.display())]
     Locked {
         /// The file.
@@ -141,22 +142,31 @@ impl Disk {
 
     /// Creates the file if it is new, else checks that it is ours. Returns its length.
     fn prepare(&self) -> Result<u64, OpenError> {
-        let io = |error| self.io(error);
         let file = self.open_file.file(&self.path);
-        let file = file.map_err(|error| self.refused(error.into()))?;
+        let file: Arc<dyn StorageBackend> =
+            file.map_err(|error| self.refused(error.into()))?.into();
         match file.try_lock_range(Bound::Unbounded, Bound::Unbounded) {
             // On a file system without locks, redb opens the file too.
             Ok(true) | Err(redb::BackendError::Unsupported) => {}
             Ok(false) => return Err(self.refused(redb::Error::DatabaseAlreadyOpen)),
-            Err(error) => return Err(io(io::Error::other(error))),
+            Err(error) => return Err(self.io(io::Error::other(error))),
         }
-        if is_unfinished(&*file).map_err(io)? {
-            guarded(|| create(&*file)).map_err(|error| self.refused(error))?;
+        let len = self.create_or_check(&file);
+        // It unlocks the file. To drop it is not enough: a process that another thread is starting has a copy of the
+        // descriptor until it runs its own program, and the lock lives as long as either.
+        let _ = file.close();
+        len
+    }
+
+    fn create_or_check(&self, file: &Arc<dyn StorageBackend>) -> Result<u64, OpenError> {
+        let io = |error| self.io(error);
+        if is_unfinished(&**file).map_err(io)? {
+            guarded(|| create(&**file)).map_err(|error| self.refused(error))?;
             sync_directory(&self.path);
             return file.len().map_err(io);
         }
         let len = file.len().map_err(io)?;
-        self.check_format(Scratch::from_file(file).map_err(io)?)?;
+        self.check_format(Scratch::from_file(file.clone()).map_err(io)?)?;
         Ok(len)
     }
 

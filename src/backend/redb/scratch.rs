@@ -11,14 +11,14 @@ use crate::lock::lock;
 ///
 /// redb reads a database that was not closed properly only after a repair; here it repairs the view.
 ///
-/// It takes no locks: its owner has to lock the file below.
+/// It takes no locks: its owner has to lock the file below, and to close it.
 #[derive(Clone, Debug)]
 pub(super) struct Scratch(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
     /// `None` for a file that is empty at first.
-    below: Option<Box<dyn StorageBackend>>,
+    below: Option<Arc<dyn StorageBackend>>,
     changes: Mutex<Changes>,
 }
 
@@ -41,12 +41,12 @@ impl Scratch {
         Self::with_base(None, 0)
     }
 
-    pub(super) fn from_file(below: Box<dyn StorageBackend>) -> io::Result<Self> {
+    pub(super) fn from_file(below: Arc<dyn StorageBackend>) -> io::Result<Self> {
         let len = below.len()?;
         Ok(Self::with_base(Some(below), len))
     }
 
-    fn with_base(below: Option<Box<dyn StorageBackend>>, base: u64) -> Self {
+    fn with_base(below: Option<Arc<dyn StorageBackend>>, base: u64) -> Self {
         let changes = Changes {
             base,
             len: base,
@@ -118,9 +118,5 @@ impl StorageBackend for Scratch {
 
     fn sync_data(&self) -> io::Result<()> {
         Ok(())
-    }
-
-    fn close(&self) -> io::Result<()> {
-        self.0.below.as_ref().map_or(Ok(()), |below| below.close())
     }
 }

@@ -155,9 +155,7 @@ fn is_abandoned_on<B: StorageBackend>(connect: impl Fn() -> B) {
 #[test]
 fn a_workflow_left_in_a_file_is_abandoned() {
     let directory = Directory::new();
-    is_abandoned_on(|| {
-        tracing_workflow_context::RedbBackend::open(directory.file("contexts")).unwrap()
-    });
+    is_abandoned_on(|| open(&directory.file("contexts")));
 }
 
 #[cfg(feature = "redis")]
