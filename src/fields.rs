@@ -245,8 +245,34 @@ impl Fields {
         let Meaning::InstanceId { rank } = self.meanings.get(only.key.as_str(), everywhere)? else {
             return None;
         };
-        let id = printed(&only.value);
-        InvalidInstanceId::check(&id).is_ok().then_some((id, rank))
+        Some((valid_id(&only.value)?, rank))
+    }
+
+    /// Returns the instance id, and the run id if there is one, unless another field among the attributes is reserved.
+    pub(crate) fn only_ids<'a>(&self, attributes: &'a [KeyValue]) -> Option<OnlyIds<'a>> {
+        let (mut id, mut run_id) = (None, None);
+        for attribute in attributes {
+            let name = attribute.key.as_str();
+            if !self.may_mean(name) {
+                continue;
+            }
+            match self.meanings.get(name, Owner::Scope(Scope::NONE)) {
+                Some(Meaning::InstanceId { rank }) if id.is_none() => {
+                    id = Some((valid_id(&attribute.value)?, rank));
+                }
+                Some(Meaning::RunId) if run_id.is_none() => {
+                    run_id = Some(valid_id(&attribute.value)?);
+                }
+                None if !self.has_scopes() => {}
+                _ => return None,
+            }
+        }
+        let (instance_id, rank) = id?;
+        Some(OnlyIds {
+            instance_id,
+            run_id,
+            rank,
+        })
     }
 
     /// Reads the reserved fields of a span that is about to start, or of what is recorded on one.
@@ -383,6 +409,31 @@ fn formed<'a>(
     let queue = attributes.find(|attribute| form.queue == Some(attribute.key.as_str()));
     let queue = queue.map(|attribute| printed(&attribute.value));
     form.apply(queue.as_deref(), &id).into()
+}
+
+#[inline]
+fn valid_id(value: &Value) -> Option<Cow<'_, str>> {
+    let id = printed(value);
+    InvalidInstanceId::check(&id).is_ok().then_some(id)
+}
+
+/// The ids of a span that names its instance, and at most its run.
+pub(crate) struct OnlyIds<'a> {
+    instance_id: Cow<'a, str>,
+    run_id: Option<Cow<'a, str>>,
+    /// The rank of the field that names the instance.
+    pub(crate) rank: u16,
+}
+
+impl OnlyIds<'_> {
+    #[inline]
+    pub(crate) fn names(&self) -> Names<'_> {
+        Names {
+            instance_id: &self.instance_id,
+            run_id: self.run_id.as_deref(),
+            parent_instance_id: None,
+        }
+    }
 }
 
 /// The reserved fields of one span.

@@ -35,14 +35,14 @@ use self::handoff::{Adoption, Mark, Marking};
 use self::mark::{is_marked, mark, mark_with, take_mark};
 use self::recording::Recording;
 use self::rooted::enter_root;
-use self::watch::{Memo, Unnamed, Watch, link_unless_in_trace, relation_attribute};
+use self::watch::{Joined, Memo, Unnamed, Watch, link_unless_in_trace, relation_attribute};
 use crate::cache::Key;
 use crate::cache::entry::Entry;
 use crate::context::WorkflowContext;
 use crate::decision::relation::Relation;
 use crate::decision::{Arrival, Decision, Links, Moment, Parent, Record, decide};
 use crate::explain::trail::{Event, Outcome};
-use crate::fields::identity::Names;
+use crate::fields::identity::{Identity, Names};
 use crate::fields::value::EndStatus;
 use crate::fields::{self, Scope};
 use crate::storage::shared::Shared;
@@ -128,6 +128,8 @@ struct Plan<'a> {
     instance: u64,
     /// The rank of the field that named it.
     rank: u16,
+    /// Set if the hash is not enough.
+    identity: Option<Box<Identity>>,
     memo: Option<Box<Memo>>,
     /// Boxed, since most spans are not recorded.
     recording: Option<Box<Recording<'a>>>,
@@ -193,20 +195,44 @@ where
             || (mark.awaits && shared.fields.has_scopes())
             || parent.is_telemetry_suppressed();
         let attributes = builder.attributes.as_deref().unwrap_or_default();
-        let only_id = || shared.fields.only_id(attributes);
-        match if is_special { None } else { only_id() } {
+        if is_special {
+            return self.build_special(builder, parent, adopted, mark);
+        }
+        match shared.fields.only_id(attributes) {
             // Fast path: only the instance id is present.
             Some((id, rank)) => {
                 let names = Names::from_id(&id);
-                let key = shared.key(&id, None);
+                let key = shared.key(names.instance_id, names.run_id);
                 let decision = self.place(key, None, parent, Moment::Start);
                 self.diagnose(&decision, parent);
-                let mut plan = self.plan(&builder, key, rank, names, None);
+                let mut plan = self.plan(&builder, key, rank, names, None, &decision);
                 plan.awaits = mark.awaits;
-                plan.recording = self.recording(&builder, key, &decision);
                 self.start(builder, parent, &decision, plan)
             }
-            None => self.build_special(builder, parent, adopted, mark),
+            None => self.build_with_run(builder, parent, mark),
+        }
+    }
+
+    /// A span that most probably names its instance and its run, and nothing else.
+    #[inline(never)]
+    fn build_with_run(
+        &self,
+        builder: SpanBuilder,
+        parent: &Context,
+        mark: Mark,
+    ) -> WorkflowSpan<T::Span> {
+        let attributes = builder.attributes.as_deref().unwrap_or_default();
+        match self.shared.fields.only_ids(attributes) {
+            Some(ids) => {
+                let names = ids.names();
+                let key = self.shared.key(names.instance_id, names.run_id);
+                let decision = self.place(key, None, parent, Moment::Start);
+                self.diagnose(&decision, parent);
+                let mut plan = self.plan(&builder, key, ids.rank, names, None, &decision);
+                plan.awaits = mark.awaits;
+                self.start(builder, parent, &decision, plan)
+            }
+            None => self.build_special(builder, parent, None, mark),
         }
     }
 
@@ -239,7 +265,7 @@ where
         decision
     }
 
-    #[inline]
+    #[inline(always)]
     fn plan(
         &self,
         builder: &SpanBuilder,
@@ -247,33 +273,23 @@ where
         rank: u16,
         names: Names<'_>,
         unnamed: Option<Box<Unnamed>>,
+        decision: &Decision,
     ) -> Plan<'_> {
         let shared = &*self.shared;
-        let has_memo = shared.keeps_identities || unnamed.is_some() || names.run_id.is_some();
+        let keeps_identity = shared.keeps_identities || unnamed.is_some() || names.run_id.is_some();
+        let completes = keeps_identity && shared.fields.is_completing(builder);
+        let has_memo = completes || unnamed.is_some();
         Plan {
             instance: key.hash,
             rank,
-            memo: has_memo.then(|| {
-                let mut memo = Memo::new(Some(names), unnamed);
-                memo.completes(shared.fields.is_completing(builder));
-                memo
-            }),
-            recording: None,
+            identity: keeps_identity.then(|| names.to_boxed_identity()),
+            memo: has_memo.then(|| Memo::new(unnamed, completes)),
+            recording: (decision.record != Record::No)
+                .then(|| Recording::new(&self.shared, builder, key, decision)),
             awaits: false,
             scope: Scope::NONE,
             told_end: None,
         }
-    }
-
-    #[inline]
-    fn recording(
-        &self,
-        builder: &SpanBuilder,
-        key: Key<'_>,
-        decision: &Decision,
-    ) -> Option<Box<Recording<'_>>> {
-        let is_recorded = decision.record != Record::No;
-        is_recorded.then(|| Recording::new(&self.shared, builder, key, decision))
     }
 
     /// Counts a first span in its natural parent's trace: many of them are a sign that this is a poller's.
@@ -318,6 +334,7 @@ where
         let Plan {
             instance,
             rank,
+            identity,
             memo,
             mut recording,
             awaits,
@@ -331,9 +348,10 @@ where
         if decision.links != Links::default() || is_generation || decision.announce {
             added_links = self.annotate(&mut builder, decision, natural);
         }
-        if let Some(adopted) = memo.as_ref().filter(|memo| memo.is_adopted()) {
+        let unnamed = memo.as_ref().and_then(|memo| memo.unnamed());
+        if let Some((unnamed, joined)) = unnamed.zip(identity.as_deref()) {
             shared.counters.adopted.add();
-            if let Some(id) = adopted.id_to_give_at_start(&shared.fields) {
+            if let Some(id) = unnamed.id_to_give_at_start(&shared.fields, joined) {
                 builder.attributes.get_or_insert_default().push(id);
             }
         }
@@ -347,14 +365,13 @@ where
         let name = builder.name.clone();
         let parent = chosen.as_ref().unwrap_or(parent);
         let rooted = shared.roots.is_some().then(|| {
-            let identity = memo.as_ref().and_then(|memo| memo.identity());
             let (tracer, recording) = (&*self.inner, &mut recording);
             enter_root(
                 tracer,
                 shared,
                 &mut builder,
                 added_links,
-                identity,
+                identity.as_deref(),
                 recording,
                 parent,
             )
@@ -362,7 +379,8 @@ where
         let beneath_root = rooted.as_ref().and_then(|rooted| rooted.parent.as_ref());
         let parent = beneath_root.unwrap_or(parent);
         let mut started = WorkflowSpan::start(&*self.inner, builder, parent, shared);
-        let watch = || Watch::new(shared, Some((instance, rank)), memo, awaits, scope);
+        let joined = identity.map_or(Joined::Hash(instance), Joined::Identity);
+        let watch = || Watch::new(shared, joined, rank, memo, awaits, scope);
         if let Some((span, watch)) = started.watch(watch) {
             let mut outcome = match recording {
                 None => decision.outcome,

@@ -75,6 +75,12 @@ impl<'a> Names<'a> {
         }
     }
 
+    /// Out of line: most spans without a backend keep none.
+    #[inline(never)]
+    pub(crate) fn to_boxed_identity(self) -> Box<Identity> {
+        Box::new(self.to_identity())
+    }
+
     pub(crate) fn to_identity(self) -> Identity {
         Identity {
             instance_id: self.instance_id.into(),

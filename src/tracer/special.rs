@@ -10,7 +10,7 @@ use super::handoff::{self, Adoption, Mark, StorageId};
 use super::replay::{self, Beneath, StandIn};
 use super::replays::Replay;
 use super::span::{Unexported, WorkflowSpan};
-use super::watch::{Memo, Unnamed, Watch};
+use super::watch::{Joined, Memo, Unnamed, Watch};
 use super::{Origin, WorkflowTracer, without_span};
 use crate::decision::{Decision, Moment};
 use crate::explain::author::Author;
@@ -213,15 +213,15 @@ where
         });
         let mut started = match own.or(adopted.as_ref().map(Identity::names)) {
             None if is_observing => {
-                let memo = Memo::new(None, unnamed);
+                let memo = Memo::new(unnamed, false);
                 self.start_observing(builder, parent, observed, memo, mark)
             }
             None => {
                 let is_poller = shared.fields.is_poller(&builder);
-                let mut memo = Memo::new(None, unnamed);
-                memo.completes(shared.fields.is_completing(&builder));
+                let memo = Memo::new(unnamed, shared.fields.is_completing(&builder));
                 let mut started = WorkflowSpan::start(&*self.inner, builder, parent, shared);
-                let watch = || Watch::new(shared, None, Some(memo), mark.awaits, scope);
+                let joined = Joined::Nothing;
+                let watch = || Watch::new(shared, joined, u16::MAX, Some(memo), mark.awaits, scope);
                 if let Some((span, watch)) = started.watch(watch).filter(|_| is_poller) {
                     watch.set_poller(span.span_context().trace_id());
                 }
@@ -233,9 +233,9 @@ where
                 if names.parent_instance_id.is_none() {
                     self.diagnose(&decision, parent);
                 }
-                let mut plan = self.plan(&builder, key, tag.rank(), names, unnamed);
+                let rank = tag.rank();
+                let mut plan = self.plan(&builder, key, rank, names, unnamed, &decision);
                 (plan.awaits, plan.scope, plan.told_end) = (mark.awaits, scope, told_end);
-                plan.recording = self.recording(&builder, key, &decision);
                 self.start(builder, parent, &decision, plan)
             }
         };
@@ -265,7 +265,8 @@ where
         }
         let name = builder.name.clone();
         let mut started = WorkflowSpan::start(&*self.inner, builder, parent, shared);
-        let watch = || Watch::new(shared, None, Some(memo), mark.awaits, Scope::NONE);
+        let (joined, scope) = (Joined::Nothing, Scope::NONE);
+        let watch = || Watch::new(shared, joined, u16::MAX, Some(memo), mark.awaits, scope);
         if let (Some((span, _)), Some((instance, decision))) = (started.watch(watch), observed) {
             let note = SpanNote {
                 span_name: name,

@@ -25,8 +25,7 @@ use crate::storage::shared::Shared;
 /// The knowledge of a started span, and of what may still be recorded on it.
 pub(super) struct Watch {
     pub(super) shared: Arc<Shared>,
-    /// The hash of its instance's id; `None` as long as no instance is named.
-    instance: Option<u64>,
+    joined: Joined,
     memo: Option<Box<Memo>>,
     /// The rank of the field that named its instance; a lower one counts more.
     rank: u16,
@@ -36,11 +35,19 @@ pub(super) struct Watch {
     scope: Scope,
 }
 
+/// The instance of a span.
+pub(super) enum Joined {
+    /// No instance is named so far.
+    Nothing,
+    /// The hash of the instance's id.
+    Hash(u64),
+    /// Kept for a run, or for a backend: the hash is not enough there.
+    Identity(Box<Identity>),
+}
+
 /// The knowledge that only some spans need.
 #[derive(Default)]
 pub(super) struct Memo {
-    /// Kept for a run, or for a backend: the hash is not enough there.
-    identity: Option<Identity>,
     /// Set if it has not named its instance itself; if that is known all the same, it is its first child's.
     unnamed: Option<Box<Unnamed>>,
     /// Set if it was recorded, and a backend may still know of a faster process.
@@ -74,43 +81,61 @@ pub(super) struct Unnamed {
 }
 
 impl Memo {
+    /// `completes` says whether the close of the span is the end of its instance.
     #[inline(never)]
-    pub(super) fn new(names: Option<Names<'_>>, unnamed: Option<Box<Unnamed>>) -> Box<Self> {
+    pub(super) fn new(unnamed: Option<Box<Unnamed>>, completes: bool) -> Box<Self> {
         Box::new(Self {
-            identity: names.map(Names::to_identity),
             unnamed,
+            at_close: completes.then_some(EndStatus::Completed),
             ..Self::default()
         })
     }
 
-    pub(super) fn completes(&mut self, completes: bool) {
-        self.at_close = completes.then_some(EndStatus::Completed);
+    pub(super) fn unnamed(&self) -> Option<&Unnamed> {
+        self.unnamed.as_deref()
+    }
+}
+
+impl Unnamed {
+    /// Returns the attribute of an adopted span that certainly does not name itself.
+    pub(super) fn id_to_give_at_start(
+        &self,
+        fields: &Fields,
+        joined: &Identity,
+    ) -> Option<KeyValue> {
+        (!self.owes_id).then(|| Self::id_to_give(fields, joined))
     }
 
-    pub(super) fn identity(&self) -> Option<&Identity> {
-        self.identity.as_ref()
+    /// Returns the attribute of an adopted span that could have named itself, and has not.
+    fn id_to_give_at_end(&self, fields: &Fields, joined: &Identity) -> Option<KeyValue> {
+        self.owes_id.then(|| Self::id_to_give(fields, joined))
     }
 
-    /// Returns `true` for a span without an id of its own that has joined an instance.
-    pub(super) fn is_adopted(&self) -> bool {
-        self.identity.is_some() && self.unnamed.is_some()
+    fn id_to_give(fields: &Fields, joined: &Identity) -> KeyValue {
+        KeyValue::new(fields.primary_instance_id(), joined.instance_id.to_string())
+    }
+}
+
+impl Joined {
+    #[inline]
+    fn identity(&self) -> Option<&Identity> {
+        match self {
+            Self::Identity(identity) => Some(identity),
+            Self::Nothing | Self::Hash(_) => None,
+        }
     }
 
-    /// Returns the id of an adopted span that certainly does not name itself.
-    pub(super) fn id_to_give_at_start(&self, fields: &Fields) -> Option<KeyValue> {
-        self.id_to_give(fields, false)
+    fn run_id(&self) -> Option<&str> {
+        self.identity()?.run_id.as_deref()
     }
 
-    /// Returns the id of an adopted span that could have named itself, and has not.
-    fn id_to_give_at_end(&self, fields: &Fields) -> Option<KeyValue> {
-        self.id_to_give(fields, true)
-    }
-
-    fn id_to_give(&self, fields: &Fields, at_end: bool) -> Option<KeyValue> {
-        let identity = self.identity.as_ref()?;
-        (self.unnamed.as_ref()).filter(|unnamed| unnamed.owes_id == at_end)?;
-        let id = identity.instance_id.to_string();
-        Some(KeyValue::new(fields.primary_instance_id(), id))
+    /// Returns the hash of the instance's id.
+    fn hash(&self, shared: &Shared) -> Option<u64> {
+        match self {
+            Self::Nothing => None,
+            Self::Hash(hash) => Some(*hash),
+            Self::Identity(identity) => Some(shared.key(&identity.instance_id, None).hash),
+        }
     }
 }
 
@@ -118,16 +143,17 @@ impl Watch {
     #[inline]
     pub(super) fn new(
         shared: &Arc<Shared>,
-        instance: Option<(u64, u16)>,
+        joined: Joined,
+        rank: u16,
         memo: Option<Box<Memo>>,
         observes: bool,
         scope: Scope,
     ) -> Self {
         Self {
             shared: shared.clone(),
-            instance: instance.map(|(hash, _)| hash),
+            joined,
             memo,
-            rank: instance.map_or(u16::MAX, |(_, rank)| rank),
+            rank,
             observes,
             scope,
         }
@@ -136,14 +162,15 @@ impl Watch {
     /// Answers the questions that the tracer asks through `is_recording`. Returns `true` if a field may still be recorded.
     #[inline]
     pub(super) fn answer(&self) -> bool {
-        if self.instance.is_some() {
+        if !matches!(self.joined, Joined::Nothing) {
             handoff::answer_tagged();
         }
-        if let Some(memo) = self.memo.as_ref() {
-            handoff::answer_identity(StorageId::new(&self.shared), memo.identity());
-            if let Some(beneath) = memo.replays_beneath.as_ref() {
-                beneath.answer();
-            }
+        if let Some(identity) = self.joined.identity() {
+            handoff::answer_identity(StorageId::new(&self.shared), Some(identity));
+        }
+        let memo = self.memo.as_ref();
+        if let Some(beneath) = memo.and_then(|memo| memo.replays_beneath.as_ref()) {
+            beneath.answer();
         }
         self.observes
     }
@@ -237,10 +264,10 @@ impl Watch {
             let stored = self.shared.tier.peek(id);
             return self.link(span, stored.as_ref(), Relation::Observed);
         }
-        let hash = self.shared.key(id, None).hash;
+        let has_joined = self.joined.hash(&self.shared) == Some(self.shared.key(id, None).hash);
         let unnamed = self.memo.as_mut().and_then(|memo| memo.unnamed.take());
         let is_named = unnamed.is_none();
-        if is_named && self.instance == Some(hash) {
+        if is_named && has_joined {
             return;
         }
         if is_named && rank >= self.rank {
@@ -261,10 +288,8 @@ impl Watch {
             run_id: run_id.as_deref(),
             parent_instance_id: None,
         };
-        let joined = self.memo.as_ref().and_then(|memo| memo.identity.as_ref());
-        let joined_run = joined.and_then(|joined| joined.run_id.as_deref());
-        let is_other_run = run_id.is_some() && run_id.as_deref() != joined_run;
-        if self.instance != Some(hash) || is_other_run {
+        let is_other_run = run_id.is_some() && run_id.as_deref() != self.joined.run_id();
+        if !has_joined || is_other_run {
             self.join_late(span, names, author);
         }
         if let Some(parent) = parent_instance_id {
@@ -278,16 +303,15 @@ impl Watch {
         if let Some(unnamed) = (self.memo.as_mut()).and_then(|memo| memo.unnamed.as_mut()) {
             unnamed.run_id = Some(run_id.into());
         }
-        let Some(instance) = self.instance else {
-            return;
+        let id = match &self.joined {
+            Joined::Nothing => return,
+            Joined::Hash(hash) => self.shared.tier.cache().id_of(*hash),
+            Joined::Identity(known) => Some(known.instance_id.clone()),
         };
-        let identity = self.memo.as_ref().and_then(|memo| memo.identity.clone());
-        let known_run = identity.as_ref().and_then(|known| known.run_id.as_deref());
+        let known_run = self.joined.run_id();
         if known_run == Some(run_id) {
             return;
         }
-        let id = identity.as_ref().map(|known| known.instance_id.clone());
-        let id = id.or_else(|| self.shared.tier.cache().id_of(instance));
         let (Some(id), None) = (&id, known_run) else {
             // A second run id names no other run of a span, and an instance that is forgotten has none.
             return self.shared.counters.late.add();
@@ -302,7 +326,7 @@ impl Watch {
 
     /// A parent instance id was recorded after the start: only a link is left.
     fn learn_parent<S: Span>(&mut self, span: &mut S, id: &str) {
-        let Some(instance) = self.instance else {
+        let Some(instance) = self.joined.hash(&self.shared) else {
             if let Some(unnamed) = self.memo().unnamed.as_mut() {
                 unnamed.parent_instance_id = Some(id.into());
             }
@@ -342,13 +366,12 @@ impl Watch {
         if let Some(unnamed) = memo.and_then(|memo| memo.unnamed.as_mut()) {
             unnamed.told_end = Some(status);
         }
-        let identity = self.memo.as_ref().and_then(|memo| memo.identity.as_ref());
-        match (identity, self.instance) {
-            (_, None) => {}
-            (Some(identity), _) => self.shared.complete(identity, status),
-            (None, Some(instance)) => {
-                self.shared.tier.cache().complete_hashed(instance);
+        match &self.joined {
+            Joined::Nothing => {}
+            Joined::Hash(hash) => {
+                self.shared.tier.cache().complete_hashed(*hash);
             }
+            Joined::Identity(identity) => self.shared.complete(identity, status),
         }
     }
 
@@ -375,7 +398,8 @@ impl Watch {
 
     /// Returns the name of this span as the trail of its instance tells it, if that goes back so far.
     fn author_in_trail(&self, own: &SpanContext) -> Author {
-        let name = (self.instance).and_then(|instance| self.shared.span_name(instance, own));
+        let joined = self.joined.hash(&self.shared);
+        let name = joined.and_then(|instance| self.shared.span_name(instance, own));
         Author {
             span_name: name.unwrap_or_default(),
             ..Author::default()
@@ -422,10 +446,8 @@ impl Watch {
             self.link(span, decision.stored.as_ref(), relation);
         }
         let within = shared.enter_root(key);
-        self.instance = Some(key.hash);
-        let memo = self.memo();
-        memo.identity = Some(names.to_identity());
-        memo.within = within;
+        self.joined = Joined::Identity(Box::new(names.to_identity()));
+        self.memo().within = within;
         self.expect_late_winner(late_winner);
     }
 
@@ -443,7 +465,10 @@ impl Watch {
             if let Some(winner) = memo.late_winner.as_ref().and_then(|winner| winner.get()) {
                 link_unless_in_trace(span, winner, Relation::Late);
             }
-            if let Some(id) = memo.id_to_give_at_end(&self.shared.fields) {
+            let adopted = memo.unnamed.as_ref().zip(self.joined.identity());
+            if let Some(id) = adopted.and_then(|(unnamed, joined)| {
+                unnamed.id_to_give_at_end(&self.shared.fields, joined)
+            }) {
                 span.set_attribute(id);
             }
         }
