@@ -13,11 +13,11 @@ if [[ ${1:-} == --csv ]]; then
     shift 2
 fi
 count=${COUNT:-5000}
-built() {
-    cargo bench --bench spans --all-features --no-run --message-format=json |
+built() { # cargo's options
+    cargo bench --bench spans "$@" --no-run --message-format=json |
         sed -n 's/.*"name":"spans".*"executable":"\([^"]*\)".*/\1/p'
 }
-spans=$(built)
+spans=$(built --all-features)
 profiles=$(mktemp -d)
 trap 'rm -rf "$profiles"' EXIT
 rungs=("$@")
@@ -30,12 +30,12 @@ rungs=("$@")
 )
 # Rungs that begin with `lto-` are counted in a build with fat LTO and one codegen unit.
 if [[ " ${rungs[*]}" == *" lto-"* ]]; then
-    spans_lto=$(CARGO_TARGET_DIR=target/lto CARGO_PROFILE_BENCH_LTO=fat CARGO_PROFILE_BENCH_CODEGEN_UNITS=1 built)
+    spans_lto=$(CARGO_TARGET_DIR=target/lto CARGO_PROFILE_BENCH_LTO=fat CARGO_PROFILE_BENCH_CODEGEN_UNITS=1 built --features durable-root)
 fi
 
 # Of so many spans of a rung: all instructions of the main thread, and those of the allocator.
 collect() {
-    local profile=$profiles/callgrind program=$spans
+    local profile=$profiles/callgrind.$1.$2 program=$spans
     [[ $1 != lto-* ]] || program=$spans_lto
     valgrind --tool=callgrind --separate-threads=yes --callgrind-out-file="$profile" --compress-strings=no \
         "$program" "${1#lto-}" "$2" >&/dev/null
@@ -47,12 +47,23 @@ collect() {
     rm -f "$profile"*
 }
 
+# Both counts of a rung, into a file of its name.
+count_rung() { # rung
+    echo "$(collect "$1" "$count") $(collect "$1" $((2 * count)))" >"$profiles/$1"
+}
+
+# As many at once as there are cores: counts do not depend on the load.
+for rung in "${rungs[@]}"; do
+    (($(jobs -rp | wc -l) < $(nproc))) || wait -n
+    count_rung "$rung" &
+done
+wait
+
 declare -A all allocator
 [[ -s $csv ]] || echo 'bench,case,size,threads,subject,unit,median,best,ratio' >>"$csv"
 printf '%-22s %12s %18s\n' 'per span' instructions 'in the allocator'
 for rung in "${rungs[@]}"; do
-    read -r all_once allocator_once <<<"$(collect "$rung" "$count")"
-    read -r all_twice allocator_twice <<<"$(collect "$rung" $((2 * count)))"
+    read -r all_once allocator_once all_twice allocator_twice <"$profiles/$rung"
     all[$rung]=$(((all_twice - all_once) / count))
     allocator[$rung]=$(((allocator_twice - allocator_once) / count))
     printf '%-22s %12d %18d\n' "$rung" "${all[$rung]}" "${allocator[$rung]}"

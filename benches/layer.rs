@@ -1,7 +1,8 @@
 //! What one span costs from its creation to its close, rung by rung; with more instances; on more threads. Spans are
 //! exported to nobody.
 //!
-//! `cargo bench --bench layer [-- [--csv <file>] [<case>...]]`, the cases being `ladder`, `instances` and `threads`.
+//! `cargo bench --bench layer [-- [--csv <file>] [<case>...]]`, the cases being `ladder`, `instances`, `threads`, and `hot`: one
+//! instance for all threads.
 
 #![allow(clippy::print_stdout, reason = "the terminal is where the numbers go")]
 
@@ -58,19 +59,24 @@ fn main() {
             bench.tell(case("instances", *size, 1), "ns", "plain-tagged", &results);
         }
     }
-    if bench.wants("threads") {
-        let untagged = [Rung::PlainUntagged, Rung::OursUntagged];
-        let tagged = [Rung::PlainTagged, Rung::OursHit, Rung::ByHand];
-        for rungs_of in [&untagged[..], &tagged] {
-            let mut stages = rungs(rungs_of, INSTANCES);
-            for threads in [1, 2, 8] {
-                let each = (spans * 4 / threads).max(spans);
-                let all = (each * threads) as f64;
-                let crowd = |stage: &mut Stage| stage.crowd(threads, each) * 1e9 / all;
-                let results = by_turns(rounds, &mut stages, |s| s.rung.name().into(), crowd);
-                let case = case("threads", INSTANCES, threads);
-                bench.tell(case, "ns", rungs_of[0].name(), &results);
-            }
+    let untagged = [Rung::PlainUntagged, Rung::OursUntagged];
+    let tagged = [Rung::PlainTagged, Rung::OursHit, Rung::ByHand];
+    for (what, rungs_of, instances, threads) in [
+        ("threads", &untagged[..], INSTANCES, &[1, 2, 8][..]),
+        ("threads", &tagged, INSTANCES, &[1, 2, 8]),
+        ("hot", &tagged, 1, &[1, 2]),
+    ] {
+        if !bench.wants(what) {
+            continue;
+        }
+        let mut stages = rungs(rungs_of, instances);
+        for threads in threads.iter().copied() {
+            let each = (spans * 4 / threads).max(spans);
+            let all = (each * threads) as f64;
+            let crowd = |stage: &mut Stage| stage.crowd(threads, each) * 1e9 / all;
+            let results = by_turns(rounds, &mut stages, |s| s.rung.name().into(), crowd);
+            let case = case(what, instances, threads);
+            bench.tell(case, "ns", rungs_of[0].name(), &results);
         }
     }
 }

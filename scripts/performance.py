@@ -86,6 +86,13 @@ def targets(results):
     scanned = max(results.sizes("backends", "restart"))
     scan = results.ratio("backends", "restart", "RedbBackend scans", size=scanned)
     hit = lambda peer: dash("hit") / results.ratio("storage", "hit", peer, size=100_000)
+
+    def on_two_threads(case):
+        """The ratio of a hit to the plain layer, as a ratio to that on one thread."""
+        size = results.sizes("layer", case)[0]
+        one, two = (results.ratio("layer", case, "ours-tagged-hit", size=size, threads=n) for n in (1, 2))
+        return two / one
+
     rows = [
         ("what a tagged span adds", "the best by hand: `DashMap<String, Context>` with foldhash, and `set_parent`", 1.15, results.instructions("added-best"), instructions),
         ("untagged span, whole life", plain, 1.01, results.instructions("untagged"), instructions),
@@ -96,6 +103,7 @@ def targets(results):
         ("… with a run id", plain, 1.16, results.instructions("hit-run"), instructions),
         ("… through `storage.tracer`", "the tracer alone", 1.16, results.instructions("hit-api"), instructions),
         ("… out of another trace", "plain layer and a link", 1.25, results.instructions("foreign"), instructions),
+        *((f"tagged span that finds its instance, 2 threads, {which}: its ratio to the plain layer", "that ratio on one thread", 1.05, on_two_threads(case), "`cargo bench --bench layer`") for which, case in [("many instances", "threads"), ("one hot instance", "hot")]),
         ("get hit, 100,000 ids", map_, 0.5, dash("hit"), storage),
         ("overwrite, 100,000 ids", map_, 0.5, dash("overwrite"), storage),
         ("insert, 100,000 ids", map_, 0.5, dash("insert"), storage),
