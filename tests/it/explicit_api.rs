@@ -488,7 +488,7 @@ fn a_dropped_layer_provides_no_tracer() {
     let worker = Worker::new();
     let storage = worker.storage.clone();
     storage.create_resumed("while it lives", None).unwrap();
-    drop(worker);
+    worker.close();
 
     assert_not_resumed(&storage);
 }

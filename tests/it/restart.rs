@@ -146,7 +146,7 @@ fn the_last_handle_of_a_storage_closes_the_file() {
         let error = RedbBackend::open(&path).unwrap_err();
         assert!(matches!(error, OpenError::Locked { .. }));
         drop(storage);
-        drop(RedbBackend::open(&path).unwrap());
+        drop(open(&path));
     }
 }
 

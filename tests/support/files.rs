@@ -36,8 +36,8 @@ impl Drop for Directory {
     }
 }
 
-/// Opens a file of contexts, also right after a [`Worker`](super::Worker) on it was dropped: whenever another test registers a
-/// callsite or a subscriber, `tracing` holds all subscribers for a moment, and with it the last handle of the storage.
+/// Opens a file of contexts, also right after a [`Worker`](super::Worker) on it was dropped, whose subscriber may live for a moment
+/// longer; see [`Worker::close`](super::Worker::close).
 #[cfg(feature = "redb")]
 pub(crate) fn open(path: &Path) -> tracing_workflow_context::RedbBackend {
     use tracing_workflow_context::{OpenError, RedbBackend};

@@ -18,7 +18,7 @@ use tracing_workflow_context::{
     WorkflowContextLayer, WorkflowContextStorage, WorkflowContextStorageBuilder, WorkflowTracer,
 };
 
-use super::{PATIENCE, assert_context_stack_is_empty, span_context};
+use super::{PATIENCE, assert_context_stack_is_empty, span_context, wait_until};
 
 /// A worker process in miniature: a storage, its layer in a subscriber, and an exporter in memory.
 pub(crate) struct Worker {
@@ -201,6 +201,14 @@ impl Worker {
             provider,
             exporter,
         }
+    }
+
+    /// Drops the worker, and waits until its subscriber is gone: whenever another test registers a callsite or a subscriber,
+    /// `tracing` holds all subscribers for a moment.
+    pub(crate) fn close(self) {
+        let subscriber = self.dispatch.downgrade();
+        drop(self);
+        wait_until("the subscriber is gone", || subscriber.upgrade().is_none());
     }
 
     /// Makes spans in that way.
