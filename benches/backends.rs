@@ -2,11 +2,13 @@
 //! Redis and PostgreSQL compare.
 //!
 //! `cargo bench --bench backends --all-features [-- [--csv <file>] [--instances <n>] [<case>...]]`, the cases being
-//! `record`, `write`, `restart` and `servers`. `--instances` is how many the file has that is opened again. `servers` starts
-//! a Redis and a PostgreSQL server of its own on loopback, as the tests do.
+//! `record`, `write`, `restart`, `servers` and `clients`. `--instances` is how many the file has that is opened again. The last
+//! two start a Redis and a PostgreSQL server of their own on loopback, as the tests do.
 
 #![allow(clippy::print_stdout, reason = "the terminal is where the numbers go")]
 
+#[path = "support/clients.rs"]
+mod clients;
 #[path = "support/report.rs"]
 mod report;
 #[path = "support/servers.rs"]
@@ -52,6 +54,9 @@ fn main() {
     }
     if bench.wants("servers") {
         servers::servers(&mut bench, &directory.0);
+    }
+    if bench.wants("clients") {
+        clients::clients(&mut bench);
     }
 }
 

@@ -19,7 +19,7 @@ use tracing_workflow_context::{
     reason = "the tests use all of it, this bench a part"
 )]
 #[path = "../../tests/support/mod.rs"]
-mod support;
+pub(crate) mod support;
 use support::{PATIENCE, PostgresServer, RedisServer, Server as _, patient};
 
 use crate::report::{Bench, Case, by_turns};
@@ -42,7 +42,7 @@ struct Store {
     recorded: usize,
 }
 
-struct Worker {
+pub(crate) struct Worker {
     storage: WorkflowContextStorage,
     dispatch: Dispatch,
 }
@@ -87,12 +87,12 @@ pub(crate) fn servers(bench: &mut Bench, directory: &Path) {
 }
 
 // Where the machine is busy, a group may take longer than the default, and is to be measured nevertheless.
-fn on(url: &str) -> PostgresBackend {
+pub(crate) fn on(url: &str) -> PostgresBackend {
     let backend = PostgresBackend::connect(url).expect("a URL");
     backend.response_timeout(PATIENCE)
 }
 
-fn on_redis(url: &str) -> RedisBackend {
+pub(crate) fn on_redis(url: &str) -> RedisBackend {
     let backend = RedisBackend::connect(url).expect("a URL");
     backend.with_response_timeout(PATIENCE)
 }
@@ -182,7 +182,7 @@ impl Store {
 }
 
 impl Worker {
-    fn new(builder: WorkflowContextStorageBuilder) -> Self {
+    pub(crate) fn new(builder: WorkflowContextStorageBuilder) -> Self {
         let storage = builder.build().expect("sound settings");
         let layer = storage.layer(SdkTracerProvider::builder().build().tracer("bench"));
         Self {
@@ -196,17 +196,17 @@ impl Worker {
         stored.expect("a valid id");
     }
 
-    fn span(&self, id: &str) {
+    pub(crate) fn span(&self, id: &str) {
         dispatcher::with_default(&self.dispatch, || {
             info_span!("step", workflow.instance_id = %black_box(id)).in_scope(|| {});
         });
     }
 
-    fn flush(&self) {
+    pub(crate) fn flush(&self) {
         self.storage.flush().expect("the server works");
     }
 
-    fn trace(&self, id: &str) -> Option<String> {
+    pub(crate) fn trace(&self, id: &str) -> Option<String> {
         let found = self.storage.get(id).expect("a valid id");
         found.map(|found| found.trace_id().to_string())
     }
@@ -219,6 +219,6 @@ impl Worker {
     }
 }
 
-fn microseconds(times: &Times, number: usize) -> f64 {
+pub(crate) fn microseconds(times: &Times, number: usize) -> f64 {
     times.wall / number as f64 / 1e3
 }

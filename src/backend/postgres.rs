@@ -12,7 +12,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio_postgres::{Client, types::Type};
+use tokio_postgres::Client;
+use tokio_postgres::types::{ToSql, Type};
 
 use self::connect::Target;
 use self::failure::Failure;
@@ -320,8 +321,11 @@ impl StorageBackend for PostgresBackend {
             let asked = asked.clone();
             async move {
                 let keys: Vec<_> = asked.iter().map(String::as_bytes).collect();
-                let parameters: table::Parameters<'_> = &[(&keys, Type::BYTEA_ARRAY)];
-                let rows = table::query(&client, &table.get, parameters, most).await?;
+                let (statement, parameter): (_, (&(dyn ToSql + Sync), _)) = match &keys[..] {
+                    [key] => (&table.get_one, (key, Type::BYTEA)),
+                    _ => (&table.get, (&keys, Type::BYTEA_ARRAY)),
+                };
+                let rows = table::query(&client, statement, &[parameter], most).await?;
                 let records = rows.iter().filter_map(|row| table.keyed_record(row));
                 Ok(records.collect::<HashMap<_, _>>())
             }
