@@ -112,12 +112,11 @@ where
 
     #[inline]
     fn build_with_context(&self, builder: SpanBuilder, parent: &Context) -> Self::Span {
-        if self.origin == Origin::Api || is_marked(&builder) {
-            self.build_marked(builder, parent)
-        } else if self.shared.stand_ins.is_empty() {
-            self.build_ordinary(builder, parent)
+        let is_marked = self.origin == Origin::Api || is_marked(&builder);
+        if is_marked || !self.shared.stand_ins.is_empty() {
+            self.build_other(builder, parent, is_marked)
         } else {
-            self.build_beneath_replay(builder, parent, Mark::NONE)
+            self.build_ordinary(builder, parent)
         }
     }
 }
@@ -166,8 +165,18 @@ where
         WorkflowSpan::start(&*self.inner, builder, parent, &self.shared)
     }
 
+    /// A span that may name its instance, or be beneath a replayed one. One function for both keeps the way of ordinary spans
+    /// short: each call copies the builder.
     #[inline(never)]
-    fn build_marked(&self, mut builder: SpanBuilder, parent: &Context) -> WorkflowSpan<T::Span> {
+    fn build_other(
+        &self,
+        mut builder: SpanBuilder,
+        parent: &Context,
+        is_marked: bool,
+    ) -> WorkflowSpan<T::Span> {
+        if !is_marked {
+            return self.build_beneath_replay(builder, parent, Mark::NONE);
+        }
         #[cfg(test)]
         tests::MARKED.set(tests::MARKED.get() + 1);
         match (self.origin, take_mark(&mut builder)) {

@@ -16,7 +16,6 @@ pub(crate) struct Lost {
 }
 
 impl Lost {
-    #[cold]
     pub(super) fn new(shared: &Arc<Shared>, parent: &Context) -> Self {
         let parent = parent.span().span_context().clone();
         shared.count_panic_at_start();

@@ -84,10 +84,12 @@ impl<S: Span> WorkflowSpan<S> {
                 watch: None,
             })
         };
-        caught(start).unwrap_or_else(|| {
-            let lost = Lost::new(shared, parent);
-            Self::unexported(Unexported::Lost(lost))
-        })
+        caught(start).unwrap_or_else(|| Self::lost(shared, parent))
+    }
+
+    #[cold]
+    fn lost(shared: &Arc<Shared>, parent: &Context) -> Self {
+        Self::unexported(Unexported::Lost(Lost::new(shared, parent)))
     }
 
     /// Watches the span that has just started; `None` if it is lost.
