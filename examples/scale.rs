@@ -33,7 +33,7 @@ type Result<T> = std::result::Result<T, Box<dyn Error>>;
 fn main() -> Result<()> {
     let url = std::env::args()
         .nth(1)
-        .ok_or("usage: scale redis://127.0.0.1:6379/")?;
+        .ok_or("usage: scale redis://127.0.0.1:6379/ | postgres://127.0.0.1/ [direct]")?;
     match url.starts_with("redis") {
         true => measure(
             &mut OnRedis(redis::Client::open(&*url)?.get_connection()?),
@@ -54,7 +54,10 @@ fn storage(url: &str, completed_grace: Duration) -> Result<WorkflowContextStorag
         .completed_grace(completed_grace);
     let builder = match url.starts_with("redis") {
         true => builder.backend(RedisBackend::connect(url)?),
-        false => builder.backend(PostgresBackend::connect(url)?),
+        false => {
+            let direct = std::env::args().any(|word| word == "direct");
+            builder.backend(PostgresBackend::connect(url)?.direct(direct))
+        }
     };
     Ok(builder.build()?)
 }

@@ -42,18 +42,26 @@ trait Workers {
 
 pub(crate) fn clients(bench: &mut Bench) {
     let (redis, postgres) = (RedisServer::start(), PostgresServer::start());
-    let mut pairs: [(&str, [Box<dyn Workers>; 2]); 2] = [
+    let on_direct = || on(&postgres.url()).direct(true);
+    let mut servers: [(&str, Vec<Box<dyn Workers>>); 2] = [
         (
             "Redis",
-            [
-                Box::new(Ours::new(|| Worker::new(patient(on_redis(&redis.url()))))),
+            vec![
+                Box::new(Ours::new("ours", || {
+                    Worker::new(patient(on_redis(&redis.url())))
+                })),
                 Box::new(ByRedis::new(&redis.url())),
             ],
         ),
         (
             "PostgreSQL",
-            [
-                Box::new(Ours::new(|| Worker::new(patient(on(&postgres.url()))))),
+            vec![
+                Box::new(Ours::new("ours", || {
+                    Worker::new(patient(on(&postgres.url())))
+                })),
+                Box::new(Ours::new("ours, direct", || {
+                    Worker::new(patient(on_direct()))
+                })),
                 Box::new(ByPostgres::new(&postgres.url())),
             ],
         ),
@@ -64,7 +72,7 @@ pub(crate) fn clients(bench: &mut Bench) {
         recorded += number;
         (recorded - number..recorded).map(id).collect()
     };
-    for (server, subjects) in &mut pairs {
+    for (server, subjects) in &mut servers {
         let mut tell = |what: &str, rounds, run: &mut dyn FnMut(&mut dyn Workers) -> f64| {
             let run = |workers: &mut Box<dyn Workers>| run(&mut **workers);
             let results = by_turns(rounds, subjects, |s| s.name().to_owned(), run);
@@ -98,26 +106,32 @@ pub(crate) fn clients(bench: &mut Bench) {
     }
 }
 
-struct Ours([Worker; 2]);
+struct Ours {
+    name: &'static str,
+    workers: [Worker; 2],
+}
 
 impl Ours {
-    fn new(open: impl Fn() -> Worker) -> Self {
-        Self([open(), open()])
+    fn new(name: &'static str, open: impl Fn() -> Worker) -> Self {
+        Self {
+            name,
+            workers: [open(), open()],
+        }
     }
 }
 
 impl Workers for Ours {
     fn name(&self) -> &'static str {
-        "ours"
+        self.name
     }
 
     fn finds(&mut self, worker: usize, id: &str) -> bool {
-        self.0[worker].trace(id).is_some()
+        self.workers[worker].trace(id).is_some()
     }
 
     fn record(&mut self, ids: &[String]) {
-        ids.iter().for_each(|id| self.0[0].span(id));
-        self.0[0].flush();
+        ids.iter().for_each(|id| self.workers[0].span(id));
+        self.workers[0].flush();
     }
 }
 
@@ -159,7 +173,7 @@ impl Workers for ByRedis {
     }
 }
 
-/// `tokio-postgres`, with prepared statements, which `PostgresBackend` does without for the sake of poolers.
+/// `tokio-postgres`, with statements that it prepares itself, which needs a session of the server for each client.
 struct ByPostgres {
     runtime: Runtime,
     clients: [(Client, Statement); 2],

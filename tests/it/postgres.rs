@@ -9,12 +9,17 @@ use tracing_workflow_context::backend::{StorageBackend, Write, WriteOutcome};
 use tracing_workflow_context::testing::check_backend;
 use tracing_workflow_context::{ConnectError, Form, PostgresBackend, StorageError};
 
-/// Makes two tests of each fault: one for workers that reach the server itself, and one for workers behind PgBouncer.
-macro_rules! both_ways {
+/// Makes three tests of each fault: for workers that reach the server itself, for those that make use of it, and for workers
+/// behind PgBouncer.
+macro_rules! every_way {
     ($($fault:ident),+ $(,)?) => {
         mod direct {
             use crate::support::Way;
             $(#[test] fn $fault() { super::$fault(Way::Direct); })+
+        }
+        mod own_sessions {
+            use crate::support::Way;
+            $(#[test] fn $fault() { super::$fault(Way::OwnSessions); })+
         }
         mod pooled {
             use crate::support::Way;
@@ -65,6 +70,52 @@ fn postgres_fulfils_the_contract() {
 fn postgres_fulfils_the_contract_with_json() {
     let server = PostgresServer::start();
     assert_fulfils_the_contract(Form::Json, || backend(&server));
+}
+
+#[test]
+fn postgres_with_sessions_of_its_own_fulfils_the_contract() {
+    let server = PostgresServer::start();
+    server.sql("CREATE SCHEMA \"of JSON\"");
+    let direct = || backend(&server).direct(true);
+    assert_fulfils_the_contract(Form::Binary, direct);
+    assert_fulfils_the_contract(Form::Json, || direct().schema("of JSON"));
+}
+
+/// Its sessions may have prepared statements of others, which have the same names.
+#[test]
+fn a_pooler_is_told_from_the_server() {
+    let server = PostgresServer::start();
+    let pooler = PgBouncer::before(&server);
+    let direct = || backend_at(&pooler.url()).direct(true);
+    let error = direct().get("id").unwrap_err();
+    assert!(error.to_string().contains("startup parameter"), "{error}");
+    pooler.ignore("options");
+    wait_until("it is told by what it does not pass on", || {
+        let error = direct().get("id").unwrap_err().to_string();
+        error.contains("PostgresBackend::direct must not be set")
+    });
+    assert!(backend_at(&pooler.url()).get("id").unwrap().is_none());
+}
+
+/// A plan is used for as long as a session lives, which may be long after the table was small.
+#[test]
+fn a_plan_that_was_made_for_a_small_table_serves_a_large_one() {
+    let server = PostgresServer::start_with(&["autovacuum=off"]);
+    let backend = backend(&server).direct(true);
+    backend.write_all(&[claim("id", &record(PARENT))]).unwrap();
+    server.sql("ANALYZE workflow_contexts");
+    let look = || assert!(backend.get("id").unwrap().is_some());
+    (0..10).for_each(|_| look());
+    server.sql(
+        "INSERT INTO workflow_contexts (key, record) \
+         SELECT n::text::bytea, '' FROM generate_series(1, 50000) AS n",
+    );
+    (0..1000).for_each(|_| look());
+    // The server counts them a moment later.
+    let counted = "SELECT idx_scan > 1000 FROM pg_stat_user_tables";
+    wait_until("the index was used", || server.sql(counted) == "t");
+    let all_read = "SELECT seq_tup_read >= 50000 FROM pg_stat_user_tables";
+    assert_eq!(server.sql(all_read), "f");
 }
 
 #[test]
@@ -119,7 +170,11 @@ fn other_defaults_of_the_server_change_nothing() {
         "search_path=pg_catalog",
     ];
     let server = PostgresServer::start_with(&settings);
+    server.sql("CREATE SCHEMA direct");
     assert_fulfils_the_contract(Form::Json, || backend(&server));
+    assert_fulfils_the_contract(Form::Json, || {
+        backend(&server).direct(true).schema("direct")
+    });
 }
 
 #[test]
@@ -488,31 +543,6 @@ fn no_call_waits_longer_than_its_timeouts() {
     // No single byte is late.
     proxy.set_replies(Replies::Trickle(Duration::from_millis(10)));
     refused(&spoiled);
-}
-
-/// A lookup that waits for a lock, as during `VACUUM FULL`, ends on the server too.
-#[test]
-fn the_server_gives_up_a_statement_in_time() {
-    let server = PostgresServer::start();
-    let backend = PostgresBackend::connect(&server.url()).unwrap();
-    wait_until("the table is there", || {
-        StorageBackend::connect(&backend).is_ok()
-    });
-    let backend = backend.response_timeout(Duration::from_millis(100));
-    let waiting = || {
-        let waits = "wait_event_type = 'Lock' AND application_name = 'tracing-workflow-context'";
-        server.sql(&format!(
-            "SELECT count(*) FROM pg_stat_activity WHERE {waits}"
-        ))
-    };
-    let locked = server.transaction("LOCK TABLE workflow_contexts");
-    wait_until("a lookup is refused", || backend.get("id").is_err());
-    for _ in 0..5 {
-        assert!(backend.get("id").is_err());
-    }
-    wait_until("nobody waits for the lock", || waiting() == "0");
-    drop(locked);
-    wait_until("lookups succeed again", || backend.get("id").is_ok());
 }
 
 #[test]

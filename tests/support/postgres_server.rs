@@ -219,6 +219,8 @@ impl Drop for Transaction {
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Way {
     Direct,
+    /// The same, with the setting that makes use of it.
+    OwnSessions,
     /// Through PgBouncer, in a transaction at a time.
     Pooled,
 }
@@ -231,10 +233,14 @@ impl Way {
     /// Returns the way to what listens at a port of this machine, for the superuser and these users with their passwords.
     pub(crate) fn to_port(self, port: u16, users: &[(&str, &str)]) -> Route {
         let pooler = match self {
-            Self::Direct => None,
+            Self::Direct | Self::OwnSessions => None,
             Self::Pooled => Some(PgBouncer::before_port(port, users)),
         };
-        Route { port, pooler }
+        Route {
+            port,
+            pooler,
+            owns_sessions: matches!(self, Self::OwnSessions),
+        }
     }
 }
 
@@ -243,6 +249,7 @@ impl Way {
 pub(crate) struct Route {
     port: u16,
     pub(crate) pooler: Option<PgBouncer>,
+    pub(crate) owns_sessions: bool,
 }
 
 impl Server for Route {
@@ -312,6 +319,16 @@ impl PgBouncer {
     /// Replaces its connections by some to another server.
     pub(crate) fn lead_to(&self, server: &PostgresServer) {
         write_settings(&self.directory, self.port, server.port(), &self.users);
+        // It reads its settings again.
+        signal("-HUP", &[self.process.id().to_string()]);
+    }
+
+    /// Has it accept connections with this parameter, and ignore that, as it refuses them by default.
+    pub(crate) fn ignore(&self, parameter: &str) {
+        let file = self.directory.file("pgbouncer.ini");
+        let settings = std::fs::read_to_string(&file).expect("its settings");
+        let more = format!("{settings}ignore_startup_parameters = {parameter}\n");
+        std::fs::write(&file, more).expect("a file");
         // It reads its settings again.
         signal("-HUP", &[self.process.id().to_string()]);
     }

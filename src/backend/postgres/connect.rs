@@ -1,26 +1,34 @@
 //! The servers of a URL, and connections to them.
 
+use std::collections::hash_map::RandomState;
 use std::error::Error;
+use std::hash::BuildHasher as _;
 use std::str::Utf8Error;
 use std::time::Duration;
 
-use tokio::task::AbortHandle;
+use tokio::task::JoinHandle;
 use tokio_postgres::config::{Host, SslMode};
 use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
 use tokio_postgres::{Client, Config, NoTls, Socket};
 
 use super::failure::Failure;
+use super::table::milliseconds;
 use crate::backend::url::ConnectError;
 
 const APPLICATION: &str = env!("CARGO_PKG_NAME");
 
+/// A setting of a session by which it is known for the one that was asked for. No pooler knows it.
+const TOKEN: &str = "workflow_context.session";
+
 /// The servers that a URL names, and how to log in.
+#[derive(Clone)]
 pub(super) struct Target {
     config: Config,
     name: String,
     tls: Tls,
 }
 
+#[derive(Clone)]
 enum Tls {
     None,
     #[cfg(feature = "postgres-tls")]
@@ -61,21 +69,50 @@ impl Target {
         &self.name
     }
 
-    /// Opens a connection. Returns its client, and a handle that closes it.
-    pub(super) async fn open(&self, most: Duration) -> Result<(Client, AbortHandle), Failure> {
+    /// Opens a connection. Returns its client, and its task. With `own_session`, the session is to be the connection's own, and
+    /// the server gives up its statements after that time.
+    pub(super) async fn open(
+        &self,
+        most: Duration,
+        own_session: Option<Duration>,
+    ) -> Result<(Client, JoinHandle<()>), Failure> {
         // So that a server that does not answer leaves time for the next one.
         let servers = self.config.get_hosts().len().max(1) as u32;
         let mut config = self.config.clone();
         config.connect_timeout(most / servers);
+        let Some(limit) = own_session else {
+            return self.open_with(&config).await;
+        };
+        let token = format!("{:016x}", RandomState::new().hash_one(0));
+        // A plan that was made while the table was small is used when it is large, so it has to use the index.
+        let settings = format!(
+            "-c default_transaction_isolation=read\\ committed -c statement_timeout={} -c enable_seqscan=off -c {TOKEN}={token}",
+            milliseconds(limit),
+        );
+        let of_url = config.get_options().unwrap_or_default();
+        let options = format!("{of_url} {settings}");
+        config.options(options);
+        let (client, task) = self.open_with(&config).await?;
+        let known = format!("SELECT current_setting('{TOKEN}', true) = '{token}'");
+        let is_own = client.query_typed(&known, &[]).await?;
+        if is_own.first().and_then(|row| row.get(0)) == Some(true) {
+            return Ok((client, task));
+        }
+        task.abort();
+        let _ = task.await;
+        Err(Failure::SharedSession)
+    }
+
+    async fn open_with(&self, config: &Config) -> Result<(Client, JoinHandle<()>), Failure> {
         match &self.tls {
-            Tls::None => open_with(&config, NoTls).await,
+            Tls::None => open_with(config, NoTls).await,
             #[cfg(feature = "postgres-tls")]
-            Tls::Rustls(tls) => open_with(&config, tls.clone()).await,
+            Tls::Rustls(tls) => open_with(config, tls.clone()).await,
         }
     }
 }
 
-async fn open_with<T>(config: &Config, tls: T) -> Result<(Client, AbortHandle), Failure>
+async fn open_with<T>(config: &Config, tls: T) -> Result<(Client, JoinHandle<()>), Failure>
 where
     T: MakeTlsConnect<Socket>,
     T::Stream: Send + 'static,
@@ -86,7 +123,7 @@ where
         // Its error reaches whoever waits for an answer.
         let _ = connection.await;
     });
-    Ok((client, connection.abort_handle()))
+    Ok((client, connection))
 }
 
 fn addresses(config: &Config) -> String {

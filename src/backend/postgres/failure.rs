@@ -14,6 +14,8 @@ pub(super) enum Failure {
     /// The server did not answer in time.
     NoAnswer(&'static str, Duration),
     Io(&'static str, std::io::Error),
+    /// The session of the server is not the connection's own, as it was to be.
+    SharedSession,
     /// The table cannot be used, for this reason.
     Table(String),
 }
@@ -49,6 +51,10 @@ impl Failure {
             }
             Self::Io(what, error) => {
                 BackendError::new(format!("{server}: {what}"), Some(error.into()))
+            }
+            Self::SharedSession => {
+                let why = "a pooler stands before it, so PostgresBackend::direct must not be set";
+                BackendError::new(format!("{server}: {why}"), None)
             }
             Self::Table(why) => BackendError::new(format!("{server}: {why}"), None),
             Self::Postgres(error) => {

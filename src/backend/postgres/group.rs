@@ -2,13 +2,13 @@
 
 use std::collections::HashMap;
 use std::mem::discriminant;
-use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use tokio_postgres::types::{ToSql, Type};
-use tokio_postgres::{Client, Error, Row};
+use tokio_postgres::{Error, Row};
 
 use super::failure::{Failure, is_of_data};
+use super::server::Connection;
 use super::table::{Table, query};
 use crate::backend::form::Form;
 use crate::backend::{Record, Write, WriteOutcome};
@@ -57,7 +57,7 @@ impl Group {
     /// Carries out the writes, and returns an outcome for each.
     pub(super) async fn write(
         &self,
-        client: &Arc<Client>,
+        client: &Connection,
         table: &Table,
         most: Duration,
     ) -> Result<Vec<Written>, Failure> {
@@ -116,7 +116,7 @@ impl Group {
     /// Carries out writes of one kind, all of them or none. Returns what claims have found.
     async fn carry_out(
         &self,
-        client: &Arc<Client>,
+        client: &Connection,
         table: &Table,
         most: Duration,
         some: &[usize],
@@ -140,7 +140,7 @@ impl Group {
 
     async fn insert(
         &self,
-        client: &Arc<Client>,
+        client: &Connection,
         statement: &str,
         most: Duration,
         some: &[usize],
@@ -162,7 +162,7 @@ impl Group {
 
     async fn claim(
         &self,
-        client: &Arc<Client>,
+        client: &Connection,
         table: &Table,
         most: Duration,
         some: &[usize],

@@ -3,14 +3,13 @@
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher as _;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::Mutex;
 use std::time::Duration;
 
-use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
 use super::failure::Failure;
+use super::server::Connection;
 use super::table::{Table, query};
 use crate::lock::lock;
 
@@ -69,7 +68,7 @@ impl Purge {
 
 /// Deletes the expired rows of some blocks, unless another worker does so. Returns the number of blocks of the table.
 pub(super) async fn delete_expired(
-    client: &Arc<Client>,
+    client: &Connection,
     table: &Table,
     blocks: Range<u32>,
     most: Duration,

@@ -1,16 +1,17 @@
-//! The thread that speaks with the server, and the connections that it keeps.
+//! The connections to the server, and the runtime by which a calling thread uses them.
 
-use std::future::pending;
-use std::io;
-use std::sync::mpsc::sync_channel;
+use std::collections::HashMap;
+use std::ops::Deref;
+use std::panic::resume_unwind;
 use std::sync::{Arc, Mutex};
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::Duration;
 
-use tokio::runtime::{Builder, Handle};
-use tokio::task::AbortHandle;
+use tokio::runtime::{Builder, Handle, Runtime};
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
-use tokio_postgres::Client;
+use tokio_postgres::types::Type;
+use tokio_postgres::{Client, Error, Statement};
 
 use super::connect::Target;
 use super::failure::Failure;
@@ -29,203 +30,236 @@ pub(super) struct Timeouts {
 }
 
 pub(super) struct Server {
-    pool: Arc<Pool>,
-    /// Started by the first call.
-    io: Mutex<Option<Io>>,
-}
-
-struct Pool {
     target: Target,
+    /// Each connection has a session of the server for itself.
+    is_direct: bool,
     idle: Mutex<Vec<Session>>,
+    /// Made by the first call. It has no thread: each call drives it on its own, with all connections, until it is done.
+    runtime: Mutex<Option<Arc<Runtime>>>,
 }
 
-/// One connection, which is closed when this is dropped.
+/// The client's side of a connection.
+pub(super) struct Connection {
+    client: Client,
+    /// Set if the session of the server is this connection's own.
+    own_session: Option<OwnSession>,
+}
+
+struct OwnSession {
+    /// The server gives up a statement after that time.
+    most: Duration,
+    /// Those that were prepared, by their text.
+    statements: Mutex<HashMap<String, Statement>>,
+}
+
+/// One connection, and the task that is its side of the network.
 struct Session {
-    client: Arc<Client>,
-    connection: AbortHandle,
+    connection: Connection,
+    task: JoinHandle<()>,
 }
 
-/// The thread, which ends when this is dropped.
-struct Io {
-    runtime: Handle,
-    /// The task that the thread waits for.
-    running: AbortHandle,
-    thread: Option<JoinHandle<()>>,
+impl Deref for Connection {
+    type Target = Client;
+
+    fn deref(&self) -> &Client {
+        &self.client
+    }
+}
+
+impl Connection {
+    /// Returns `true` if the server plans statements once, and gives them up after `most`.
+    pub(super) fn prepares(&self, most: Duration) -> bool {
+        (self.own_session.as_ref()).is_some_and(|session| session.most == most)
+    }
+
+    /// Prepares a statement, unless it is; `None` if [`prepares`](Self::prepares) returns `false`.
+    pub(super) async fn prepare(
+        &self,
+        text: &str,
+        types: &[Type],
+        most: Duration,
+    ) -> Result<Option<Statement>, Error> {
+        let session = self.own_session.as_ref().filter(|_| self.prepares(most));
+        let Some(session) = session else {
+            return Ok(None);
+        };
+        let known = lock(&session.statements).get(text).cloned();
+        if known.is_some() {
+            return Ok(known);
+        }
+        let statement = self.client.prepare_typed(text, types).await?;
+        lock(&session.statements).insert(text.to_owned(), statement.clone());
+        Ok(Some(statement))
+    }
 }
 
 impl Server {
-    pub(super) fn new(target: Target) -> Self {
+    pub(super) fn new(target: Target, is_direct: bool) -> Self {
         Self {
-            pool: Arc::new(Pool {
-                target,
-                idle: Mutex::default(),
-            }),
-            io: Mutex::default(),
+            target,
+            is_direct,
+            idle: Mutex::default(),
+            runtime: Mutex::default(),
         }
     }
 
+    /// Returns the same server, without the connections.
+    pub(super) fn with_direct(&self, is_direct: bool) -> Self {
+        Self::new(self.target.clone(), is_direct)
+    }
+
     pub(super) fn name(&self) -> &str {
-        self.pool.target.name()
+        self.target.name()
     }
 
     /// Runs `work` on a connection, a second time if the first one was idle and turns out to be lost.
-    pub(super) fn call<R, F>(
+    pub(super) fn call<R: Send>(
         &self,
         timeouts: Timeouts,
-        work: impl Fn(Arc<Client>) -> F + Send + 'static,
-    ) -> Result<R, Failure>
-    where
-        R: Send + 'static,
-        F: Future<Output = Result<R, Failure>> + Send,
-    {
-        let pool = self.pool.clone();
-        self.run(timeouts, async move { pool.call(timeouts, work).await })
+        work: impl AsyncFn(&Connection) -> Result<R, Failure> + Sync,
+    ) -> Result<R, Failure> {
+        self.block_on(async || self.call_on_any(timeouts, &work).await)
     }
 
     /// Opens that many connections, unless there are as many idle ones.
     pub(super) fn open(&self, connections: usize, timeouts: Timeouts) -> Result<(), Failure> {
-        let pool = self.pool.clone();
-        self.run(timeouts, async move {
-            while lock(&pool.idle).len() < connections {
-                let session = pool.open(timeouts.connect).await?;
-                pool.give_back(session);
+        self.block_on(async || {
+            while lock(&self.idle).len() < connections {
+                let session = self.connect(timeouts).await?;
+                self.give_back(session).await;
             }
             Ok(())
         })
     }
 
-    /// Runs a task on the thread, and waits for it no longer than the timeouts together.
-    fn run<R: Send + 'static>(
+    /// Runs `task` on this thread, or on one of its own if this one is within a runtime, which must not be blocked by another.
+    fn block_on<R: Send>(
         &self,
-        timeouts: Timeouts,
-        task: impl Future<Output = Result<R, Failure>> + Send + 'static,
+        task: impl AsyncFnOnce() -> Result<R, Failure> + Send,
     ) -> Result<R, Failure> {
         let runtime = self.runtime()?;
-        let (answer, answered) = sync_channel(1);
-        let task = runtime.spawn(async move {
-            let _ = answer.try_send(task.await);
-        });
-        let most = timeouts.connect.saturating_add(timeouts.response);
-        answered.recv_timeout(most).unwrap_or_else(|_| {
-            // Closes the connection.
-            task.abort();
-            Err(Failure::NoAnswer("no answer", most))
+        let run = || runtime.block_on(task());
+        if Handle::try_current().is_err_and(|error| error.is_missing_context()) {
+            return run();
+        }
+        thread::scope(|scope| {
+            let thread = thread::Builder::new().name("workflow-context-postgres".into());
+            let thread = thread.spawn_scoped(scope, run);
+            let thread = thread.map_err(|error| Failure::Io("cannot start a thread", error))?;
+            thread.join().unwrap_or_else(|panic| resume_unwind(panic))
         })
     }
 
-    fn runtime(&self) -> Result<Handle, Failure> {
-        let mut io = lock(&self.io);
-        if let Some(io) = &*io {
-            return Ok(io.runtime.clone());
+    fn runtime(&self) -> Result<Arc<Runtime>, Failure> {
+        let mut runtime = lock(&self.runtime);
+        if let Some(runtime) = &*runtime {
+            return Ok(runtime.clone());
         }
-        let started = Io::start().map_err(|error| Failure::Io("cannot start a thread", error))?;
-        Ok(io.insert(started).runtime.clone())
-    }
-}
-
-impl Io {
-    fn start() -> io::Result<Self> {
-        let runtime = Builder::new_current_thread()
+        let new = Builder::new_current_thread()
             .enable_io()
             .enable_time()
             .max_blocking_threads(RESOLVERS)
-            .build()?;
-        let until_stopped = runtime.spawn(pending::<()>());
-        let (handle, running) = (runtime.handle().clone(), until_stopped.abort_handle());
-        let thread = thread::Builder::new().name("workflow-context-postgres".into());
-        let thread = thread.spawn(move || {
-            let _ = runtime.block_on(until_stopped);
-            // Without waiting for a name that is being resolved.
-            runtime.shutdown_background();
-        })?;
-        Ok(Self {
-            runtime: handle,
-            running,
-            thread: Some(thread),
-        })
+            .build();
+        let new = new.map_err(|error| Failure::Io("cannot start a runtime", error))?;
+        Ok(runtime.insert(Arc::new(new)).clone())
     }
-}
 
-impl Drop for Io {
-    fn drop(&mut self) {
-        self.running.abort();
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
-    }
-}
-
-impl Pool {
-    async fn call<R, F>(
+    async fn call_on_any<R>(
         &self,
         timeouts: Timeouts,
-        work: impl Fn(Arc<Client>) -> F,
-    ) -> Result<R, Failure>
-    where
-        F: Future<Output = Result<R, Failure>>,
-    {
+        work: &impl AsyncFn(&Connection) -> Result<R, Failure>,
+    ) -> Result<R, Failure> {
         let idle = self.take_idle();
         let mut reused = idle.is_some();
         let mut session = match idle {
             Some(session) => session,
-            None => self.open(timeouts.connect).await?,
+            None => self.connect(timeouts).await?,
         };
         loop {
-            let answer = timeout(timeouts.response, work(session.client.clone())).await;
+            let answer = timeout(timeouts.response, work(&session.connection)).await;
             let failure = match answer {
                 Ok(Ok(result)) => {
-                    self.give_back(session);
+                    self.give_back(session).await;
                     return Ok(result);
                 }
                 Ok(Err(failure)) => failure,
                 Err(_) => Failure::NoAnswer("no answer", timeouts.response),
             };
+            session.close().await;
             // The other idle connections are as old.
-            self.close_idle();
+            self.close_idle().await;
             if !reused || !failure.is_lost_connection() {
                 return Err(failure);
             }
-            session = self.open(timeouts.connect).await?;
+            session = self.connect(timeouts).await?;
             reused = false;
         }
     }
 
-    async fn open(&self, most: Duration) -> Result<Session, Failure> {
-        let opened = timeout(most, self.target.open(most)).await;
-        let opened = opened.unwrap_or(Err(Failure::NoAnswer("cannot connect", most)));
-        let (client, connection) = opened?;
-        Ok(Session {
-            client: Arc::new(client),
-            connection,
-        })
+    async fn connect(&self, timeouts: Timeouts) -> Result<Session, Failure> {
+        let (most, own) = (
+            timeouts.connect,
+            self.is_direct.then_some(timeouts.response),
+        );
+        let opened = timeout(most, self.target.open(most, own)).await;
+        let (client, task) = opened.unwrap_or(Err(Failure::NoAnswer("cannot connect", most)))?;
+        let own_session = own.map(|most| OwnSession {
+            most,
+            statements: Mutex::default(),
+        });
+        let connection = Connection {
+            client,
+            own_session,
+        };
+        Ok(Session { connection, task })
     }
 
     fn take_idle(&self) -> Option<Session> {
         loop {
             let session = lock(&self.idle).pop()?;
-            if !session.client.is_closed() {
+            if !session.connection.is_closed() {
                 return Some(session);
             }
         }
     }
 
-    fn give_back(&self, session: Session) {
-        let mut idle = lock(&self.idle);
-        if idle.len() < IDLE {
-            idle.push(session);
+    async fn give_back(&self, session: Session) {
+        if let Some(too_many) = self.keep(session) {
+            too_many.close().await;
         }
     }
 
-    fn close_idle(&self) {
+    /// Returns the session if there are enough idle ones.
+    fn keep(&self, session: Session) -> Option<Session> {
+        let mut idle = lock(&self.idle);
+        if idle.len() >= IDLE {
+            return Some(session);
+        }
+        idle.push(session);
+        None
+    }
+
+    async fn close_idle(&self) {
         let idle = std::mem::take(&mut *lock(&self.idle));
-        // Closed without the lock.
-        drop(idle);
+        for session in idle {
+            session.close().await;
+        }
     }
 }
 
-impl Drop for Session {
+impl Drop for Server {
     fn drop(&mut self) {
-        // Otherwise a connection to a server that does not answer would wait for it.
-        self.connection.abort();
+        if let Some(runtime) = lock(&self.runtime).take().and_then(Arc::into_inner) {
+            // Closes all connections, without waiting for a name that is being resolved.
+            runtime.shutdown_background();
+        }
+    }
+}
+
+impl Session {
+    /// Closes the connection, also to a server that does not answer. Nothing does so later: the task runs during calls alone.
+    async fn close(self) {
+        self.task.abort();
+        let _ = self.task.await;
     }
 }

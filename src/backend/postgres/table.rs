@@ -1,16 +1,17 @@
 //! The table: its name, its creation, and the statements on it.
 
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, SystemTime};
 
 use futures_util::future::join3;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{ToSql, Type};
-use tokio_postgres::{Client, Error, Row};
+use tokio_postgres::{Error, Row};
 
 use super::failure::{Failure, is_read_only};
+use super::lookup::Lookup;
+use super::server::Connection;
 use crate::backend::{Record, form};
 use crate::stats::Counter;
 
@@ -21,9 +22,12 @@ const COMMENT: &str = "tracing-workflow-context, format 1";
 const LOOK: &str = "SELECT found.oid IS NOT NULL, obj_description(found.oid, 'pg_class') \
     FROM (SELECT to_regclass($1)::oid AS oid) AS found";
 
-/// The columns of a row that make a record, with 0 seconds if it has expired. Infinite times cannot be subtracted.
-const RECORD: &str = "coalesce(t.record, convert_to(t.context::text, 'UTF8')) AS value, extract(epoch FROM \
-    greatest(least(t.expires_at, now() + interval '1000 years'), now()) - now())::float8 AS seconds_left";
+/// The stored form of a row's record.
+pub(super) const VALUE: &str = "coalesce(t.record, convert_to(t.context::text, 'UTF8'))";
+
+/// The time that a row has left: 0 if it has expired. Infinite times cannot be subtracted.
+pub(super) const SECONDS_LEFT: &str = "extract(epoch FROM greatest(least(t.expires_at, now() + interval '1000 years'), now()) \
+    - now())::float8";
 
 pub(super) type Parameters<'a> = &'a [(&'a (dyn ToSql + Sync), Type)];
 
@@ -73,7 +77,7 @@ pub(super) struct Table {
     /// Set once the table is known to be there, in the right format.
     is_ready: AtomicBool,
     pub(super) malformed: Counter,
-    pub(super) get_one: String,
+    pub(super) lookup: Lookup,
     pub(super) get: String,
     pub(super) page: String,
     pub(super) claim: String,
@@ -96,17 +100,15 @@ impl Table {
              ON CONFLICT (id) DO UPDATE
              SET record = excluded.record, context = excluded.context, expires_at = excluded.expires_at"
         );
+        let record = format!("{VALUE} AS value, {SECONDS_LEFT} AS seconds_left");
         Self {
-            // The server plans each statement anew, and this one in 40 µs less: a pooler knows no prepared ones.
-            get_one: format!(
-                "SELECT t.key, {RECORD} FROM {name} AS t WHERE t.id = sha256($1) AND t.expires_at > now()"
-            ),
+            lookup: Lookup::new(&name),
             get: format!(
-                "SELECT t.key, {RECORD} FROM {name} AS t
+                "SELECT t.key, {record} FROM {name} AS t
                  WHERE t.id = ANY (ARRAY(SELECT sha256(key) FROM unnest($1::bytea[]) AS key)) AND t.expires_at > now()"
             ),
             page: format!(
-                "SELECT t.id, t.key, {RECORD} FROM {name} AS t WHERE t.id > $1 ORDER BY t.id LIMIT $2"
+                "SELECT t.id, t.key, {record} FROM {name} AS t WHERE t.id > $1 ORDER BY t.id LIMIT $2"
             ),
             // The rows that the statement does not see, since they were committed after it began, are in neither part.
             claim: format!(
@@ -114,7 +116,7 @@ impl Table {
                  w AS MATERIALIZED (SELECT sha256(key) AS id FROM unnest($1::bytea[]) AS key)
                  SELECT key, true AS is_won, NULL::bytea AS value, 0::float8 AS seconds_left FROM won
                  UNION ALL
-                 SELECT t.key, false, {RECORD}
+                 SELECT t.key, false, {record}
                  FROM (SELECT t.* FROM w JOIN {name} AS t ON t.id = w.id OFFSET 0) AS t
                  WHERE t.expires_at > now()"
             ),
@@ -175,7 +177,7 @@ COMMENT ON TABLE {name} IS '{COMMENT}';
     }
 
     /// Makes sure that the table is there, in the right format. Asks the server until it was so once.
-    pub(super) async fn ensure(&self, client: &Arc<Client>, most: Duration) -> Result<(), Failure> {
+    pub(super) async fn ensure(&self, client: &Connection, most: Duration) -> Result<(), Failure> {
         if self.is_ready.load(Relaxed) {
             return Ok(());
         }
@@ -214,7 +216,7 @@ COMMENT ON TABLE {name} IS '{COMMENT}';
         )))
     }
 
-    async fn create(&self, client: &Client, most: Duration) -> Result<(), Failure> {
+    async fn create(&self, client: &Connection, most: Duration) -> Result<(), Failure> {
         let lock = "SELECT pg_advisory_xact_lock(hashtextextended('create ' || $1::text, 0))";
         let name = self.name.to_string();
         client.batch_execute(&begin(most)).await?;
@@ -250,11 +252,21 @@ COMMENT ON TABLE {name} IS '{COMMENT}';
 
     /// Reads the key and the record of a row. Returns `None` if it has expired, or one of them is malformed, which is counted.
     pub(super) fn keyed_record(&self, row: &Row) -> Option<(String, Record)> {
-        if row.get::<_, f64>("seconds_left") <= 0.0 {
+        self.keyed_record_of(row.get("key"), row.get("value"), row.get("seconds_left"))
+    }
+
+    /// Makes a key and a record of a row's columns, as [`keyed_record`](Self::keyed_record) does.
+    pub(super) fn keyed_record_of(
+        &self,
+        key: &[u8],
+        value: Option<&[u8]>,
+        seconds_left: f64,
+    ) -> Option<(String, Record)> {
+        if seconds_left <= 0.0 {
             return None;
         }
-        let record = self.record(row)?;
-        let key = std::str::from_utf8(row.get("key"));
+        let record = self.record_of(value, seconds_left)?;
+        let key = std::str::from_utf8(key);
         if key.is_err() {
             self.malformed.add();
         }
@@ -263,8 +275,10 @@ COMMENT ON TABLE {name} IS '{COMMENT}';
 
     /// Reads the record of a row. Returns `None` for a malformed one, which is counted.
     pub(super) fn record(&self, row: &Row) -> Option<Record> {
-        let value: Option<&[u8]> = row.get("value");
-        let seconds_left: f64 = row.get("seconds_left");
+        self.record_of(row.get("value"), row.get("seconds_left"))
+    }
+
+    fn record_of(&self, value: Option<&[u8]>, seconds_left: f64) -> Option<Record> {
         let record = value.and_then(form::decode).and_then(|record| {
             let left = Duration::try_from_secs_f64(seconds_left).ok()?;
             let expires_at = SystemTime::now().checked_add(left)?;
@@ -283,11 +297,16 @@ COMMENT ON TABLE {name} IS '{COMMENT}';
 /// Runs one statement in a transaction of its own, in one round trip. The server gives it up after `most`; set for the
 /// transaction alone, since a pooler gives the session to others.
 pub(super) async fn query(
-    client: &Arc<Client>,
+    client: &Connection,
     statement: &str,
     parameters: Parameters<'_>,
     most: Duration,
 ) -> Result<Vec<Row>, Error> {
+    let types: Vec<_> = parameters.iter().map(|(_, of)| of.clone()).collect();
+    if let Some(prepared) = client.prepare(statement, &types, most).await? {
+        let values: Vec<_> = parameters.iter().map(|(value, _)| *value).collect();
+        return client.query(&prepared, &values).await;
+    }
     let begin = begin(most);
     let (begun, rows, committed) = join3(
         client.batch_execute(&begin),
@@ -302,7 +321,19 @@ pub(super) async fn query(
 }
 
 /// Each statement sees what was committed before it, whatever the user's default is.
-fn begin(most: Duration) -> String {
-    let milliseconds = most.as_millis().clamp(1, i32::MAX as u128);
-    format!("BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL statement_timeout = {milliseconds}")
+pub(super) fn begin(most: Duration) -> String {
+    format!(
+        "BEGIN ISOLATION LEVEL READ COMMITTED; {}",
+        give_up_after(most)
+    )
+}
+
+/// Has the server give up each statement of the transaction after `most`.
+pub(super) fn give_up_after(most: Duration) -> String {
+    format!("SET LOCAL statement_timeout = {}", milliseconds(most))
+}
+
+/// A time as the server takes it, to which 0 is none.
+pub(super) fn milliseconds(time: Duration) -> u128 {
+    time.as_millis().clamp(1, i32::MAX as u128)
 }

@@ -5,7 +5,7 @@ use std::sync::Mutex;
 
 use super::*;
 
-both_ways![
+every_way![
     a_server_that_is_stopped,
     a_server_that_is_frozen,
     a_server_that_is_slow,
@@ -21,6 +21,7 @@ both_ways![
     a_full_disk_is_told_and_recovered_from,
     a_table_that_cannot_grow_is_told_and_recovered_from,
     a_disk_that_is_full_for_a_while,
+    a_statement_is_given_up_by_the_server_in_time,
     a_standby_is_read_and_is_written_to_once_it_is_promoted,
     a_primary_whose_standby_is_promoted,
     a_standby_without_the_table_says_so,
@@ -29,9 +30,18 @@ both_ways![
 
 const TIMEOUT: Duration = Duration::from_millis(250);
 
+fn at(route: &Route) -> PostgresBackend {
+    at_url(&route.url(), route)
+}
+
+/// A backend of another URL, by the same way.
+fn at_url(url: &str, route: &Route) -> PostgresBackend {
+    backend_at(url).direct(route.owns_sessions)
+}
+
 /// A backend whose calls fail soon.
-fn hasty(url: &str) -> PostgresBackend {
-    in_haste(PostgresBackend::connect(url).expect("a URL"))
+fn hasty(route: &Route) -> PostgresBackend {
+    in_haste(at(route))
 }
 
 fn in_haste(backend: PostgresBackend) -> PostgresBackend {
@@ -64,7 +74,7 @@ fn a_server_that_is_stopped(way: Way) {
         || server.lock().unwrap().stop(),
         || server.lock().unwrap().start_again(),
     );
-    under_load("stopped", hasty(&route.url()), other(&server), stop, start)
+    under_load("stopped", hasty(&route), other(&server), stop, start)
         .assert_never_waits_for(TIMEOUT, "stopped");
 }
 
@@ -74,7 +84,7 @@ fn a_server_that_is_frozen(way: Way) {
         || server.lock().unwrap().freeze(),
         || server.lock().unwrap().thaw(),
     );
-    under_load("frozen", hasty(&route.url()), other(&server), freeze, thaw)
+    under_load("frozen", hasty(&route), other(&server), freeze, thaw)
         .assert_never_waits_for(TIMEOUT, "frozen");
 }
 
@@ -86,7 +96,7 @@ fn a_server_that_is_slow(way: Way) {
         || proxy.set_replies(Replies::Delay(Duration::from_millis(600))),
         || proxy.set_replies(Replies::Forward),
     );
-    under_load("slow", hasty(&route.url()), other(&server), spoil, mend)
+    under_load("slow", hasty(&route), other(&server), spoil, mend)
         .assert_never_waits_for(TIMEOUT, "slow");
 }
 
@@ -102,9 +112,7 @@ fn a_server_that_is_too_slow_for_many_rows_at_once(way: Way) {
          CREATE TRIGGER slow BEFORE INSERT ON workflow_contexts FOR EACH ROW EXECUTE FUNCTION take_time()",
     );
     let route = way.to(&server);
-    let storage = patient(hasty(&route.url()))
-        .build()
-        .expect("sound settings");
+    let storage = patient(hasty(&route)).build().expect("sound settings");
     for row in 0..ROWS {
         storage
             .store(&row.to_string(), record(PARENT).context)
@@ -129,14 +137,8 @@ fn a_table_that_is_dropped(way: Way) {
             wait_until("it is created again", || sql(there).trim() == "t");
         }
     };
-    under_load(
-        "dropped",
-        hasty(&route.url()),
-        other(&server),
-        drop_it,
-        || (),
-    )
-    .assert_never_waits_for(TIMEOUT, "dropped");
+    under_load("dropped", hasty(&route), other(&server), drop_it, || ())
+        .assert_never_waits_for(TIMEOUT, "dropped");
 }
 
 fn a_table_of_another_version_or_program_is_refused_and_kept(way: Way) {
@@ -152,7 +154,7 @@ fn a_table_of_another_version_or_program_is_refused_and_kept(way: Way) {
         ),
     ] {
         change(sql);
-        let backend = backend_at(&route.url());
+        let backend = at(&route);
         for _ in 0..2 {
             for error in [
                 backend.get("id").unwrap_err(),
@@ -174,7 +176,7 @@ fn a_server_that_becomes_read_only(way: Way) {
     let set = |read_only| set_read_only(&server.lock().unwrap(), read_only);
     under_load(
         "read-only",
-        hasty(&route.url()),
+        hasty(&route),
         other(&server),
         || set(true),
         || set(false),
@@ -185,7 +187,7 @@ fn a_server_that_becomes_read_only(way: Way) {
 fn a_connection_closed_by_the_server_is_replaced(way: Way) {
     let mut server = PostgresServer::start();
     let route = way.to(&server);
-    let backend = backend_at(&route.url());
+    let backend = at(&route);
     for _ in 0..3 {
         backend.write_all(&[claim("id", &record(PARENT))]).unwrap();
         let killed = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity \
@@ -207,7 +209,7 @@ fn a_connection_closed_by_the_server_is_replaced(way: Way) {
 fn a_connection_that_is_killed_at_work(way: Way) {
     let server = PostgresServer::start();
     let route = way.to(&server);
-    let backend = backend_at(&route.url());
+    let backend = at(&route);
     StorageBackend::connect(&backend).unwrap();
     std::thread::scope(|scope| {
         let killing = scope.spawn(|| {
@@ -236,7 +238,7 @@ fn a_connection_that_is_killed_at_work(way: Way) {
 fn a_server_that_is_restarted_and_empty(way: Way) {
     let mut server = PostgresServer::start();
     let route = way.to(&server);
-    let storage = patient(backend_at(&route.url())).build();
+    let storage = patient(at(&route)).build();
     let worker = Worker::with_storage(storage.expect("sound settings"));
     let step = |id: &str| {
         worker.run(|| tracing::info_span!("step", workflow.instance_id = id).in_scope(|| {}));
@@ -266,8 +268,12 @@ fn a_wrong_password_is_told_and_not_repeated(way: Way) {
         "CREATE USER worker PASSWORD '{password}' SUPERUSER"
     ));
     let route = way.to_port(server.port(), &[("worker", password)]);
-    let with =
-        |password: &str| backend_at(&postgres_url(&format!("worker:{password}"), route.port()));
+    let with = |password: &str| {
+        at_url(
+            &postgres_url(&format!("worker:{password}"), route.port()),
+            &route,
+        )
+    };
     let wrong = with("wrong%20secret");
     for _ in 0..2 {
         let error = wrong.get("id").unwrap_err();
@@ -286,7 +292,7 @@ fn a_read_only_server_is_read_and_not_written(way: Way) {
     let server = PostgresServer::start();
     set_read_only(&server, true);
     let route = way.to(&server);
-    let backend = backend_at(&route.url());
+    let backend = at(&route);
     let error = backend.get("id").unwrap_err();
     assert!(error.to_string().contains("read-only"), "{error}");
     assert!(error.to_string().contains("is missing"), "{error}");
@@ -340,7 +346,7 @@ fn a_table_that_cannot_grow_is_told_and_recovered_from(way: Way) {
 fn assert_a_full_disk_is_told_and_recovered_from(way: Way, server: &PostgresServer) {
     server.sql("CREATE TABLE reserve AS SELECT repeat('x', 2000) FROM generate_series(1, 500)");
     let route = way.to(server);
-    let backend = backend_at(&route.url());
+    let backend = at(&route);
     backend
         .write_all(&[claim("first", &record(PARENT))])
         .unwrap();
@@ -384,7 +390,7 @@ fn a_disk_that_is_full_for_a_while(way: Way) {
         }
     };
     let make_room = || drop(server.lock().unwrap().sql("DROP TABLE filler"));
-    under_load("full", hasty(&route.url()), other(&server), fill, make_room)
+    under_load("full", hasty(&route), other(&server), fill, make_room)
         .assert_never_waits_for(TIMEOUT, "full");
 }
 
@@ -399,7 +405,7 @@ fn a_standby_is_read_and_is_written_to_once_it_is_promoted(way: Way) {
     assert_eq!(standby.sql("SELECT pg_is_in_recovery()"), "t");
 
     let route = way.to(&standby);
-    let on_standby = || backend_at(&route.url());
+    let on_standby = || at(&route);
     let worker = Worker::with_storage(patient(on_standby()).build().expect("sound settings"));
     let step = |id: &str| {
         worker.run(|| tracing::info_span!("step", workflow.instance_id = id).in_scope(|| {}));
@@ -454,8 +460,8 @@ fn a_primary_whose_standby_is_promoted(way: Way) {
     let primary = Mutex::new(primary);
     under_load(
         "failed over",
-        hasty(&url),
-        || backend_at(&url),
+        in_haste(at_url(&url, &route)),
+        || at_url(&url, &route),
         || primary.lock().unwrap().stop(),
         promote,
     )
@@ -469,7 +475,7 @@ fn a_standby_without_the_table_says_so(way: Way) {
     let settings = ["default_transaction_isolation=serializable"];
     let standby = PostgresServer::start_standby_of(&primary, &settings);
     let route = way.to(&standby);
-    let on_standby = backend_at(&route.url());
+    let on_standby = at(&route);
     for _ in 0..2 {
         let text = on_standby.get("id").unwrap_err().to_string();
         assert!(text.contains("is missing"), "{text}");
@@ -487,13 +493,13 @@ fn a_standby_without_the_table_says_so(way: Way) {
 /// Replicas do not get the rows of an unlogged table.
 fn an_unlogged_table_is_empty_after_a_failover(way: Way) {
     let primary = PostgresServer::start();
-    let unlogged = |url: &str| backend_at(url).unlogged(true);
-    unlogged(&primary.url())
+    backend(&primary)
+        .unlogged(true)
         .write_all(&[claim("id", &record(PARENT))])
         .unwrap();
     let standby = PostgresServer::start_standby_of(&primary, &[]);
     let route = way.to(&standby);
-    let on_standby = unlogged(&route.url());
+    let on_standby = at(&route).unlogged(true);
     let error = on_standby.get("id").unwrap_err();
     assert!(error.to_string().contains("unlogged"), "{error}");
     standby.sql("SELECT pg_promote()");
@@ -501,4 +507,29 @@ fn an_unlogged_table_is_empty_after_a_failover(way: Way) {
     on_standby
         .write_all(&[claim("id", &record(PARENT))])
         .unwrap();
+}
+
+/// A lookup that waits for a lock, as during `VACUUM FULL`, ends on the server too.
+fn a_statement_is_given_up_by_the_server_in_time(way: Way) {
+    let server = PostgresServer::start();
+    let route = way.to(&server);
+    let backend = at(&route);
+    wait_until("the table is there", || {
+        StorageBackend::connect(&backend).is_ok()
+    });
+    let backend = at(&route).response_timeout(Duration::from_millis(100));
+    let waiting = || {
+        let waits = "wait_event_type = 'Lock' AND application_name = 'tracing-workflow-context'";
+        server.sql(&format!(
+            "SELECT count(*) FROM pg_stat_activity WHERE {waits}"
+        ))
+    };
+    let locked = server.transaction("LOCK TABLE workflow_contexts");
+    wait_until("a lookup is refused", || backend.get("id").is_err());
+    for _ in 0..5 {
+        assert!(backend.get("id").is_err());
+    }
+    wait_until("nobody waits for the lock", || waiting() == "0");
+    drop(locked);
+    wait_until("lookups succeed again", || backend.get("id").is_ok());
 }
