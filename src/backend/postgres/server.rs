@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use tokio::runtime::{Builder, Handle, Runtime};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, yield_now};
 use tokio::time::timeout;
 use tokio_postgres::types::Type;
 use tokio_postgres::{Client, Error, Statement};
@@ -118,12 +118,12 @@ impl Server {
         timeouts: Timeouts,
         work: impl AsyncFn(&Connection) -> Result<R, Failure> + Sync,
     ) -> Result<R, Failure> {
-        self.block_on(async || self.call_on_any(timeouts, &work).await)
+        self.block_on(timeouts, async || self.call_on_any(timeouts, &work).await)
     }
 
     /// Opens that many connections, unless there are as many idle ones.
     pub(super) fn open(&self, connections: usize, timeouts: Timeouts) -> Result<(), Failure> {
-        self.block_on(async || {
+        self.block_on(timeouts, async || {
             while lock(&self.idle).len() < connections {
                 let session = self.connect(timeouts).await?;
                 self.give_back(session).await;
@@ -132,13 +132,27 @@ impl Server {
         })
     }
 
-    /// Runs `task` on this thread, or on one of its own if this one is within a runtime, which must not be blocked by another.
+    /// Runs `task` for no longer than the timeouts together: on this thread, or on one of its own if this one is within a
+    /// runtime, which must not be blocked by another.
     fn block_on<R: Send>(
         &self,
+        timeouts: Timeouts,
         task: impl AsyncFnOnce() -> Result<R, Failure> + Send,
     ) -> Result<R, Failure> {
         let runtime = self.runtime()?;
-        let run = || runtime.block_on(task());
+        let most = timeouts.connect.saturating_add(timeouts.response);
+        let run = || {
+            runtime.block_on(async {
+                match timeout(most, task()).await {
+                    Ok(result) => result,
+                    Err(_) => {
+                        // What it was about to do is dropped, and its connection closed.
+                        yield_now().await;
+                        Err(Failure::NoAnswer("no answer", most))
+                    }
+                }
+            })
+        };
         if Handle::try_current().is_err_and(|error| error.is_missing_context()) {
             return run();
         }
@@ -257,9 +271,15 @@ impl Drop for Server {
 }
 
 impl Session {
-    /// Closes the connection, also to a server that does not answer. Nothing does so later: the task runs during calls alone.
-    async fn close(self) {
+    /// Closes the connection, also to a server that does not answer, before the call ends: its task runs during calls alone.
+    async fn close(mut self) {
         self.task.abort();
-        let _ = self.task.await;
+        let _ = (&mut self.task).await;
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.task.abort();
     }
 }
