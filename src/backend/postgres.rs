@@ -102,9 +102,9 @@ const GROUP: usize = 1000;
 ///
 /// # PgBouncer
 ///
-/// Every call is one transaction, with statements that have no name and settings that end with it (`SET LOCAL`). So it works
-/// behind a pooler in transaction mode, which a fleet needs: a storage keeps two connections, and a server allows 100 by
-/// default.
+/// By default every call is one transaction, with statements that have no name and settings that end with it (`SET LOCAL`). So it
+/// works behind a pooler in transaction mode, which a fleet needs: a storage keeps two connections, and a server allows 100
+/// by default. Without a pooler, set [`direct`](Self::direct).
 ///
 /// # What can be lost
 ///
@@ -200,12 +200,12 @@ impl PostgresBackend {
         self
     }
 
-    /// Says that connections lead to the server itself, or to a pooler that gives each of them a session of the server for
-    /// itself. Then statements are prepared, so that the server plans each of them once, and each call is one statement without
-    /// a transaction around it: a lookup takes the server less than half the time.
+    /// Says that connections lead to the server itself, with no pooler between. Then statements are prepared, so that the server
+    /// plans each of them once, and each call is one statement without a transaction around it: a lookup takes the server
+    /// less than half the time.
     ///
-    /// A connection through a pooler in transaction mode, such as PgBouncer, is refused then: it would meet the prepared
-    /// statements of other clients.
+    /// A connection through a pooler, such as PgBouncer, is refused then: in transaction mode it would meet the prepared
+    /// statements of other clients. Set it before the first call; connections from before are not used any more.
     ///
     /// By default, `false`.
     #[must_use]
