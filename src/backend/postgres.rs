@@ -1,6 +1,7 @@
 //! The backend on a PostgreSQL database.
 
 mod connect;
+mod connection;
 mod failure;
 mod group;
 mod lookup;
@@ -16,10 +17,11 @@ use std::time::Duration;
 use tokio_postgres::types::Type;
 
 use self::connect::Target;
+use self::connection::{Connection, Parameters};
 use self::failure::Failure;
 use self::group::Group;
 use self::purge::Purge;
-use self::server::{Connection, Server, Timeouts};
+use self::server::{Server, Timeouts};
 use self::table::{Name, Table};
 use super::form::Form;
 use super::outcomes::fail_later_writes;
@@ -325,11 +327,12 @@ impl StorageBackend for PostgresBackend {
         let (table, most) = (&self.table, self.timeouts.response);
         let found = self.call(async |connection| {
             if (1..=lookup::KEYS).contains(&keys.len()) {
-                return table.find(connection, keys, most).await;
+                let read = |found: &lookup::Found<'_>| table.keyed_record_of(found);
+                return Ok(table.lookup.run(connection, keys, most, read).await?);
             }
             let keys: Vec<_> = keys.iter().map(String::as_bytes).collect();
-            let parameters: table::Parameters<'_> = &[(&keys, Type::BYTEA_ARRAY)];
-            let rows = table::query(connection, &table.get, parameters, most).await?;
+            let parameters: Parameters<'_> = &[(&keys, Type::BYTEA_ARRAY)];
+            let rows = connection.run(&table.get, parameters, most).await?;
             Ok(rows
                 .iter()
                 .filter_map(|row| table.keyed_record(row))
@@ -346,9 +349,8 @@ impl StorageBackend for PostgresBackend {
         loop {
             let (records, last) = self.call(async |connection| {
                 let limit = GROUP as i64;
-                let parameters: table::Parameters<'_> =
-                    &[(&after, Type::BYTEA), (&limit, Type::INT8)];
-                let rows = table::query(connection, &table.page, parameters, most).await?;
+                let parameters: Parameters<'_> = &[(&after, Type::BYTEA), (&limit, Type::INT8)];
+                let rows = connection.run(&table.page, parameters, most).await?;
                 // At once, since a record is to live for so long from now.
                 let records = rows.iter().map(|row| table.keyed_record(row));
                 let last = rows.last().filter(|_| rows.len() == GROUP);

@@ -11,8 +11,8 @@ use tokio_postgres::config::{Host, SslMode};
 use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
 use tokio_postgres::{Client, Config, NoTls, Socket};
 
+use super::connection::milliseconds;
 use super::failure::Failure;
-use super::table::milliseconds;
 use crate::backend::url::ConnectError;
 
 const APPLICATION: &str = env!("CARGO_PKG_NAME");

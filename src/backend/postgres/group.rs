@@ -7,9 +7,9 @@ use std::time::{Duration, SystemTime};
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Error, Row};
 
+use super::connection::Connection;
 use super::failure::{Failure, is_of_data};
-use super::server::Connection;
-use super::table::{Table, query};
+use super::table::Table;
 use crate::backend::form::Form;
 use crate::backend::{Record, Write, WriteOutcome};
 
@@ -129,10 +129,12 @@ impl Group {
             Write::Expire(..) => {
                 let parameters: [(&(dyn ToSql + Sync), Type); 2] =
                     [(&keys, Type::BYTEA_ARRAY), (&lifetimes, Type::INT8_ARRAY)];
-                query(client, &table.expire, &parameters, most).await?;
+                client.run(&table.expire, &parameters, most).await?;
             }
             Write::Remove(_) => {
-                query(client, &table.remove, &[(&keys, Type::BYTEA_ARRAY)], most).await?;
+                client
+                    .run(&table.remove, &[(&keys, Type::BYTEA_ARRAY)], most)
+                    .await?;
             }
         }
         Ok(Vec::new())
@@ -157,7 +159,7 @@ impl Group {
             (&contexts, Type::TEXT_ARRAY),
             (&self.lifetimes(some), Type::INT8_ARRAY),
         ];
-        query(client, statement, &parameters, most).await
+        client.run(statement, &parameters, most).await
     }
 
     async fn claim(

@@ -3,19 +3,24 @@
 //! Where a pooler may stand between, it is one message to the server. Only in a message without parameters can there be several
 //! statements, so keys and records go as hexadecimal text.
 
-use std::fmt::Write as _;
+use std::borrow::Cow;
+use std::fmt::{Display, Write as _};
 use std::time::Duration;
 
 use tokio_postgres::types::Type;
-use tokio_postgres::{Client, Error, SimpleQueryMessage, SimpleQueryRow};
+use tokio_postgres::{Error, Row, SimpleQueryRow};
 
-use super::failure::Failure;
-use super::server::Connection;
-use super::table::{Name, SECONDS_LEFT, Table, VALUE, give_up_after, query};
-use crate::backend::Record;
+use super::connection::Connection;
 
 /// The largest number of keys of a lookup.
 pub(super) const KEYS: usize = 2;
+
+/// The stored form of a row's record.
+pub(super) const VALUE: &str = "coalesce(t.record, convert_to(t.context::text, 'UTF8'))";
+
+/// The time that a row has left: 0 if it has expired. Infinite times cannot be subtracted.
+pub(super) const SECONDS_LEFT: &str = "extract(epoch FROM greatest(least(t.expires_at, now() + interval '1000 years'), now()) \
+    - now())::float8";
 
 /// The statements of the lookups in one table.
 pub(super) struct Lookup {
@@ -24,8 +29,15 @@ pub(super) struct Lookup {
     prepared: String,
 }
 
+/// The columns of a row.
+pub(super) struct Found<'a> {
+    pub(super) key: Cow<'a, [u8]>,
+    pub(super) value: Option<Cow<'a, [u8]>>,
+    pub(super) seconds_left: f64,
+}
+
 impl Lookup {
-    pub(super) fn new(table: &Name) -> Self {
+    pub(super) fn new(table: &impl Display) -> Self {
         let rows = format!("FROM {table} AS t WHERE t.expires_at > now() AND t.id IN");
         Self {
             as_text: format!(
@@ -41,51 +53,46 @@ impl Lookup {
         let ids = keys.iter().map(|key| format!("sha256({})", literal(key)));
         format!("{} ({})", self.as_text, ids.collect::<Vec<_>>().join(", "))
     }
-}
 
-impl Table {
-    /// Returns the records of one key or two, with their keys.
-    pub(super) async fn find(
+    /// Looks one key or two up, and reads each row that is found.
+    pub(super) async fn run<R>(
         &self,
         connection: &Connection,
         keys: &[String],
         most: Duration,
-    ) -> Result<Vec<(String, Record)>, Failure> {
+        read: impl Fn(&Found<'_>) -> Option<R>,
+    ) -> Result<Vec<R>, Error> {
         if connection.prepares(most) {
             let [first, second] = [0, 1].map(|at| keys.get(at).map(String::as_bytes));
             let keys = &[(&first as _, Type::BYTEA), (&second as _, Type::BYTEA)];
-            let rows = query(connection, &self.lookup.prepared, keys, most).await?;
-            return Ok(rows
-                .iter()
-                .filter_map(|row| self.keyed_record(row))
-                .collect());
+            let rows = connection.run(&self.prepared, keys, most).await?;
+            let found = rows.iter().map(Found::from_row);
+            return Ok(found.filter_map(|found| read(&found)).collect());
         }
-        let rows = rows_within(connection, most, &self.lookup.as_text(keys)).await?;
-        Ok(rows.iter().filter_map(|row| self.found(row)).collect())
-    }
-
-    fn found(&self, row: &SimpleQueryRow) -> Option<(String, Record)> {
-        let bytes = |column| row.get(column).and_then(bytes_of);
-        let left = row.get("seconds_left").and_then(|left| left.parse().ok());
-        self.keyed_record_of(&bytes("key")?, bytes("value").as_deref(), left?)
+        let rows = connection.run_as_text(&self.as_text(keys), most).await?;
+        let found = rows.iter().filter_map(Found::from_text);
+        Ok(found.filter_map(|found| read(&found)).collect())
     }
 }
 
-/// Runs a statement in a transaction of its own, which the server gives up after `most`. Several statements in one message are
-/// a transaction, which an error rolls back.
-async fn rows_within(
-    client: &Client,
-    most: Duration,
-    statement: &str,
-) -> Result<Vec<SimpleQueryRow>, Error> {
-    let isolation = "SET TRANSACTION ISOLATION LEVEL READ COMMITTED";
-    let statements = format!("{isolation}; {}; {statement}", give_up_after(most));
-    let answer = client.simple_query(&statements).await?;
-    let rows = answer.into_iter().filter_map(|message| match message {
-        SimpleQueryMessage::Row(row) => Some(row),
-        _ => None,
-    });
-    Ok(rows.collect())
+impl<'a> Found<'a> {
+    pub(super) fn from_row(row: &'a Row) -> Self {
+        Self {
+            key: Cow::Borrowed(row.get("key")),
+            value: row.get::<_, Option<&[u8]>>("value").map(Cow::Borrowed),
+            seconds_left: row.get("seconds_left"),
+        }
+    }
+
+    /// `None` if the columns are not what the statement asks for.
+    fn from_text(row: &'a SimpleQueryRow) -> Option<Self> {
+        let bytes = |column| row.get(column).and_then(bytes_of).map(Cow::Owned);
+        Some(Self {
+            key: bytes("key")?,
+            value: bytes("value"),
+            seconds_left: row.get("seconds_left")?.parse().ok()?,
+        })
+    }
 }
 
 /// Prints a key as a literal of type `bytea`, whatever the server's `standard_conforming_strings`.

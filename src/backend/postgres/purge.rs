@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use tokio_postgres::types::Type;
 
+use super::connection::Connection;
 use super::failure::Failure;
-use super::server::Connection;
-use super::table::{Table, query};
+use super::table::Table;
 use crate::lock::lock;
 
 /// Number of writes after which some blocks are looked at.
@@ -78,16 +78,16 @@ pub(super) async fn delete_expired(
         format!("({},0)", blocks.start),
         format!("({},0)", blocks.end),
     ];
-    let rows = query(
-        client,
-        &table.remove_expired,
-        &[
-            (&name, Type::TEXT),
-            (&begin, Type::TEXT),
-            (&end, Type::TEXT),
-        ],
-        most,
-    )
-    .await?;
+    let rows = client
+        .run(
+            &table.remove_expired,
+            &[
+                (&name, Type::TEXT),
+                (&begin, Type::TEXT),
+                (&end, Type::TEXT),
+            ],
+            most,
+        )
+        .await?;
     Ok(rows.first().map_or(0, |row| row.get("blocks")))
 }

@@ -1,7 +1,5 @@
 //! The connections to the server, and the runtime by which a calling thread uses them.
 
-use std::collections::HashMap;
-use std::ops::Deref;
 use std::panic::resume_unwind;
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -10,10 +8,9 @@ use std::time::Duration;
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::task::{JoinHandle, yield_now};
 use tokio::time::timeout;
-use tokio_postgres::types::Type;
-use tokio_postgres::{Client, Error, Statement};
 
 use super::connect::Target;
+use super::connection::Connection;
 use super::failure::Failure;
 use crate::lock::lock;
 
@@ -38,59 +35,10 @@ pub(super) struct Server {
     runtime: Mutex<Option<Arc<Runtime>>>,
 }
 
-/// The client's side of a connection.
-pub(super) struct Connection {
-    client: Client,
-    /// Set if the session of the server is this connection's own.
-    own_session: Option<OwnSession>,
-}
-
-struct OwnSession {
-    /// The server gives up a statement after that time.
-    most: Duration,
-    /// Those that were prepared, by their text.
-    statements: Mutex<HashMap<String, Statement>>,
-}
-
 /// One connection, and the task that is its side of the network.
 struct Session {
     connection: Connection,
     task: JoinHandle<()>,
-}
-
-impl Deref for Connection {
-    type Target = Client;
-
-    fn deref(&self) -> &Client {
-        &self.client
-    }
-}
-
-impl Connection {
-    /// Returns `true` if the server plans statements once, and gives them up after `most`.
-    pub(super) fn prepares(&self, most: Duration) -> bool {
-        (self.own_session.as_ref()).is_some_and(|session| session.most == most)
-    }
-
-    /// Prepares a statement, unless it is; `None` if [`prepares`](Self::prepares) returns `false`.
-    pub(super) async fn prepare(
-        &self,
-        text: &str,
-        types: &[Type],
-        most: Duration,
-    ) -> Result<Option<Statement>, Error> {
-        let session = self.own_session.as_ref().filter(|_| self.prepares(most));
-        let Some(session) = session else {
-            return Ok(None);
-        };
-        let known = lock(&session.statements).get(text).cloned();
-        if known.is_some() {
-            return Ok(known);
-        }
-        let statement = self.client.prepare_typed(text, types).await?;
-        lock(&session.statements).insert(text.to_owned(), statement.clone());
-        Ok(Some(statement))
-    }
 }
 
 impl Server {
@@ -217,14 +165,7 @@ impl Server {
         );
         let opened = timeout(most, self.target.open(most, own)).await;
         let (client, task) = opened.unwrap_or(Err(Failure::NoAnswer("cannot connect", most)))?;
-        let own_session = own.map(|most| OwnSession {
-            most,
-            statements: Mutex::default(),
-        });
-        let connection = Connection {
-            client,
-            own_session,
-        };
+        let connection = Connection::new(client, own);
         Ok(Session { connection, task })
     }
 

@@ -4,14 +4,13 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, SystemTime};
 
-use futures_util::future::join3;
 use tokio_postgres::error::SqlState;
-use tokio_postgres::types::{ToSql, Type};
+use tokio_postgres::types::Type;
 use tokio_postgres::{Error, Row};
 
+use super::connection::{Connection, begin};
 use super::failure::{Failure, is_read_only};
-use super::lookup::Lookup;
-use super::server::Connection;
+use super::lookup::{Found, Lookup, SECONDS_LEFT, VALUE};
 use crate::backend::{Record, form};
 use crate::stats::Counter;
 
@@ -21,15 +20,6 @@ const COMMENT: &str = "tracing-workflow-context, format 1";
 /// Looks for a table and its comment.
 const LOOK: &str = "SELECT found.oid IS NOT NULL, obj_description(found.oid, 'pg_class') \
     FROM (SELECT to_regclass($1)::oid AS oid) AS found";
-
-/// The stored form of a row's record.
-pub(super) const VALUE: &str = "coalesce(t.record, convert_to(t.context::text, 'UTF8'))";
-
-/// The time that a row has left: 0 if it has expired. Infinite times cannot be subtracted.
-pub(super) const SECONDS_LEFT: &str = "extract(epoch FROM greatest(least(t.expires_at, now() + interval '1000 years'), now()) \
-    - now())::float8";
-
-pub(super) type Parameters<'a> = &'a [(&'a (dyn ToSql + Sync), Type)];
 
 /// The quoted name of a table.
 #[derive(Clone)]
@@ -182,7 +172,7 @@ COMMENT ON TABLE {name} IS '{COMMENT}';
             return Ok(());
         }
         let name = self.name.to_string();
-        let look = async || query(client, LOOK, &[(&name, Type::TEXT)], most).await;
+        let look = async || client.run(LOOK, &[(&name, Type::TEXT)], most).await;
         let is_there = match self.is_in(&look().await?) {
             Ok(is_there) => is_there,
             // A table that is created meanwhile is found by its name at once, but its comment only by the next statement.
@@ -252,21 +242,16 @@ COMMENT ON TABLE {name} IS '{COMMENT}';
 
     /// Reads the key and the record of a row. Returns `None` if it has expired, or one of them is malformed, which is counted.
     pub(super) fn keyed_record(&self, row: &Row) -> Option<(String, Record)> {
-        self.keyed_record_of(row.get("key"), row.get("value"), row.get("seconds_left"))
+        self.keyed_record_of(&Found::from_row(row))
     }
 
-    /// Makes a key and a record of a row's columns, as [`keyed_record`](Self::keyed_record) does.
-    pub(super) fn keyed_record_of(
-        &self,
-        key: &[u8],
-        value: Option<&[u8]>,
-        seconds_left: f64,
-    ) -> Option<(String, Record)> {
-        if seconds_left <= 0.0 {
+    /// Reads the key and the record of what was found, as [`keyed_record`](Self::keyed_record) does.
+    pub(super) fn keyed_record_of(&self, found: &Found<'_>) -> Option<(String, Record)> {
+        if found.seconds_left <= 0.0 {
             return None;
         }
-        let record = self.record_of(value, seconds_left)?;
-        let key = std::str::from_utf8(key);
+        let record = self.record_of(found.value.as_deref(), found.seconds_left)?;
+        let key = std::str::from_utf8(&found.key);
         if key.is_err() {
             self.malformed.add();
         }
@@ -292,48 +277,4 @@ COMMENT ON TABLE {name} IS '{COMMENT}';
         }
         record
     }
-}
-
-/// Runs one statement in a transaction of its own, in one round trip. The server gives it up after `most`; set for the
-/// transaction alone, since a pooler gives the session to others.
-pub(super) async fn query(
-    client: &Connection,
-    statement: &str,
-    parameters: Parameters<'_>,
-    most: Duration,
-) -> Result<Vec<Row>, Error> {
-    let types: Vec<_> = parameters.iter().map(|(_, of)| of.clone()).collect();
-    if let Some(prepared) = client.prepare(statement, &types, most).await? {
-        let values: Vec<_> = parameters.iter().map(|(value, _)| *value).collect();
-        return client.query(&prepared, &values).await;
-    }
-    let begin = begin(most);
-    let (begun, rows, committed) = join3(
-        client.batch_execute(&begin),
-        client.query_typed(statement, parameters),
-        client.batch_execute("COMMIT"),
-    )
-    .await;
-    begun?;
-    let rows = rows?;
-    committed?;
-    Ok(rows)
-}
-
-/// Each statement sees what was committed before it, whatever the user's default is.
-pub(super) fn begin(most: Duration) -> String {
-    format!(
-        "BEGIN ISOLATION LEVEL READ COMMITTED; {}",
-        give_up_after(most)
-    )
-}
-
-/// Has the server give up each statement of the transaction after `most`.
-pub(super) fn give_up_after(most: Duration) -> String {
-    format!("SET LOCAL statement_timeout = {}", milliseconds(most))
-}
-
-/// A time as the server takes it, to which 0 is none.
-pub(super) fn milliseconds(time: Duration) -> u128 {
-    time.as_millis().clamp(1, i32::MAX as u128)
 }
