@@ -2,6 +2,9 @@
 
 use std::cell::RefCell;
 use std::error::Error as _;
+use std::io::{Read as _, Write as _};
+use std::net::TcpListener;
+use std::sync::mpsc::channel;
 use std::time::{Duration, Instant, SystemTime};
 
 use crate::support::*;
@@ -543,6 +546,39 @@ fn no_call_waits_longer_than_its_timeouts() {
     // No single byte is late.
     proxy.set_replies(Replies::Trickle(Duration::from_millis(10)));
     refused(&spoiled);
+}
+
+/// Such as a pooler whose server is away. In the end each of them would keep a connection open.
+#[test]
+fn a_connection_that_is_not_answered_after_its_login_is_closed() {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let port = listener.local_addr().expect("an address").port();
+    let (closing, closed) = channel();
+    std::thread::spawn(move || {
+        for client in listener.incoming() {
+            let mut client = client.expect("a connection");
+            let mut buffer = [0; 1024];
+            let _ = client.read(&mut buffer);
+            // The login is fine, and the server is ready.
+            let _ = client.write_all(b"R\0\0\0\x08\0\0\0\0Z\0\0\0\x05I");
+            let closing = closing.clone();
+            std::thread::spawn(move || {
+                while let Ok(1..) = client.read(&mut buffer) {}
+                let _ = closing.send(());
+            });
+        }
+    });
+    let timeout = Duration::from_millis(100);
+    for direct in [false, true] {
+        let backend = backend_at(&postgres_url("worker", port)).direct(direct);
+        let backend = backend.connect_timeout(timeout).response_timeout(timeout);
+        for _ in 0..3 {
+            let error = backend.get("id").unwrap_err();
+            assert!(error.to_string().contains("within"), "{error}");
+            let closed = closed.recv_timeout(PATIENCE);
+            closed.expect("it is closed, and not by the next call");
+        }
+    }
 }
 
 #[test]

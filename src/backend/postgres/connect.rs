@@ -6,12 +6,11 @@ use std::hash::BuildHasher as _;
 use std::str::Utf8Error;
 use std::time::Duration;
 
-use tokio::task::JoinHandle;
 use tokio_postgres::config::{Host, SslMode};
 use tokio_postgres::tls::{MakeTlsConnect, TlsConnect};
-use tokio_postgres::{Client, Config, NoTls, Socket};
+use tokio_postgres::{Config, NoTls, Socket};
 
-use super::connection::milliseconds;
+use super::connection::{Connection, milliseconds};
 use super::failure::Failure;
 use crate::backend::url::ConnectError;
 
@@ -69,19 +68,19 @@ impl Target {
         &self.name
     }
 
-    /// Opens a connection. Returns its client, and its task. With `own_session`, the session is to be the connection's own, and
-    /// the server gives up its statements after that time.
+    /// Opens a connection. With `own_session`, the session is to be the connection's own, and the server gives up its statements
+    /// after that time.
     pub(super) async fn open(
         &self,
         most: Duration,
         own_session: Option<Duration>,
-    ) -> Result<(Client, JoinHandle<()>), Failure> {
+    ) -> Result<Connection, Failure> {
         // So that a server that does not answer leaves time for the next one.
         let servers = self.config.get_hosts().len().max(1) as u32;
         let mut config = self.config.clone();
         config.connect_timeout(most / servers);
         let Some(limit) = own_session else {
-            return self.open_with(&config).await;
+            return self.open_with(&config, None).await;
         };
         let token = format!("{:016x}", RandomState::new().hash_one(0));
         // A plan that was made while the table was small is used when it is large, so it has to use the index.
@@ -92,38 +91,44 @@ impl Target {
         let of_url = config.get_options().unwrap_or_default();
         let options = format!("{of_url} {settings}");
         config.options(options);
-        let (client, task) = self.open_with(&config).await?;
+        let connection = self.open_with(&config, own_session).await?;
         let known = format!("SELECT current_setting('{TOKEN}', true) = '{token}'");
-        let is_own = client.query_typed(&known, &[]).await?;
-        if is_own.first().and_then(|row| row.get(0)) == Some(true) {
-            return Ok((client, task));
+        let is_own = connection.query_typed(&known, &[]).await?;
+        match is_own.first().and_then(|row| row.get(0)) {
+            Some(true) => Ok(connection),
+            _ => Err(Failure::SharedSession),
         }
-        task.abort();
-        let _ = task.await;
-        Err(Failure::SharedSession)
     }
 
-    async fn open_with(&self, config: &Config) -> Result<(Client, JoinHandle<()>), Failure> {
+    async fn open_with(
+        &self,
+        config: &Config,
+        own_session: Option<Duration>,
+    ) -> Result<Connection, Failure> {
         match &self.tls {
-            Tls::None => open_with(config, NoTls).await,
+            Tls::None => open_with(config, NoTls, own_session).await,
             #[cfg(feature = "postgres-tls")]
-            Tls::Rustls(tls) => open_with(config, tls.clone()).await,
+            Tls::Rustls(tls) => open_with(config, tls.clone(), own_session).await,
         }
     }
 }
 
-async fn open_with<T>(config: &Config, tls: T) -> Result<(Client, JoinHandle<()>), Failure>
+async fn open_with<T>(
+    config: &Config,
+    tls: T,
+    own_session: Option<Duration>,
+) -> Result<Connection, Failure>
 where
     T: MakeTlsConnect<Socket>,
     T::Stream: Send + 'static,
     <T::TlsConnect as TlsConnect<Socket>>::Future: Send,
 {
     let (client, connection) = config.connect(tls).await?;
-    let connection = tokio::spawn(async move {
+    let task = tokio::spawn(async move {
         // Its error reaches whoever waits for an answer.
         let _ = connection.await;
     });
-    Ok((client, connection))
+    Ok(Connection::new(client, task, own_session))
 }
 
 fn addresses(config: &Config) -> String {

@@ -1,4 +1,4 @@
-//! The client's side of a connection, and how one statement runs on it.
+//! A connection, and how one statement runs on it.
 
 use std::collections::HashMap;
 use std::ops::Deref;
@@ -6,6 +6,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use futures_util::future::join3;
+use tokio::task::JoinHandle;
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, Error, Row, SimpleQueryMessage, SimpleQueryRow, Statement};
 
@@ -13,8 +14,11 @@ use crate::lock::lock;
 
 pub(super) type Parameters<'a> = &'a [(&'a (dyn ToSql + Sync), Type)];
 
+/// One connection, which is closed when this is dropped.
 pub(super) struct Connection {
     client: Client,
+    /// Its side of the network.
+    task: JoinHandle<()>,
     /// Set if the session of the server is this connection's own.
     own_session: Option<OwnSession>,
 }
@@ -28,13 +32,14 @@ struct OwnSession {
 
 impl Connection {
     /// `own_session` is set if the session of the server is the connection's own: the time after which it gives up a statement.
-    pub(super) fn new(client: Client, own_session: Option<Duration>) -> Self {
+    pub(super) fn new(client: Client, task: JoinHandle<()>, own_session: Option<Duration>) -> Self {
         let own_session = own_session.map(|most| OwnSession {
             most,
             statements: Mutex::default(),
         });
         Self {
             client,
+            task,
             own_session,
         }
     }
@@ -113,6 +118,13 @@ impl Deref for Connection {
 
     fn deref(&self) -> &Client {
         &self.client
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        // Otherwise a connection to a server that does not answer would wait for it.
+        self.task.abort();
     }
 }
 

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use tokio::runtime::{Builder, Handle, Runtime};
-use tokio::task::{JoinHandle, yield_now};
+use tokio::task::yield_now;
 use tokio::time::timeout;
 
 use super::connect::Target;
@@ -30,15 +30,9 @@ pub(super) struct Server {
     target: Target,
     /// Each connection has a session of the server for itself.
     is_direct: bool,
-    idle: Mutex<Vec<Session>>,
+    idle: Mutex<Vec<Connection>>,
     /// Made by the first call. It has no thread: each call drives it on its own, with all connections, until it is done.
     runtime: Mutex<Option<Arc<Runtime>>>,
-}
-
-/// One connection, and the task that is its side of the network.
-struct Session {
-    connection: Connection,
-    task: JoinHandle<()>,
 }
 
 impl Server {
@@ -73,8 +67,8 @@ impl Server {
     pub(super) fn open(&self, connections: usize, timeouts: Timeouts) -> Result<(), Failure> {
         self.block_on(timeouts, async || {
             while lock(&self.idle).len() < connections {
-                let session = self.connect(timeouts).await?;
-                self.give_back(session).await;
+                let connection = self.connect(timeouts).await?;
+                self.give_back(connection);
             }
             Ok(())
         })
@@ -91,14 +85,13 @@ impl Server {
         let most = timeouts.connect.saturating_add(timeouts.response);
         let run = || {
             runtime.block_on(async {
-                match timeout(most, task()).await {
-                    Ok(result) => result,
-                    Err(_) => {
-                        // What it was about to do is dropped, and its connection closed.
-                        yield_now().await;
-                        Err(Failure::NoAnswer("no answer", most))
-                    }
+                let result = timeout(most, task()).await;
+                let result = result.unwrap_or(Err(Failure::NoAnswer("no answer", most)));
+                if result.is_err() {
+                    // Dropped connections are closed by their tasks, which nobody runs between calls.
+                    yield_now().await;
                 }
+                result
             })
         };
         if Handle::try_current().is_err_and(|error| error.is_missing_context()) {
@@ -133,72 +126,59 @@ impl Server {
     ) -> Result<R, Failure> {
         let idle = self.take_idle();
         let mut reused = idle.is_some();
-        let mut session = match idle {
-            Some(session) => session,
+        let mut connection = match idle {
+            Some(connection) => connection,
             None => self.connect(timeouts).await?,
         };
         loop {
-            let answer = timeout(timeouts.response, work(&session.connection)).await;
+            let answer = timeout(timeouts.response, work(&connection)).await;
             let failure = match answer {
                 Ok(Ok(result)) => {
-                    self.give_back(session).await;
+                    self.give_back(connection);
                     return Ok(result);
                 }
                 Ok(Err(failure)) => failure,
                 Err(_) => Failure::NoAnswer("no answer", timeouts.response),
             };
-            session.close().await;
             // The other idle connections are as old.
-            self.close_idle().await;
+            self.close_idle();
             if !reused || !failure.is_lost_connection() {
                 return Err(failure);
             }
-            session = self.connect(timeouts).await?;
+            connection = self.connect(timeouts).await?;
             reused = false;
         }
     }
 
-    async fn connect(&self, timeouts: Timeouts) -> Result<Session, Failure> {
+    async fn connect(&self, timeouts: Timeouts) -> Result<Connection, Failure> {
         let (most, own) = (
             timeouts.connect,
             self.is_direct.then_some(timeouts.response),
         );
         let opened = timeout(most, self.target.open(most, own)).await;
-        let (client, task) = opened.unwrap_or(Err(Failure::NoAnswer("cannot connect", most)))?;
-        let connection = Connection::new(client, own);
-        Ok(Session { connection, task })
+        opened.unwrap_or(Err(Failure::NoAnswer("cannot connect", most)))
     }
 
-    fn take_idle(&self) -> Option<Session> {
+    fn take_idle(&self) -> Option<Connection> {
         loop {
-            let session = lock(&self.idle).pop()?;
-            if !session.connection.is_closed() {
-                return Some(session);
+            let connection = lock(&self.idle).pop()?;
+            if !connection.is_closed() {
+                return Some(connection);
             }
         }
     }
 
-    async fn give_back(&self, session: Session) {
-        if let Some(too_many) = self.keep(session) {
-            too_many.close().await;
-        }
-    }
-
-    /// Returns the session if there are enough idle ones.
-    fn keep(&self, session: Session) -> Option<Session> {
+    fn give_back(&self, connection: Connection) {
         let mut idle = lock(&self.idle);
-        if idle.len() >= IDLE {
-            return Some(session);
+        if idle.len() < IDLE {
+            idle.push(connection);
         }
-        idle.push(session);
-        None
     }
 
-    async fn close_idle(&self) {
+    fn close_idle(&self) {
         let idle = std::mem::take(&mut *lock(&self.idle));
-        for session in idle {
-            session.close().await;
-        }
+        // Closed without the lock.
+        drop(idle);
     }
 }
 
@@ -208,19 +188,5 @@ impl Drop for Server {
             // Closes all connections, without waiting for a name that is being resolved.
             runtime.shutdown_background();
         }
-    }
-}
-
-impl Session {
-    /// Closes the connection, also to a server that does not answer, before the call ends: its task runs during calls alone.
-    async fn close(mut self) {
-        self.task.abort();
-        let _ = (&mut self.task).await;
-    }
-}
-
-impl Drop for Session {
-    fn drop(&mut self) {
-        self.task.abort();
     }
 }
