@@ -188,7 +188,7 @@ impl WorkflowContextStorage {
     /// Returns a per-layer filter that hides the events of replayed spans from a logging layer: what re-executed code tells
     /// once more. Events outside any replay, and in real spans, pass, as do all spans.
     ///
-    /// What is exported goes without replays by itself; a layer that logs sees all events, since it does not ask this crate.
+    /// Exported traces are without replays anyway; a layer that logs sees all events, since it does not ask this crate.
     /// Whether a span is replayed is known once it has started, so the subscriber needs the layer of this storage too.
     ///
     /// ```

@@ -42,7 +42,6 @@ trait Workers {
 
 pub(crate) fn clients(bench: &mut Bench) {
     let (redis, postgres) = (RedisServer::start(), PostgresServer::start());
-    let on_direct = || on(&postgres.url()).direct(true);
     let mut servers: [(&str, Vec<Box<dyn Workers>>); 2] = [
         (
             "Redis",
@@ -60,7 +59,7 @@ pub(crate) fn clients(bench: &mut Bench) {
                     Worker::new(patient(on(&postgres.url())))
                 })),
                 Box::new(Ours::new("ours, direct", || {
-                    Worker::new(patient(on_direct()))
+                    Worker::new(patient(on(&postgres.url()).direct(true)))
                 })),
                 Box::new(ByPostgres::new(&postgres.url())),
             ],

@@ -20,6 +20,7 @@ use self::connect::Target;
 use self::connection::{Connection, Parameters};
 use self::failure::Failure;
 use self::group::Group;
+use self::lookup::Found;
 use self::purge::Purge;
 use self::server::{Server, Timeouts};
 use self::table::{Name, Table};
@@ -327,7 +328,7 @@ impl StorageBackend for PostgresBackend {
         let (table, most) = (&self.table, self.timeouts.response);
         let found = self.call(async |connection| {
             if (1..=lookup::KEYS).contains(&keys.len()) {
-                let read = |found: &lookup::Found<'_>| table.keyed_record_of(found);
+                let read = |found: &Found<'_>| table.keyed_record(found);
                 return Ok(table.lookup.run(connection, keys, most, read).await?);
             }
             let keys: Vec<_> = keys.iter().map(String::as_bytes).collect();
@@ -335,7 +336,7 @@ impl StorageBackend for PostgresBackend {
             let rows = connection.run(&table.get, parameters, most).await?;
             Ok(rows
                 .iter()
-                .filter_map(|row| table.keyed_record(row))
+                .filter_map(|row| table.keyed_record(&Found::from_row(row)))
                 .collect())
         })?;
         let found: HashMap<_, _> = found.into_iter().collect();
@@ -352,7 +353,9 @@ impl StorageBackend for PostgresBackend {
                 let parameters: Parameters<'_> = &[(&after, Type::BYTEA), (&limit, Type::INT8)];
                 let rows = connection.run(&table.page, parameters, most).await?;
                 // At once, since a record is to live for so long from now.
-                let records = rows.iter().map(|row| table.keyed_record(row));
+                let records = rows
+                    .iter()
+                    .map(|row| table.keyed_record(&Found::from_row(row)));
                 let last = rows.last().filter(|_| rows.len() == GROUP);
                 let last = last.map(|row| row.get::<_, Vec<u8>>("id"));
                 Ok((records.collect::<Vec<_>>(), last))

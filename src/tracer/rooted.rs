@@ -24,7 +24,7 @@ use crate::storage::shared::Shared;
 pub(super) struct Rooted {
     /// The context beneath the root, for the first span.
     pub(super) parent: Option<Context>,
-    /// What became of the recording, if that is not what was decided.
+    /// The outcome of the recording, if that is not what was decided.
     pub(super) outcome: Option<Outcome>,
     pub(super) late_winner: Option<LateWinner>,
     pub(super) within: Option<Within>,

@@ -319,8 +319,7 @@ impl PgBouncer {
     /// Replaces its connections by some to another server.
     pub(crate) fn lead_to(&self, server: &PostgresServer) {
         write_settings(&self.directory, self.port, server.port(), &self.users);
-        // It reads its settings again.
-        signal("-HUP", &[self.process.id().to_string()]);
+        self.read_settings();
     }
 
     /// Has it accept connections with this parameter, and ignore that, as it refuses them by default.
@@ -329,7 +328,10 @@ impl PgBouncer {
         let settings = std::fs::read_to_string(&file).expect("its settings");
         let more = format!("{settings}ignore_startup_parameters = {parameter}\n");
         std::fs::write(&file, more).expect("a file");
-        // It reads its settings again.
+        self.read_settings();
+    }
+
+    fn read_settings(&self) {
         signal("-HUP", &[self.process.id().to_string()]);
     }
 

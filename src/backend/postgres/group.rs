@@ -9,6 +9,7 @@ use tokio_postgres::{Error, Row};
 
 use super::connection::Connection;
 use super::failure::{Failure, is_of_data};
+use super::lookup::Found;
 use super::table::Table;
 use crate::backend::form::Form;
 use crate::backend::{Record, Write, WriteOutcome};
@@ -185,7 +186,9 @@ impl Group {
                 let Some(at) = open.remove(key) else {
                     continue;
                 };
-                let record = table.record(row).map(WriteOutcome::Existing);
+                let record = table
+                    .record(&Found::from_row(row))
+                    .map(WriteOutcome::Existing);
                 found.push((at, record.unwrap_or(WriteOutcome::Unreadable)));
             }
             if open.is_empty() {

@@ -241,16 +241,11 @@ COMMENT ON TABLE {name} IS '{COMMENT}';
     }
 
     /// Reads the key and the record of a row. Returns `None` if it has expired, or one of them is malformed, which is counted.
-    pub(super) fn keyed_record(&self, row: &Row) -> Option<(String, Record)> {
-        self.keyed_record_of(&Found::from_row(row))
-    }
-
-    /// Reads the key and the record of what was found, as [`keyed_record`](Self::keyed_record) does.
-    pub(super) fn keyed_record_of(&self, found: &Found<'_>) -> Option<(String, Record)> {
+    pub(super) fn keyed_record(&self, found: &Found<'_>) -> Option<(String, Record)> {
         if found.seconds_left <= 0.0 {
             return None;
         }
-        let record = self.record_of(found.value.as_deref(), found.seconds_left)?;
+        let record = self.record(found)?;
         let key = std::str::from_utf8(&found.key);
         if key.is_err() {
             self.malformed.add();
@@ -259,13 +254,10 @@ COMMENT ON TABLE {name} IS '{COMMENT}';
     }
 
     /// Reads the record of a row. Returns `None` for a malformed one, which is counted.
-    pub(super) fn record(&self, row: &Row) -> Option<Record> {
-        self.record_of(row.get("value"), row.get("seconds_left"))
-    }
-
-    fn record_of(&self, value: Option<&[u8]>, seconds_left: f64) -> Option<Record> {
+    pub(super) fn record(&self, found: &Found<'_>) -> Option<Record> {
+        let value = found.value.as_deref();
         let record = value.and_then(form::decode).and_then(|record| {
-            let left = Duration::try_from_secs_f64(seconds_left).ok()?;
+            let left = Duration::try_from_secs_f64(found.seconds_left).ok()?;
             let expires_at = SystemTime::now().checked_add(left)?;
             Some(Record {
                 expires_at,

@@ -359,7 +359,7 @@ fn a_disk_that_was_full_for_a_while_is_used_again_by_itself() {
     }
 }
 
-/// What was written while it was full, or before and not synced, is in the file once a flush succeeds.
+/// Writes from while it was full, or from before and not synced, are in the file once a flush succeeds.
 #[test]
 fn a_full_disk_costs_no_write_that_was_answered() {
     for seed in 0..60 {
